@@ -1,0 +1,110 @@
+"""Rectified flow: a straight path between data and noise, its times, and conversions between what a network may predict.
+
+time is in [0, 1]: 0 is data, 1 is noise. noisy = (1 - time) clean + time noise; velocity = noise - clean, the path's slope
+(arXiv:2209.03003, arXiv:2210.02747). Pure functions of arrays; randomness is an argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConfig:
+    """Density of training times: the logistic of a normal (arXiv:2403.03206, section 3.1), then shifted.
+
+    shift > 1 moves weight towards noise, as larger clips need; see resolution_shift.
+    """
+
+    mean: float = 0.4
+    std: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.std <= 0 or self.shift <= 0:
+            raise ValueError(f"flow: std {self.std} and shift {self.shift} must be positive")
+
+
+def times(normal: Float[Array, "..."], config: TimeConfig) -> Float[Array, "..."]:
+    """Training times from standard normal draws."""
+    return shifted(jax.nn.sigmoid(config.mean + config.std * normal), config.shift)
+
+
+def shifted(time: Float[Array, "..."], shift: float | Array) -> Float[Array, "..."]:
+    """Move times towards noise: equation 23 of arXiv:2403.03206. 0 and 1 stay where they are."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def resolution_shift(tokens: float | Array, base_tokens: float) -> float | Array:
+    """Shift for a clip of so many tokens that gives the signal-to-noise ratio that base_tokens have at shift 1."""
+    return (tokens / base_tokens) ** 0.5
+
+
+def corrupt(
+    clean: Float[Array, "B N P"], noise: Float[Array, "B N P"], time: Float[Array, "B N"]
+) -> Float[Array, "B N P"]:
+    """The point of the straight path at each token's time."""
+    time = time[..., None]
+    return (1 - time) * clean + time * noise
+
+
+def velocity(clean: Array, noise: Array) -> Array:
+    return noise - clean
+
+
+def clean_from_velocity(noisy: Array, predicted: Array, time: Float[Array, "B N"]) -> Array:
+    return noisy - time[..., None] * predicted
+
+
+def noise_from_velocity(noisy: Array, predicted: Array, time: Float[Array, "B N"]) -> Array:
+    return noisy + (1 - time[..., None]) * predicted
+
+
+def velocity_from_clean(noisy: Array, clean: Array, time: Float[Array, "B N"]) -> Array:
+    """Undefined at time 0, where noisy is clean: callers keep time > 0."""
+    return (noisy - clean) / time[..., None]
+
+
+def velocity_from_noise(noisy: Array, noise: Array, time: Float[Array, "B N"]) -> Array:
+    """Undefined at time 1, where noisy is noise: callers keep time < 1."""
+    return (noise - noisy) / (1 - time[..., None])
+
+
+def loss(
+    predicted: Float[Array, "B N P"], target: Float[Array, "B N P"], weight: Float[Array, "B N"]
+) -> tuple[Float[Array, ""], Float[Array, "B N"]]:
+    """(weighted mean of the squared error over tokens, squared error per token), in float32.
+
+    weight is 0 for padding and for known tokens. A batch without weight gives 0, not NaN.
+    """
+    error_BN = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
+    return jnp.sum(error_BN * weight) / jnp.maximum(jnp.sum(weight), 1.0), error_BN
+
+
+def token_noise(
+    key: Array, clip_BN: Array, draw_BN: Array, index_BN: Array, patch_dim: int
+) -> Float[Array, "B N P"]:
+    """Standard normal noise of each token, keyed by (key, clip, draw, index in the clip's grid).
+
+    Neither the packing nor the mesh nor the number of hosts changes the noise of a clip.
+    """
+
+    def one(clip: Array, draw: Array, index: Array) -> Array:
+        place = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, clip), draw), index)
+        return jax.random.normal(place, (patch_dim,))
+
+    return jax.vmap(jax.vmap(one))(clip_BN, draw_BN, index_BN)
+
+
+def slot_normal(key: Array, clip_BS: Array, draw_BS: Array) -> Float[Array, "B S"]:
+    """One standard normal per slot, keyed like token_noise."""
+
+    def one(clip: Array, draw: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, clip), draw))
+
+    return jax.vmap(jax.vmap(one))(clip_BS, draw_BS)

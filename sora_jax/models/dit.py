@@ -1,0 +1,242 @@
+"""Diffusion transformer over packed rows of spacetime patches (DiT, arXiv:2212.09748; NaViT, arXiv:2307.06304).
+
+A token knows its noise level through its slot: modulation is computed once per slot and then handed to the slot's tokens,
+so known frames at time 0 and frames being denoised share one sequence. Self-attention stays within a clip, cross-attention
+goes from a clip's tokens to its own caption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from sora_jax import sharding, structs
+from sora_jax.models import text_encoder
+from sora_jax.nn import rope
+from sora_jax.nn.attention import attention
+from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the transformer. patch is (frames, height, width) in latent cells; wavelengths are in seconds and pixels."""
+
+    width: int
+    blocks: int
+    heads: int
+    patch: tuple[int, int, int] = (1, 1, 1)
+    channels: int = 32
+    mlp_ratio: int = 4
+    text_width: int = 384
+    wavelengths: tuple[tuple[float, float], ...] = ((0.5, 32.0), (16.0, 1024.0), (16.0, 1024.0))
+    dtype: str = "float32"
+    remat: str = "none"
+    text: text_encoder.TextEncoderConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"dit.width {self.width} must be a multiple of dit.heads {self.heads}")
+        if self.remat not in REMAT:
+            raise ValueError(f"dit.remat {self.remat!r} is none of {', '.join(REMAT)}")
+        if min(self.width, self.blocks, self.heads, *self.patch, self.channels) < 1:
+            raise ValueError("dit: width, blocks, heads, patch and channels must be positive")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dit.dtype {self.dtype!r} is neither float32 nor bfloat16")
+        if self.text is not None and self.text.width != self.text_width:
+            raise ValueError(f"dit.text_width {self.text_width} must equal dit.text.width {self.text.width}")
+        rope.frequencies(self.width // self.heads, self.wavelengths)
+
+    @property
+    def patch_dim(self) -> int:
+        return math.prod(self.patch) * self.channels
+
+
+# Width, blocks, heads as in Table 1 of the DiT paper, then toy sizes and a 7B class. "/2" halves the grid in height and width.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "XXS": (64, 4, 2),
+    "XS": (128, 4, 4),
+    "T": (192, 6, 6),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "7B": (4096, 28, 32),
+}
+
+
+def sized(name: str, **other: Any) -> DiTConfig:
+    """DiTConfig from a name such as 'S/2' or 'XL/1'. Raises ValueError with the known names."""
+    size, _, patch = name.partition("/")
+    if size not in SIZES or not patch.isdigit():
+        raise ValueError(f"DiT size {name!r}: use one of {', '.join(SIZES)} with a patch size, such as 'S/2'")
+    width, blocks, heads = SIZES[size]
+    return DiTConfig(width=width, blocks=blocks, heads=heads, patch=(1, int(patch), int(patch)), **other)
+
+
+def fourier(x: Float[Array, "..."], shortest: float, longest: float, count: int) -> Float[Array, "... features"]:
+    """cos and sin of x at `count` wavelengths, spread geometrically."""
+    angle = x[..., None] * (2 * jnp.pi / jnp.geomspace(shortest, longest, count))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def axis_features(x: Float[Array, "... 3"], wavelengths: tuple[tuple[float, float], ...], count: int) -> Array:
+    """Fourier features of (seconds, y, x), each axis over twice its rotary range."""
+    return jnp.concatenate(
+        [fourier(x[..., axis], short, 2 * long, count) for axis, (short, long) in enumerate(wavelengths)], -1
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention within segments, with QK-norm (arXiv:2302.05442) and rotary positions."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        head_dim = config.width // config.heads
+        self.qkv = Linear(config.width, 3 * config.width, rngs=rngs, dtype=config.dtype)
+        self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.heads, self.dtype = config.heads, config.dtype
+
+    def __call__(self, x_BND: Array, turn: tuple[Array, Array], segment_BN: Array) -> Array:
+        q, k, v = rearrange(self.qkv(x_BND), "b n (three k e) -> three b n k e", three=3, k=self.heads)
+        q, k = rope.rotate(self.q_norm(q), turn), rope.rotate(self.k_norm(k), turn)
+        q, k, v = (sharding.constrain(a, "rows", "tokens", "heads", "none") for a in (q, k, v))
+        return self.out(rearrange(attention(q, k, v, segment_BN, segment_BN, self.dtype), "b n k e -> b n (k e)"))
+
+
+class CrossAttention(nnx.Module):
+    """From a clip's tokens to the states of its own caption."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        head_dim = config.width // config.heads
+        self.q = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
+        self.kv = Linear(config.width, 2 * config.width, rngs=rngs, dtype=config.dtype)
+        self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype, gain=0.0)
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.heads, self.dtype = config.heads, config.dtype
+
+    def __call__(self, x_BND: Array, text_BLD: Array, segment_BN: Array, text_segment_BL: Array) -> Array:
+        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads)
+        k, v = rearrange(self.kv(text_BLD), "b l (two k e) -> two b l k e", two=2, k=self.heads)
+        attended = attention(self.q_norm(q), self.k_norm(k), v, segment_BN, text_segment_BL, self.dtype)
+        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
+
+
+class Block(nnx.Module):
+    """adaLN-zero block: self-attention and MLP are scaled, shifted and gated by the slot's condition."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.modulation = Linear(config.width, 6 * config.width, rngs=rngs, gain=0.0)
+        self.attention = SelfAttention(config, rngs)
+        self.cross = CrossAttention(config, rngs)
+        self.mlp = MLP(config.width, config.mlp_ratio * config.width, rngs=rngs, dtype=config.dtype)
+
+    def __call__(self, x_BND: Array, context: Context) -> Array:
+        modulation_BN6D = context.spread(self.modulation(context.condition_BSD))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation_BN6D, 6, -1)
+        layout = context.layout
+        h_BND = layer_norm(x_BND) * (1 + scale1) + shift1
+        x_BND = x_BND + gate1 * self.attention(h_BND, context.turn, layout.segment_BN)
+        x_BND = x_BND + self.cross(layer_norm(x_BND), context.text_BLD, layout.segment_BN, layout.text_segment_BL)
+        h_BND = layer_norm(x_BND) * (1 + scale2) + shift2
+        return sharding.constrain(x_BND + gate2 * self.mlp(h_BND), "rows", "tokens", "width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block sees beside the tokens."""
+
+    layout: structs.Layout
+    turn: tuple[Array, Array]
+    condition_BSD: Array
+    text_BLD: Array
+    slot_one_hot_BNS: Array
+
+    def spread(self, x_BSD: Array) -> Array:
+        """Hand a slot's vector to its tokens. A one-hot product: its gradient is a matmul, not a scatter."""
+        return jnp.einsum("bns,bsd->bnd", self.slot_one_hot_BNS, x_BSD)
+
+
+class DiT(nnx.Module):
+    """velocity_BNP = DiT(noisy_BNP, time_BS, layout)."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.config = config
+        self.patch_in = Linear(config.patch_dim, width, rngs=rngs)
+        self.position_in = Linear(3 * 2 * 8, width, rngs=rngs)
+        self.time_in = Linear(64, width, rngs=rngs)
+        self.time_out = Linear(width, width, rngs=rngs)
+        self.extent_in = Linear(3 * 2 * 8, width, rngs=rngs)
+        self.text_in = Linear(config.text_width, width, rngs=rngs)
+        self.pooled_in = Linear(config.text_width, width, rngs=rngs)
+        self.text = None if config.text is None else text_encoder.TextEncoder(config.text, rngs=rngs)
+        make = nnx.vmap(
+            Block, in_axes=(None, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None}
+        )
+        self.blocks = make(config, rngs.fork(split=config.blocks))
+        self.modulation = Linear(width, 2 * width, rngs=rngs, gain=0.0)
+        self.patch_out = Linear(width, config.patch_dim, rngs=rngs, gain=0.0)
+
+    def text_states(self, layout: structs.Layout) -> Float[Array, "B L M"]:
+        """States of the row's captions: from the batch when the encoder is frozen, else from the encoder trained here."""
+        if self.text is None:
+            if layout.text_BLM is None:
+                raise ValueError("this DiT takes states of a frozen text encoder, but the batch carries none (layout.text_BLM)")
+            return layout.text_BLM.astype(jnp.float32)
+        if layout.text_token_BL is None:
+            raise ValueError("this DiT trains its own text encoder, but the batch carries no tokens (layout.text_token_BL)")
+        return self.text(layout.text_token_BL, layout.text_segment_BL)
+
+    def condition(self, time_BS: Array, text_BLM: Array, layout: structs.Layout) -> Float[Array, "B S D"]:
+        """One vector per slot from its noise level, its clip's extent and the mean state of its caption."""
+        config = self.config
+        belongs_BSL = layout.slot_segment_BS[:, :, None] == layout.text_segment_BL[:, None, :]
+        belongs_BSL = belongs_BSL.astype(jnp.float32)
+        pooled_BSM = jnp.einsum("bsl,blm->bsm", belongs_BSL, text_BLM) / jnp.maximum(belongs_BSL.sum(-1, keepdims=True), 1)
+        # The noise level is resolved on a scale of 1/1000 up to its whole range.
+        time_BSD = self.time_out(jax.nn.silu(self.time_in(fourier(time_BS, 0.02, 4.0, 32))))
+        extent_BSD = self.extent_in(axis_features(layout.extent_BS3, config.wavelengths, 8))
+        return jax.nn.silu(time_BSD + extent_BSD + self.pooled_in(pooled_BSM))
+
+    def __call__(
+        self, noisy_BNP: Float[Array, "B N P"], time_BS: Float[Array, "B S"], layout: structs.Layout
+    ) -> Float[Array, "B N P"]:
+        config = self.config
+        text_BLM = self.text_states(layout)
+        frequency = rope.frequencies(config.width // config.heads, config.wavelengths)
+        context = Context(
+            layout=layout,
+            turn=rope.angles(layout.position_BN3, frequency),
+            condition_BSD=self.condition(time_BS, text_BLM, layout),
+            text_BLD=layer_norm(self.text_in(text_BLM)),
+            slot_one_hot_BNS=jax.nn.one_hot(layout.slot_BN, layout.slot_segment_BS.shape[1]),
+        )
+        x_BND = self.patch_in(noisy_BNP) + self.position_in(axis_features(layout.position_BN3, config.wavelengths, 8))
+        x_BND = sharding.constrain(x_BND, "rows", "tokens", "width")
+
+        # The stacked blocks are one scan: compile time does not grow with depth.
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x_BND: Array, block: Any) -> tuple[Array, None]:
+            return nnx.merge(graphdef, block)(x_BND, context), None
+
+        if config.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[config.remat])
+        x_BND, _ = jax.lax.scan(body, x_BND, stacked)
+
+        shift_BND, scale_BND = jnp.split(context.spread(self.modulation(context.condition_BSD)), 2, -1)
+        return self.patch_out(layer_norm(x_BND) * (1 + scale_BND) + shift_BND)

@@ -1,0 +1,65 @@
+"""Linear, norms and the MLP: parameters in float32, matmuls in a given dtype with float32 accumulation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from sora_jax import sharding
+
+
+def dot(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    """x @ kernel with operands in dtype and a float32 result: bfloat16 outputs would round the residual stream."""
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis. gain scales the fan-in initialisation; 0 starts the map at zero."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: str = "float32", gain: float = 1.0, bias: bool = True):
+        init = nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal") if gain else nnx.initializers.zeros
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        y = dot(x, self.kernel[...], jnp.dtype(self.dtype))
+        return y if self.bias is None else y + self.bias[...]
+
+
+def layer_norm(x: Float[Array, "... D"], epsilon: float = 1e-6) -> Float[Array, "... D"]:
+    """Layer normalisation without affine parameters: adaLN brings scale and shift."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation of the last axis with a learned scale (arXiv:1910.07467)."""
+
+    def __init__(self, size: int):
+        self.scale = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * self.scale[...]
+
+
+class MLP(nnx.Module):
+    """Two linear maps around a GELU; the second starts small so that a residual branch starts near the identity."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: str, out_gain: float = 1.0):
+        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype, gain=out_gain)
+
+    def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        h_BNF = sharding.constrain(jax.nn.gelu(self.up(x_BND), approximate=True), "rows", "tokens", "hidden")
+        return self.down(h_BNF)

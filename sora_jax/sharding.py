@@ -1,0 +1,152 @@
+"""The device mesh and the one table from names to mesh axes. No other module names a mesh axis.
+
+Parameters are matched by path to *logical* axes (PARAMETERS); logical axes map to mesh axes (RULES). The table is total: a
+parameter without a row, a mesh axis used twice, or a dimension that does not divide is an error with its remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical axis -> mesh axes it is split over. None: every device holds it whole.
+RULES: dict[str, tuple[str, ...] | None] = {
+    "rows": ("data", "fsdp"),
+    "tokens": ("sequence",),
+    "slots": None,
+    "width": None,
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "embed": ("fsdp",),  # the input side of a weight: gathered block by block, as in FSDP
+    "wide": ("tensor",),  # the output side of a weight
+    "layers": None,
+    "none": None,
+}
+
+# Path pattern -> logical axes, from the last axis backwards; a leading stacked axis of scanned blocks is "layers".
+PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"(bias|scale|count|shift|stretch)$", ("none",)),
+    (r"embed(ding)?/(table|embedding)$", ("none", "embed")),
+    (r"position(_embedding)?/(table|embedding)$", ("none", "none")),
+    (r"conv\w*/kernel$", ("none", "none", "embed", "wide")),
+    (r"(out|down)/kernel$", ("wide", "embed")),
+    (r"kernel$", ("embed", "wide")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; data = 0 takes all devices that the other axes leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
+            raise ValueError(f"mesh {dataclasses.astuple(self)}: axis sizes must be at least 1 (data may be 0: the rest)")
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with the axes AXES over the given devices (all by default). Raises ValueError if the sizes do not fit."""
+    devices = jax.devices() if devices is None else devices
+    others = config.fsdp * config.tensor * config.sequence
+    data = config.data or len(devices) // others
+    if data * others != len(devices):
+        raise ValueError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} sequence={config.sequence} does not cover "
+            f"{len(devices)} devices; choose sizes whose product is {len(devices)}"
+        )
+    shape = (data, config.fsdp, config.tensor, config.sequence)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(logical: tuple[str, ...], where: str) -> P:
+    """Partition spec of logical axes. Raises ValueError for an unknown name or a mesh axis that is used twice."""
+    mesh_axes, used = [], set()
+    for name in logical:
+        if name not in RULES:
+            raise ValueError(f"{where}: no logical axis {name!r}; sharding.RULES has {', '.join(RULES)}")
+        axes = RULES[name]
+        if axes and used & set(axes):
+            raise ValueError(f"{where}: {logical} uses mesh axis {sorted(used & set(axes))} twice; change its row in sharding.py")
+        used |= set(axes or ())
+        mesh_axes.append(axes)
+    return P(*mesh_axes)
+
+
+def constrain(x: jax.Array, *logical: str) -> jax.Array:
+    """Tell the compiler how an activation lies on the mesh of the context; without a mesh nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical, "constrain"))
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
+    """Logical axes of the parameter at path ('blocks/attention/qkv/kernel'). Raises ValueError if no row matches."""
+    for pattern, axes in PARAMETERS:
+        if re.search(pattern, path) and ndim - len(axes) in (0, 1):
+            return ("layers",) * (ndim - len(axes)) + axes
+    raise ValueError(f"parameter {path} with {ndim} axes matches no row of sharding.PARAMETERS; add one")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'blocks/mlp/up/kernel' from a pytree key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of params (arrays or ShapeDtypeStructs), from the table."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        partition = spec(logical_axes(name, leaf.ndim), name)
+        for size, axes in zip(leaf.shape, partition, strict=True):
+            shards = math.prod(mesh.shape[a] for a in axes or ())
+            if size % shards:
+                raise ValueError(
+                    f"{name} {leaf.shape}: {size} does not divide over {shards} devices of mesh axes {axes}; "
+                    f"change the model's width or the mesh"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of params' structure (optimizer moments): matched by path suffix and shape."""
+    table = {
+        path_name(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree_util.tree_leaves(shardings), strict=True
+        )
+    }
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            shape, sharding = table.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Batches: split over rows."""
+    return NamedSharding(mesh, P(RULES["rows"]))

@@ -1,0 +1,89 @@
+"""Captions to token ids: WordPiece for the frozen encoder, hashed words for an encoder trained from scratch.
+
+Both have tokens(captions) -> one int32 array (L_i,) per caption, never empty and at most max_tokens long. Id 0 is padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+START = 1  # the first token of every hashed caption, so that the empty caption has a state too
+FIRST_WORD = 2  # ids below: padding and START
+WORDS = re.compile(r"\w+|[^\w\s]")  # a run of letters, digits and underscores, or one mark of punctuation
+
+
+class Tokeniser(Protocol):
+    """What an encoder or a packer needs of a tokeniser."""
+
+    max_tokens: int
+
+    def tokens(self, captions: Sequence[str]) -> list[np.ndarray]: ...
+
+
+class WordPiece:
+    """The WordPiece tokeniser of a Hugging Face tokenizer.json, which adds [CLS] and [SEP].
+
+    The file's own truncation and padding (128 and 128 for MiniLM) are overridden: no padding, and max_tokens that include
+    [CLS] and a kept [SEP].
+    """
+
+    def __init__(self, path: Path, max_tokens: int) -> None:
+        if max_tokens < 3:
+            raise ValueError(f"max_tokens is {max_tokens}; WordPiece needs at least 3: [CLS], a piece and [SEP]")
+        import tokenizers  # here, so that a run without the frozen encoder needs no such package
+
+        self.max_tokens = max_tokens
+        self._tokeniser = tokenizers.Tokenizer.from_file(str(path))
+        self._tokeniser.no_padding()
+        self._tokeniser.enable_truncation(max_tokens)
+
+    def tokens(self, captions: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokeniser.encode_batch(list(captions))
+        _warn_of_lost_ends(sum(bool(encoding.overflowing) for encoding in encodings), len(captions), self.max_tokens)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+
+@dataclasses.dataclass(frozen=True)
+class WordHash:
+    """Lower-case words and punctuation, each hashed to an id: nothing to train, nothing to download, no unknown words.
+
+    Two words may share an id. Among W words about W^2 / (2 vocab_size) pairs do: 200 words in 8192 ids, 2.4 pairs.
+    Raises ValueError if vocab_size leaves no id for words, or max_tokens no place for one.
+    """
+
+    vocab_size: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.vocab_size <= FIRST_WORD or self.max_tokens < 2:
+            raise ValueError(
+                f"word hash: vocab_size is {self.vocab_size} and max_tokens {self.max_tokens}; "
+                f"they must be at least {FIRST_WORD + 1} and 2, for padding, start and words"
+            )
+
+    def tokens(self, captions: Sequence[str]) -> list[np.ndarray]:
+        ids = [[START, *map(self.word_id, WORDS.findall(caption.lower()))] for caption in captions]
+        _warn_of_lost_ends(sum(len(each) > self.max_tokens for each in ids), len(captions), self.max_tokens)
+        return [np.asarray(each[: self.max_tokens], np.int32) for each in ids]
+
+    def word_id(self, word: str) -> int:
+        # crc32, because Python's own hash of a string changes from process to process.
+        return FIRST_WORD + zlib.crc32(word.encode()) % (self.vocab_size - FIRST_WORD)
+
+
+def _warn_of_lost_ends(num_lost: int, num_captions: int, max_tokens: int) -> None:
+    if num_lost:
+        logging.getLogger(__name__).warning(
+            "%d of %d captions have more than %d tokens; the rest of them is dropped",
+            num_lost,
+            num_captions,
+            max_tokens,
+        )
