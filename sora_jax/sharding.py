@@ -112,7 +112,7 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
         name = path_name(path)
         partition = spec(logical_axes(name, leaf.ndim), name)
         for size, axes in zip(leaf.shape, partition, strict=True):
-            shards = math.prod(mesh.shape[a] for a in axes or ())
+            shards = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
             if size % shards:
                 raise ValueError(
                     f"{name} {leaf.shape}: {size} does not divide over {shards} devices of mesh axes {axes}; "

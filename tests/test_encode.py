@@ -1,4 +1,4 @@
-"""Laws of tokenising, packing, encoding and caching; the encoder is tiny and random, so that nothing need be installed."""
+"""Laws of tokenising, packing, encoding and caching; a tiny random encoder, so that nothing need be installed."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from sora_jax.text import encode, tokenise
 CONFIG = text_encoder.TextEncoderConfig(
     vocab_size=500, width=16, layers=1, heads=2, mlp_width=32, max_tokens=80, dtype="float32"
 )
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "ball", "roll", "##s"]
 CAPTIONS = ["a red ball rolls left", "", "a red ball rolls right", "blue. " * 35, "one " * 40, "two " * 22]
 
 
@@ -37,7 +38,7 @@ def encoder() -> Counting:
 def word_piece_file(tmp_path):
     """A tokenizer.json that truncates to 4 and pads to 4, as MiniLM's does to 128."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {word: number for number, word in enumerate("[PAD] [UNK] [CLS] [SEP] a red ball roll ##s".split())}
+    vocabulary = {word: number for number, word in enumerate(PIECES)}
     tokeniser = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokeniser.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokeniser.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -84,10 +85,11 @@ def test_rows_hold_every_caption_once_and_are_full():
 def test_captions_encoded_together_equal_captions_alone(encoder):
     captions = [f"{caption} {number}" for number in range(40) for caption in CAPTIONS]
     together = encoder.encode(captions)
-    network = text_encoder.TextEncoder(CONFIG, rngs=nnx.Rngs(0))
+    network = nnx.jit(text_encoder.TextEncoder(CONFIG, rngs=nnx.Rngs(0)))
     for caption, states in list(zip(captions, together, strict=True))[::17]:
-        ids = encoder.tokeniser.tokens([caption])[0][None]
-        wanted = network(jnp.asarray(ids), jnp.ones_like(ids))[0]
+        (ids,) = encoder.tokeniser.tokens([caption])
+        row = np.pad(ids, (0, CONFIG.max_tokens - len(ids)))[None]
+        wanted = network(jnp.asarray(row), jnp.asarray(row > 0, jnp.int32))[0, : len(ids)]
         np.testing.assert_allclose(states, wanted, atol=2e-3)  # float16
         assert states.dtype == np.float16
 

@@ -97,6 +97,12 @@ def test_a_pair_needs_both_things_and_its_relation():
     assert score["colour_count"] == 2 * COUNT
 
 
+def test_a_thing_too_many_is_wrong():
+    more = [dataclasses.replace(it, things=it.things * 2) for it in _readings("compact")]
+    score = reader.score_readings(more, _scenes("compact"))
+    assert score["all"] == 0 and score["colour"] >= 0.98
+
+
 def test_images_do_not_count_for_motion():
     images = [clip for clip in _clips("full") if clip.scene.is_image]
     score = reader.score([clip.frames_THWC for clip in images], [clip.scene for clip in images])
@@ -118,7 +124,11 @@ def test_nothing_is_none_and_nothing_crashes(num_frames):
     shape = (num_frames, 32, 48, 3)
     rng = np.random.default_rng(0)
     speck = np.zeros(shape, np.uint8)
-    speck[:, 5, 5, 0] = 255
+    speck[:, 5:7, 5:7, 0] = 255
+    broken = np.full(shape, -1.0, np.float32)
+    broken[:, 8:20, 8:20, 0] = 1.0
+    assert reader.read(broken).things[0].shape == "square"
+    broken[-1, 0, 0] = np.nan
     blank = [
         np.zeros(shape, np.uint8),
         np.full(shape, 255, np.uint8),
@@ -126,6 +136,7 @@ def test_nothing_is_none_and_nothing_crashes(num_frames):
         np.full(shape, np.nan, np.float32),
         np.broadcast_to(rng.integers(0, 256, (*shape[:3], 1), np.uint8), shape),
         speck,
+        broken,
     ]
     assert reader.read_many(blank) == [None] * len(blank)
     flash = np.zeros(shape, np.uint8)

@@ -60,8 +60,9 @@ def test_scenes_do_not_depend_on_order(config):
     backward = [world.sample_scene(config, "train", index) for index in reversed(range(50))]
     assert forward == backward[::-1]
     assert len(set(forward)) == 50
-    assert forward != _scenes(config, "heldout", 50)
-    assert forward != _scenes(dataclasses.replace(config, seed=1), "train", 50)
+    frames = [(it.height, it.width, it.num_frames, it.background) for it in forward]
+    for others in (_scenes(config, "heldout", 50), _scenes(dataclasses.replace(config, seed=1), "train", 50)):
+        assert frames != [(it.height, it.width, it.num_frames, it.background) for it in others]
 
 
 @each_world
@@ -142,6 +143,28 @@ def test_captions_name_every_attribute(config):
                 assert any(words in text for words in captions.MOTION_WORDS[thing.motion]) != scene_.is_image
             assert not is_long or len(text.split()) <= 40, text
             assert "  " not in text and " a orange" not in f" {text}"
+
+
+def test_captions_read_as_written():
+    star = scene.Thing("orange", "star", "small", "up-left", radius=5, centre_y=8, centre_x=8)
+    disc = scene.Thing("blue", "circle", "large", "still", radius=8, centre_y=20, centre_x=20)
+    one = scene.Scene((star,), None, "light gray", height=32, width=32, num_frames=9, fps=8)
+    two = dataclasses.replace(one, things=(disc, star), relation="right of")
+    image = dataclasses.replace(one, num_frames=1)
+    assert captions.prompt(one) == "a small orange star moves up and left on a light gray background"
+    assert captions.prompt(one, size_words=False) == "an orange star moves up and left on a light gray background"
+    assert captions.prompt(image) == "a small orange star on a light gray background"
+    assert captions.prompt(two) == (
+        "a large blue circle stays still, to the right of a small orange star that moves up and left, "
+        "on a light gray background"
+    )
+    assert captions.long_caption(two, 0) == (
+        "A video of a large blue circle to the right of a small orange star on a plain light gray background. "
+        "The blue circle stays still in one place. The orange star moves diagonally up to the left."
+    )
+    relations = [captions.prompt(dataclasses.replace(two, relation=relation)) for relation in scene.RELATIONS]
+    for words, text in zip(("left of a", "right of a", "above a", "below a"), relations, strict=True):
+        assert words in text
 
 
 def test_captions_tell_scenes_apart():

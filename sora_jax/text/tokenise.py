@@ -1,6 +1,6 @@
 """Captions to token ids: WordPiece for the frozen encoder, hashed words for an encoder trained from scratch.
 
-Both have tokens(captions) -> one int32 array (L_i,) per caption, never empty and at most max_tokens long. Id 0 is padding.
+Both have tokens(captions) -> one int32 array (L_i,) per caption, never empty, at most max_tokens long. Id 0 is padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,10 +20,12 @@ FIRST_WORD = 2  # ids below: padding and START
 WORDS = re.compile(r"\w+|[^\w\s]")  # a run of letters, digits and underscores, or one mark of punctuation
 
 
+@runtime_checkable
 class Tokeniser(Protocol):
     """What an encoder or a packer needs of a tokeniser."""
 
-    max_tokens: int
+    @property
+    def max_tokens(self) -> int: ...
 
     def tokens(self, captions: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -31,8 +33,8 @@ class Tokeniser(Protocol):
 class WordPiece:
     """The WordPiece tokeniser of a Hugging Face tokenizer.json, which adds [CLS] and [SEP].
 
-    The file's own truncation and padding (128 and 128 for MiniLM) are overridden: no padding, and max_tokens that include
-    [CLS] and a kept [SEP].
+    The file's own truncation and padding (128 and 128 for MiniLM) are overridden: no padding, and max_tokens that
+    include [CLS] and a kept [SEP].
     """
 
     def __init__(self, path: Path, max_tokens: int) -> None:

@@ -52,7 +52,8 @@ def prompt(scene: Scene, size_words: bool = True) -> str:
 def short_caption(scene: Scene, variant: int, size_words: bool = True) -> str:
     """One of SHORT_VARIANTS sentences or labels; an image names no motion. Raises ValueError for an unknown variant."""
     _check_variant(variant, SHORT_VARIANTS)
-    things = (_image_short if scene.is_image else _video_short)(scene, variant, size_words)
+    names = _names(scene, size_words)
+    things = _arranged(scene, names) if scene.is_image else _doing(scene, names, with_verbs=variant != 2)
     if variant == 1:
         return f"on a {scene.background} background, {things}"
     if variant == 2:
@@ -78,19 +79,12 @@ def captions(scene: Scene, size_words: bool = True) -> tuple[str, ...]:
     return (*short, *(long_caption(scene, variant) for variant in range(LONG_VARIANTS)))
 
 
-def _image_short(scene: Scene, variant: int, size_words: bool) -> str:
-    del variant  # without verbs there is one way to say it
-    return _arranged(scene, _names(scene, size_words))
-
-
-def _video_short(scene: Scene, variant: int, size_words: bool) -> str:
-    names = _names(scene, size_words)
-    verbs, participles, _ = zip(*(MOTION_WORDS[thing.motion] for thing in scene.things), strict=True)
-    first = f"{names[0]} {participles[0] if variant == 2 else verbs[0]}"
+def _doing(scene: Scene, names: list[str], with_verbs: bool) -> str:
+    doing = [MOTION_WORDS[thing.motion][0 if with_verbs else 1] for thing in scene.things]
+    first = f"{names[0]} {doing[0]}"
     if scene.relation is None:
         return first
-    second = f"{names[1]} {participles[1] if variant == 2 else f'that {verbs[1]}'}"
-    return f"{first}, {RELATION_WORDS[scene.relation]} {second}"
+    return f"{first}, {RELATION_WORDS[scene.relation]} {names[1]} {'that ' if with_verbs else ''}{doing[1]}"
 
 
 def _motions(scene: Scene) -> str:

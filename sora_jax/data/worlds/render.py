@@ -56,27 +56,27 @@ def coverage(
     return np.clip(0.5 - DISTANCE[shape](y, x, radius), 0, 1)
 
 
-def render(clips: Sequence[Scene]) -> UInt8[np.ndarray, "clips T H W 3"]:
+def render(drawn: Sequence[Scene]) -> UInt8[np.ndarray, "clips T H W 3"]:
     """Draws scenes of one frame count and size: uint8 (clips, T, H, W, 3). Raises ValueError if these differ."""
-    kinds = {(scene.num_frames, scene.height, scene.width) for scene in clips}
+    kinds = {(scene.num_frames, scene.height, scene.width) for scene in drawn}
     if len(kinds) != 1:
         raise ValueError(
             f"got scenes of {len(kinds)} kinds (num_frames, height, width): {sorted(kinds)}; render one kind at once"
         )
     ((num_frames, height, width),) = kinds
-    still_BHW = np.stack([scenes.BACKGROUNDS[scene.background](height, width) for scene in clips])
-    frames_BTHWC = np.empty((len(clips), num_frames, height, width, 3), np.uint8)
+    still_BHW = np.stack([scenes.BACKGROUNDS[scene.background](height, width) for scene in drawn])
+    frames_BTHWC = np.empty((len(drawn), num_frames, height, width, 3), np.uint8)
     frames_BTHWC[:] = still_BHW[:, None, :, :, None]
-    for place in range(max(len(scene.things) for scene in clips)):  # second things are drawn over what the first left
-        for (shape, crop), members in _by_shape_and_crop(clips, place).items():
+    for place in range(max(len(scene.things) for scene in drawn)):  # second things are drawn over what the first left
+        for (shape, crop), members in _by_shape_and_crop(drawn, place).items():
             _draw(frames_BTHWC, shape, min(crop, height), min(crop, width), members)
     return frames_BTHWC
 
 
-def _by_shape_and_crop(clips: Sequence[Scene], place: int) -> dict[tuple[str, int], list]:
+def _by_shape_and_crop(drawn: Sequence[Scene], place: int) -> dict[tuple[str, int], list]:
     """(shape, crop in pixels) -> [(clip, track, colour)]."""
     groups = collections.defaultdict(list)
-    for number, scene in enumerate(clips):
+    for number, scene in enumerate(drawn):
         if place < len(scene.things):
             thing = scene.things[place]
             track_T3 = scenes.track(thing, scene.num_frames)

@@ -1,0 +1,142 @@
+"""Complete declarations that experiments are put together from. Plain ml_collections: no jax, no models.
+
+Every key of a run stands here, so that every key can be set on the command line.
+"""
+
+from ml_collections import ConfigDict
+
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+SHAPES = ("circle", "square", "triangle", "star")
+DIRECTIONS = ("left", "right", "up", "down")
+DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
+
+
+def compact_world() -> ConfigDict:
+    """What a small model learns in minutes: one large thing, four directions, three backgrounds, three sizes."""
+    return ConfigDict(
+        dict(
+            colours=COLOURS,
+            shapes=SHAPES,
+            sizes=("large",),
+            motions=("still", *DIRECTIONS, "grow", "shrink"),
+            backgrounds=("white", "gray", "black"),
+            frame_sizes=((32, 32), (48, 32), (32, 48)),
+            frame_counts=(1, 9, 13, 17),
+            frame_count_weights=(1.0, 2.0, 2.0, 4.0),
+            fps=(8.0,),
+            two_things_fraction=0.0,
+            holdout_fraction=0.15,
+            seed=0,
+        ),
+        convert_dict=True,
+    )
+
+
+def full_world() -> ConfigDict:
+    """Everything the worlds can show."""
+    world = compact_world()
+    world.sizes = ("small", "large")
+    world.motions = ("still", *DIRECTIONS, *DIAGONALS, "orbit", "bounce", "grow", "shrink")
+    world.backgrounds = ("white", "light gray", "gray", "dark gray", "black", "gradient", "checkered")
+    world.frame_sizes = ((32, 32), (48, 32), (32, 48), (48, 48), (64, 48), (48, 64), (64, 64), (96, 64), (64, 96))
+    world.frame_counts = (1, 5, 9, 13, 17, 25, 33)
+    world.frame_count_weights = ()
+    world.fps = (4.0, 8.0, 12.0, 16.0)
+    world.two_things_fraction = 0.3
+    return world
+
+
+def data(world: ConfigDict, train_clips: int, heldout_clips: int) -> ConfigDict:
+    return ConfigDict(dict(world=world, train_clips=train_clips, heldout_clips=heldout_clips))
+
+
+def mesh() -> ConfigDict:
+    """One axis over all devices; data=0 takes what the others leave."""
+    return ConfigDict(dict(data=0, fsdp=1, tensor=1, sequence=1))
+
+
+def muon(rate: float, adam_rate: float, warmup_steps: int = 20) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="muon",
+            rate=rate,
+            adam_rate=adam_rate,
+            warmup_steps=warmup_steps,
+            decay="linear",
+            weight_decay=0.0,
+            clip_norm=1.0,
+        )
+    )
+
+
+def loop(steps: int, log_every: int = 20, save_every: int = 0, evaluate_every: int = 0, sample_every: int = 0) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            steps=steps,
+            log_every=log_every,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            sample_every=sample_every,
+            keep=2,
+            ema=0.99,
+            max_bad_steps=50,
+        )
+    )
+
+
+def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
+    """A VAE at latent resolution for small pictures."""
+    world = world.copy_and_resolve_references()
+    # Shorter clips are beginnings of longer ones, and the network is causal: the longest teach all.
+    world.frame_counts, world.frame_count_weights = (17,), ()
+    return ConfigDict(
+        dict(
+            task="vae",
+            seed=0,
+            data=data(world, train_clips=4096, heldout_clips=128),
+            vae=dict(
+                folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=16, remat=False
+            ),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
+            optimizer=muon(0.02, 2e-3),
+            loop=loop(steps),
+            mesh=mesh(),
+        )
+    )
+
+
+def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
+    """A small diffusion transformer on packed rows."""
+    return ConfigDict(
+        dict(
+            task="dit",
+            seed=0,
+            vae_checkpoint=vae_checkpoint,
+            data=data(world, train_clips=8192, heldout_clips=256),
+            text=dict(
+                encoder="auto",
+                max_tokens=64,
+                scratch=dict(vocab_size=2048, width=128, layers=2, heads=4, mlp_width=256, max_tokens=64, dtype="float32"),
+            ),
+            dit=dict(
+                width=128,
+                blocks=4,
+                heads=4,
+                patch=(1, 1, 1),
+                channels=16,
+                mlp_ratio=4,
+                text_width=384,
+                wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)),
+                dtype="float32",
+                remat="none",
+                text=None,
+            ),
+            pack=dict(rows=6, row_tokens=256, row_slots=16, row_text=128, window=256, drop_rate=0.0, drop_repeats=0.0),
+            loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
+            flow=dict(mean=0.4, std=1.0, shift=1.0),
+            sampler=dict(steps=20, method="euler", guidance=4.0, shift=1.0),
+            optimizer=muon(0.03, 3e-3),
+            loop=loop(steps),
+            mesh=mesh(),
+        )
+    )

@@ -1,0 +1,19 @@
+"""The whole path in minutes on two cores: a VAE, a diffusion transformer on its latents, samples and a report.
+
+    sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+
+import parts
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
+    vae = parts.vae_run(parts.compact_world(), steps=300)
+    dit = parts.dit_run(parts.compact_world(), steps=1600, vae_checkpoint="runs/quickstart/vae")
+    stages = {"vae": vae, "dit": dit}
+    if arg:
+        return stages[arg]
+    return ConfigDict(
+        dict(task="study", title="sora_jax quickstart", stages=stages, prompts=256, shown=24, seed=0)
+    )

@@ -1,0 +1,673 @@
+"""Checkpoints: save, restore on any mesh, verify, describe. The only module that imports orbax.
+
+A directory of checkpoints holds one directory a step. A step holds *items* ("params", "ema", "opt_state", ...), each a
+tree of arrays that can be read alone, and *meta*, whatever JSON the caller needs to go on (config, FLOPs spent, loader
+position).
+
+Orbax neither notices damaged array data nor falls back to an older step, and casts dtypes without a word (measured: 22
+of 22 flipped bits loaded). So every save also stores a *record*: dtype, shape and fingerprint of every array, and a
+digest of the record itself. Every restore holds the request against the record before it reads, and the arrays against
+it after.
+
+Items are stored as nested dicts, whatever containers they have in memory: names, not classes, are the format, so that
+optax states, empty states and None come back exactly as `like` has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+PyTree = Any
+Flat = dict[str, Any]  # "blocks/0/kernel" -> array
+Result = TypeVar("Result")
+
+_RECORD = "sora_jax"  # our key in orbax's custom metadata
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the JSON file where orbax keeps custom metadata
+_ORBAX_TREE = "_METADATA"  # the JSON file where orbax keeps the tree of one item
+_ORBAX_TEMPORARY = "*.orbax-checkpoint-tmp*"
+# Statuses of TensorStore and XLA that say nothing about the files.
+_NOT_THE_FILES = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+    "ABORTED",
+)
+_MAX_PROBLEMS = 8  # an error that lists every parameter of a model hides what is wrong
+
+
+class CorruptCheckpointError(ValueError):
+    """What is on disk is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """What restore gives back; items has the structure of `like`."""
+
+    step: int
+    items: dict[str, PyTree]
+    meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayInfo:
+    """Shape and dtype of one array of an item; path is "module/.../name"."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_values(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_values * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What one step holds, without its arrays.
+
+    step is None when the directory of a single checkpoint has no number for a name; steps are its numbered siblings.
+    bytes_on_disk is what the files take, which is less than the arrays where they compress.
+    """
+
+    path: str
+    step: int | None
+    steps: tuple[int, ...]
+    items: Mapping[str, tuple[ArrayInfo, ...]]
+    bytes_on_disk: int
+    meta: Mapping[str, Any]
+
+    def num_parameters(self, item: str | None = None) -> int:
+        """Number of values of one item, or of all items."""
+        return sum(info.num_values for name in self.items if item in (None, name) for info in self.items[name])
+
+    def num_bytes(self, item: str | None = None) -> int:
+        """Bytes of one item's arrays in memory, or of all items'."""
+        return sum(info.num_bytes for name in self.items if item in (None, name) for info in self.items[name])
+
+
+# --- Save ---
+
+
+def save(
+    directory: str | os.PathLike[str], step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, keep: int
+) -> None:
+    """Writes directory/step and then deletes all but the newest `keep` steps. Returns when the step is on disk.
+
+    items maps a name to a tree of jax or numpy arrays; an item without arrays is fine. meta is JSON. A step appears all
+    at once or not at all: a process killed in the middle leaves a temporary directory, which the next save removes. All
+    processes call it; directory must be one that all of them see.
+
+    Raises ValueError if the step exists, if keep < 1, if meta is not JSON, if a leaf is not a plain array, or if two
+    parameters share a name.
+    """
+    root = _root(directory)
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
+    if step in steps(root):
+        raise ValueError(f"{root} already holds step {step}; ask latest_step() first, or save to another directory")
+    flat = {name: _flatten(name, tree) for name, tree in items.items()}
+    stored = {name: _nest(_storable(arrays)) for name, arrays in flat.items() if _storable(arrays)}
+    if not stored:
+        raise ValueError(f"none of the items {sorted(items)} holds a value; there is nothing to save")
+    record = {
+        "meta": _as_json(meta),
+        "items": {name: _describe_arrays(arrays) for name, arrays in flat.items()},
+    }
+    if jax.process_index() == 0:
+        for leftover in root.glob(_ORBAX_TEMPORARY) if root.exists() else ():
+            leftover.rmtree()
+    # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
+    ocp.save_checkpointables(root / str(step), stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
+    if jax.process_index() == 0:
+        for old in steps(root)[:-keep]:
+            # A step below newer ones, as after a restart from an old step, must survive its own save.
+            if old != step:
+                (root / str(old)).rmtree()
+
+
+def _flatten(item: str, tree: PyTree) -> Flat:
+    """The arrays of a tree by path. Raises ValueError for a leaf that is no array and for paths that collide."""
+    flat: Flat = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if isinstance(leaf, np.generic):
+            leaf = np.asarray(leaf)
+        _check_leaf(f"{item}/{path}" if path else item, leaf)
+        if path in flat:
+            raise ValueError(f"{item}/{path}: two parameters have this path; rename one")
+        flat[path] = leaf
+    # Orbax joins names with dots, and would let {"a.b"} overwrite {"a": {"b"}}.
+    if len({path.replace("/", ".") for path in flat}) < len(flat):
+        raise ValueError(f"{item}: two parameters differ in '.' and '/' only; rename one of {sorted(flat)}")
+    return flat
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        raise ValueError(f"{path}: {type(leaf).__name__} is not an array; use np.asarray, or put the value into meta")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise ValueError(f"{path}: {leaf.dtype} has no bits of its own; store jax.random.key_data(key)")
+    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or np.dtype(leaf.dtype).kind in "biu"):
+        raise ValueError(f"{path}: {leaf.dtype} cannot be stored; a bool, integer or float array is needed")
+
+
+def _storable(arrays: Flat) -> Flat:
+    """Orbax refuses arrays without values; the record is enough to make them again."""
+    return {path: leaf for path, leaf in arrays.items() if 0 not in leaf.shape}
+
+
+def _nest(flat: Flat) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}. A tree that is one bare array becomes {"": x}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: its parent {parent!r} is a parameter itself; rename one")
+        if name in node:
+            raise ValueError(f"{path}: a parameter and a module have this path; rename one")
+        node[name] = leaf
+    return tree
+
+
+def _flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Flat:
+    flat: Flat = {}
+    for name, node in tree.items():
+        flat |= _flatten_dict(node, f"{prefix}{name}/") if isinstance(node, Mapping) else {prefix + name: node}
+    return flat
+
+
+def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(meta)))
+    except TypeError as error:
+        raise ValueError(f"meta must be JSON, {error}; convert arrays with .tolist() or float()") from error
+
+
+def _describe_arrays(arrays: Flat) -> dict[str, list[Any]]:
+    prints = fingerprints(arrays)
+    return {path: [str(leaf.dtype), list(leaf.shape), *prints[path]] for path, leaf in arrays.items()}
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+# --- Fingerprints ---
+
+
+def fingerprints(arrays: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Two 32-bit numbers of every array: the sum of its words, and the sum weighted by position, modulo 2^32.
+
+    They depend on the bits alone, not on mesh or sharding. One flipped bit always changes the first; the second sees
+    values that moved. Arrays in host memory are summed where they are; others by a jitted function, so that each device
+    reads its own shard.
+    """
+    pending = {path: _words_host(leaf) if _on_host(leaf) else _fingerprint(leaf) for path, leaf in arrays.items()}
+    return {path: (int(pair[0]), int(pair[1])) for path, pair in jax.device_get(pending).items()}
+
+
+def _on_host(leaf: Any) -> bool:
+    # On the CPU numpy reads a jax array in place, and needs no compilation, which costs 0.1 s for every shape.
+    if isinstance(leaf, np.ndarray):
+        return True
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+
+
+def _words_host(leaf: Any) -> tuple[int, int]:
+    values = np.ascontiguousarray(leaf).reshape(-1)
+    words = values.view(np.uint32 if values.itemsize >= 4 else f"u{values.itemsize}")
+    total, weighted = 0, 0
+    block = 1 << 16  # fits the cache
+    positions = np.arange(min(block, words.size), dtype=np.uint32)
+    for start in range(0, words.size, block):
+        part = words[start : start + block].astype(np.uint32, copy=False)
+        part_total = int(part.sum(dtype=np.uint32))
+        total += part_total
+        weighted += start * part_total + int(np.dot(part, positions[: part.size]))
+    return total % 2**32, weighted % 2**32
+
+
+@jax.jit
+def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    # 8 bytes become two words on a new last axis, low word first, as numpy views them.
+    width = min(bits.dtype.itemsize, 4)
+    words = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"u{width}")).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * position, dtype=jnp.uint32)
+
+
+# --- Restore ---
+
+
+def restore(directory: str | os.PathLike[str], like: Mapping[str, PyTree], step: int | None = None) -> Restored:
+    """Reads the items named in `like`, and no others, from the newest good step or from `step`.
+
+    like maps an item to the tree wanted: containers, shapes, dtypes and shardings of its leaves. A leaf is a
+    jax.ShapeDtypeStruct, a jax array (both give a jax array in their sharding; a struct without one, on the first local
+    device), or a numpy array (gives numpy). The sharding may differ from the one that was saved.
+
+    A newest step that is damaged is passed over with a warning, and renamed to STEP.corrupt once an older one was read.
+    A step asked for by number is never replaced by another.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if it is not what `like` wants (naming every
+    parameter that differs), CorruptCheckpointError if no good step is left.
+    """
+    wanted = {name: _flatten(name, tree) for name, tree in like.items()}
+    wanted = {name: {path: _abstract(leaf) for path, leaf in arrays.items()} for name, arrays in wanted.items()}
+
+    def read(step_directory: epath.Path) -> Restored:
+        record = _read_record(step_directory)
+        _check_fit(step_directory, record, wanted)
+        arrays = _read_arrays(step_directory, record, wanted)
+        items = {
+            name: jax.tree.unflatten(jax.tree.structure(tree), list(arrays[name].values()))
+            for name, tree in like.items()
+        }
+        return Restored(int(step_directory.name), items, record["meta"])
+
+    return _newest_good(_root(directory), step, read)
+
+
+def restore_nested(directory: str | os.PathLike[str], item: str, step: int | None = None) -> dict[str, Any]:
+    """One item as nested dicts of numpy arrays, when its containers are not known. Verifies and falls back as restore.
+
+    Fields of named tuples and indices of lists become keys. Raises as restore does.
+    """
+
+    def read(step_directory: epath.Path) -> dict[str, Any]:
+        record = _read_record(step_directory)
+        _check_items(step_directory, record, [item])
+        wanted = {path: _numpy_like(dtype, shape) for path, (dtype, shape, *_) in record["items"][item].items()}
+        return _nest(_read_arrays(step_directory, record, {item: wanted})[item])
+
+    return _newest_good(_root(directory), step, read)
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return _numpy_like(leaf.dtype, leaf.shape)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _numpy_like(dtype: Any, shape: Sequence[int]) -> np.ndarray:
+    # Orbax gives numpy for numpy; a broadcast zero has the shape without the memory.
+    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), tuple(shape))
+
+
+def _newest_good(root: epath.Path, step: int | None, read: Callable[[epath.Path], Result]) -> Result:
+    available = steps(root)
+    if not available or (step is not None and step not in available):
+        raise _nothing_there(root, step, available)
+    damaged: dict[int, CorruptCheckpointError] = {}
+    for candidate in [step] if step is not None else reversed(available):
+        error = None
+        try:
+            result = read(root / str(candidate))
+        except CorruptCheckpointError as caught:
+            error = caught
+        if not _on_any_process(error is not None):
+            _set_aside(root, damaged, candidate)
+            return result
+        damaged[candidate] = error or CorruptCheckpointError("another process found it damaged")
+    reasons = "\n".join(f"  step {number}: {error}" for number, error in damaged.items())
+    raise CorruptCheckpointError(f"no good checkpoint in {root}:\n{reasons}") from next(iter(damaged.values()))
+
+
+def _on_any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def _set_aside(root: epath.Path, damaged: Mapping[int, CorruptCheckpointError], good: int) -> None:
+    for step, error in damaged.items():
+        target = root / f"{step}.corrupt"
+        again = 2
+        while target.exists():
+            target, again = root / f"{step}.corrupt-{again}", again + 1
+        logging.warning("checkpoint %s/%d is damaged (%s); using step %d instead", root, step, error, good)
+        if jax.process_index() == 0:
+            try:
+                (root / str(step)).rename(target)
+            except OSError as failure:  # a reader may lack the right, or the writer may have deleted the step by now
+                logging.warning("could not rename %s/%d to %s: %s", root, step, target.name, failure)
+
+
+def _read_record(step_directory: epath.Path) -> dict[str, Any]:
+    """The record of a step. Raises CorruptCheckpointError, or ValueError if this module did not write the step."""
+    try:
+        metadata = json.loads((step_directory / _ORBAX_METADATA).read_text())["custom_metadata"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"{step_directory}/{_ORBAX_METADATA} cannot be read: {error!r}") from error
+    if not isinstance(metadata, dict) or not ({_RECORD, "sha256"} & metadata.keys()):
+        raise ValueError(
+            f"{step_directory} was not written by sora_jax, and has no fingerprints to check; load it with orbax and "
+            "save it again with sora_jax.checkpoint.save"
+        )
+    if _digest(metadata.get(_RECORD)) != metadata.get("sha256"):
+        raise CorruptCheckpointError(f"the record in {step_directory}/{_ORBAX_METADATA} does not match its digest")
+    return metadata[_RECORD]
+
+
+def _check_items(step_directory: epath.Path, record: Mapping[str, Any], names: Sequence[str]) -> None:
+    if missing := sorted(set(names) - record["items"].keys()):
+        held = ", ".join(sorted(record["items"]))
+        raise ValueError(f"{step_directory} has no item {', '.join(missing)}; it holds {held}")
+
+
+def _check_fit(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> None:
+    _check_items(step_directory, record, list(wanted))
+    problems = [
+        problem for name, arrays in wanted.items() for problem in _item_problems(name, record["items"][name], arrays)
+    ]
+    if problems:
+        more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
+        listing = "\n".join(f"  {line}" for line in problems[:_MAX_PROBLEMS] + more)
+        raise ValueError(
+            f"{step_directory} does not fit this model; run with the config stored in the checkpoint "
+            f"(tools/inspect_checkpoint shows it) or start in another directory:\n{listing}"
+        )
+
+
+def _item_problems(item: str, held: Mapping[str, Sequence[Any]], wanted: Flat) -> Iterator[str]:
+    for path, leaf in wanted.items():
+        name = f"{item}/{path}" if path else item
+        if path not in held:
+            yield f"{name}: not in the checkpoint; {leaf.dtype}{list(leaf.shape)} is needed"
+            continue
+        dtype, shape = held[path][:2]
+        if dtype != str(leaf.dtype) or list(shape) != list(leaf.shape):
+            yield f"{name}: the checkpoint has {dtype}{shape}; {leaf.dtype}{list(leaf.shape)} is needed"
+        elif isinstance(leaf, jax.ShapeDtypeStruct):
+            try:
+                leaf.sharding.shard_shape(leaf.shape)
+            except ValueError as error:
+                yield f"{name}: {error}"
+    for path in held.keys() - wanted.keys():
+        yield f"{item}/{path}: in the checkpoint ({held[path][0]}{held[path][1]}), but not wanted"
+
+
+def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> dict[str, Flat]:
+    """The wanted arrays by item and path, in the order of `wanted`. Raises CorruptCheckpointError."""
+    request = {name: _nest(_storable(arrays)) for name, arrays in wanted.items() if _storable(arrays)}
+    try:
+        loaded = ocp.load_checkpointables(step_directory, request) if request else {}
+    except Exception as error:
+        if _is_damage(error):
+            raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
+        raise
+    arrays = {name: _flatten_dict(loaded.get(name, {})) for name in wanted}
+    arrays = {
+        name: {path: arrays[name][path] if 0 not in leaf.shape else _zeros(leaf) for path, leaf in flat.items()}
+        for name, flat in wanted.items()
+    }
+    for name, flat in arrays.items():
+        for path, found in fingerprints(flat).items():
+            if tuple(record["items"][name][path][2:]) != found:
+                raise CorruptCheckpointError(f"{step_directory}: {name}/{path} is not what was saved (fingerprint)")
+    return arrays
+
+
+def _zeros(leaf: Any) -> Any:
+    zeros = np.zeros(leaf.shape, leaf.dtype)
+    return zeros if isinstance(leaf, np.ndarray) else jax.device_put(zeros, leaf.sharding)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_cause(error: BaseException) -> str:
+    first = list(_chain(error))[-1]
+    return f"{type(first).__name__}: {str(first)[:200]}"
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error of orbax's is due to the files. The request was checked against the record before.
+
+    A bad file shows as JSON, Unicode, key or value errors (TensorStore's), or as a missing file. Lack of memory or of
+    rights and a file system that is away say nothing about the files, and must not cost a good checkpoint.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, MemoryError | RuntimeError) or any(status in str(cause) for status in _NOT_THE_FILES):
+            return False
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            return False
+    return any(isinstance(cause, ValueError | LookupError | FileNotFoundError) for cause in _chain(error))
+
+
+# --- Look ---
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The finished steps in a directory, oldest first; empty if there is no such directory."""
+    root = _root(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(child.name) for child in root.iterdir() if child.name.isdecimal() and child.is_dir())
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """The newest step, good or not; None if there is none."""
+    return max(steps(directory), default=None)
+
+
+def exists(directory: str | os.PathLike[str]) -> bool:
+    """Whether the directory holds a checkpoint."""
+    return bool(steps(directory))
+
+
+def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+    """The meta of a step (the newest, if None), without its arrays and without starting a jax backend.
+
+    Raises FileNotFoundError if there is no such step, CorruptCheckpointError, or ValueError if sora_jax did not write
+    it.
+    """
+    root = _root(directory)
+    available = steps(root)
+    if not available or (step is not None and step not in available):
+        raise _nothing_there(root, step, available)
+    return _read_record(root / str(available[-1] if step is None else step))["meta"]
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+    """What a step, or the newest step of a directory, holds. Reads no array.
+
+    Checkpoints of plain orbax are described as far as orbax's own metadata goes.
+    Raises FileNotFoundError if there is none, CorruptCheckpointError if its metadata is damaged.
+    """
+    root = _root(path)
+    if _is_step(root):
+        step_directory = root
+        siblings = steps(root.parent) if root.name.isdecimal() else []
+    else:
+        siblings = steps(root)
+        if not siblings:
+            raise _nothing_there(root, None, siblings)
+        step_directory = root / str(siblings[-1])
+    items, meta = _items_and_meta(step_directory)
+    return Description(
+        path=str(step_directory),
+        step=int(step_directory.name) if step_directory.name.isdecimal() else None,
+        steps=tuple(siblings),
+        items=items,
+        bytes_on_disk=_bytes_on_disk(step_directory),
+        meta=meta,
+    )
+
+
+def _root(directory: str | os.PathLike[str]) -> epath.Path:
+    path = epath.Path(directory)
+    # Only a local path can be relative; absolute() would damage gs://bucket.
+    return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
+
+
+def _is_step(path: epath.Path) -> bool:
+    return (path / _ORBAX_METADATA).exists() or (path / _ORBAX_TREE).exists()
+
+
+def _nothing_there(root: epath.Path, step: int | None, available: Sequence[int]) -> FileNotFoundError:
+    if step is not None and available:
+        return FileNotFoundError(f"no step {step} in {root}; it holds {', '.join(map(str, available))}")
+    if not root.exists():
+        return FileNotFoundError(f"no checkpoint: {root} does not exist")
+    near = [child for child in root.iterdir() if child.is_dir() and steps(child)]
+    hint = f"; did you mean {sorted(near)[0]}?" if near else ""
+    return FileNotFoundError(f"no checkpoint: {root} holds no steps{hint}")
+
+
+def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayInfo, ...]], dict[str, Any]]:
+    try:
+        record = _read_record(step_directory)
+    except CorruptCheckpointError:
+        raise
+    except ValueError:
+        return _plain_items(step_directory), _plain_meta(step_directory)
+    items = {
+        name: tuple(ArrayInfo(path, tuple(shape), dtype) for path, (dtype, shape, *_) in arrays.items())
+        for name, arrays in record["items"].items()
+    }
+    return items, record["meta"]
+
+
+def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]:
+    try:
+        trees = ocp.checkpointables_metadata(step_directory).metadata
+    except ocp.errors.InvalidLayoutError:  # an old checkpoint of one tree without items
+        trees = {"state": ocp.metadata(step_directory).metadata}
+    return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
+
+
+def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            yield ArrayInfo(path, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)))
+
+
+def _plain_meta(step_directory: epath.Path) -> dict[str, Any]:
+    metadata = json.loads((step_directory / _ORBAX_METADATA).read_text()).get("custom_metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _bytes_on_disk(path: epath.Path) -> int:
+    if path.is_dir():
+        return sum(_bytes_on_disk(child) for child in path.iterdir())
+    return path.stat().length
+
+
+# --- Show ---
+
+
+def format_description(description: Description, depth: int | None = 2) -> str:
+    """A page of text: what it is, a table of the arrays, and meta.
+
+    depth is how many levels below an item get rows of their own; deeper modules are summed. None shows every array.
+    Raises ValueError for a negative depth.
+    """
+    if depth is not None and depth < 0:
+        raise ValueError(f"depth is {depth}; it must be 0 or more")
+    others = f" (the directory holds {', '.join(map(str, description.steps))})" if len(description.steps) > 1 else ""
+    head = [
+        f"checkpoint  {description.path}",
+        f"step        {'-' if description.step is None else description.step}{others}",
+        f"on disk     {_megabytes(description.bytes_on_disk)}",
+    ]
+    rows: list[tuple[str, ...]] = [("item", "shape", "dtype", "values", "size")]
+    for name, infos in description.items.items():
+        rows += _rows(name, _nest({info.path: info for info in infos}), 0, depth)
+    rows.append(("total", "", "", f"{description.num_parameters():,}", _megabytes(description.num_bytes())))
+    meta = _outline(description.meta, 0) if description.meta else ["(none)"]
+    return "\n".join([*head, "", *_aligned(rows), "", "meta", *(f"  {line}" for line in meta)])
+
+
+def _rows(name: str, node: Any, level: int, depth: int | None) -> Iterator[tuple[str, ...]]:
+    infos = [node] if isinstance(node, ArrayInfo) else list(_flatten_dict(node).values())
+    folded = depth is not None and level >= depth
+    if isinstance(node, ArrayInfo):
+        shape = " x ".join(map(str, node.shape)) or "scalar"
+    else:
+        shape = (f"{len(infos)} array" + "s" * (len(infos) != 1)) if folded or not infos else ""
+    dtypes = sorted({info.dtype for info in infos}) if shape else []
+    values, size = sum(info.num_values for info in infos), sum(info.num_bytes for info in infos)
+    yield "  " * level + (name or "(array)"), shape, ", ".join(dtypes), f"{values:,}", _megabytes(size)
+    if isinstance(node, dict) and not folded:
+        for child in sorted(node, key=_natural):
+            yield from _rows(child, node[child], level + 1, depth)
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Block 10 comes after block 9."""
+    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = {"values", "size"}
+    sides = [">" if title in numeric else "<" for title in rows[0]]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _megabytes(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _outline(value: Any, level: int) -> list[str]:
+    """A JSON value as indented lines."""
+    pad = "  " * level
+    if isinstance(value, Mapping) and value:
+        return [line for key, child in value.items() for line in _outline_entry(f"{pad}{key}:", child, level)]
+    if isinstance(value, list) and any(isinstance(child, Mapping | list) for child in value):
+        return [line for child in value for line in _outline_entry(f"{pad}-", child, level)]
+    return [pad + _scalar(value)]
+
+
+def _outline_entry(label: str, child: Any, level: int) -> list[str]:
+    lines = _outline(child, level + 1)
+    nested = bool(child) and (
+        isinstance(child, Mapping) or (isinstance(child, list) and any(isinstance(x, Mapping | list) for x in child))
+    )
+    return [label, *lines] if nested else [f"{label} {lines[0].strip()}"]
+
+
+def _scalar(value: Any) -> str:
+    text = value if isinstance(value, str) and value and "\n" not in value else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"

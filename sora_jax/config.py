@@ -1,0 +1,288 @@
+"""The whole of a run as frozen dataclasses, and from_config_dict, the only bridge from ml_collections.
+
+Every key must be given: below this module nothing has a default. The dataclasses of the parts stand beside the parts; the
+ones that belong to no single part stand here. The resolved config is plain JSON in the work dir and in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from sora_jax.data.loader import LoaderConfig
+from sora_jax.data.pack import PackConfig
+from sora_jax.data.worlds.world import WorldConfig
+from sora_jax.diffusion.flow import TimeConfig
+from sora_jax.diffusion.sampler import SamplerConfig
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.text_encoder import TextEncoderConfig
+from sora_jax.models.vae import VAEConfig
+from sora_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A procedural world, how many of its clips are drawn for training, and how many held-out ones for validation."""
+
+    world: WorldConfig
+    train_clips: int
+    heldout_clips: int
+
+    def __post_init__(self) -> None:
+        if self.train_clips < 1 or self.heldout_clips < 1:
+            raise ValueError(f"data: train_clips {self.train_clips} and heldout_clips {self.heldout_clips} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """'muon' for hidden matrices (Adam for the rest) or 'adamw' for all; rates rise over warmup_steps and then decay.
+
+    decay is 'linear' (to zero), 'cosine' or 'constant'. adam_rate is the rate of what muon does not take.
+    """
+
+    name: str
+    rate: float
+    adam_rate: float
+    warmup_steps: int
+    decay: str
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        if self.name not in ("muon", "adamw"):
+            raise ValueError(f"optimizer.name {self.name!r} is neither 'muon' nor 'adamw'")
+        if self.decay not in ("linear", "cosine", "constant"):
+            raise ValueError(f"optimizer.decay {self.decay!r} is none of linear, cosine, constant")
+        if self.rate <= 0 or self.adam_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer: rates and clip_norm must be positive, warmup_steps and weight_decay not negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Length of a run and how often it logs, saves, evaluates and draws samples (in steps; 0 = only at the end).
+
+    ema is the decay of the averaged weights at full length of its window; keep is how many checkpoints stay; a run stops
+    after max_bad_steps steps in a row whose loss or gradient was not finite.
+    """
+
+    steps: int
+    log_every: int
+    save_every: int
+    evaluate_every: int
+    sample_every: int
+    keep: int
+    ema: float
+    max_bad_steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.log_every < 1 or self.keep < 1 or self.max_bad_steps < 1:
+            raise ValueError("loop: steps, log_every, keep and max_bad_steps must be at least 1")
+        if min(self.save_every, self.evaluate_every, self.sample_every) < 0 or not 0 <= self.ema < 1:
+            raise ValueError("loop: save_every, evaluate_every and sample_every must not be negative and ema in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class VAETrainConfig:
+    """Batches of crops (frames, height, width) and the weights of the loss terms.
+
+    reconstruction is 'l1', 'l2' or 'huber'; perceptual and adversarial terms are added by train.vae.TERMS.
+    """
+
+    batch: int
+    crop: tuple[int, int, int]
+    reconstruction: str
+    kl_weight: float
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or min(self.crop) < 1 or self.kl_weight < 0:
+            raise ValueError("vae_train: batch and crop must be positive and kl_weight not negative")
+        if self.reconstruction not in ("l1", "l2", "huber"):
+            raise ValueError(f"vae_train.reconstruction {self.reconstruction!r} is none of l1, l2, huber")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """encoder: 'minilm' (frozen), 'scratch' (trained with the DiT) or 'auto' (minilm where it is installed)."""
+
+    encoder: str
+    max_tokens: int
+    scratch: TextEncoderConfig
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("minilm", "scratch", "auto"):
+            raise ValueError(f"text.encoder {self.encoder!r} is none of minilm, scratch, auto")
+        if not 2 <= self.max_tokens <= self.scratch.max_tokens:
+            raise ValueError(f"text.max_tokens {self.max_tokens} must be in 2..text.scratch.max_tokens ({self.scratch.max_tokens})")
+
+
+@dataclasses.dataclass(frozen=True)
+class VAERun:
+    """Training the video VAE. shape is its architecture."""
+
+    seed: int
+    data: DataConfig
+    vae: VAEConfig
+    vae_train: VAETrainConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    mesh: MeshConfig
+
+    def __post_init__(self) -> None:
+        self.vae.latent_shape(*self.vae_train.crop)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTRun:
+    """Training the diffusion transformer on the latents of the VAE at vae_checkpoint (a work dir or its checkpoints)."""
+
+    seed: int
+    vae_checkpoint: str
+    data: DataConfig
+    text: TextConfig
+    dit: DiTConfig
+    pack: PackConfig
+    loader: LoaderConfig
+    flow: TimeConfig
+    sampler: SamplerConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    mesh: MeshConfig
+
+    def __post_init__(self) -> None:
+        if not self.vae_checkpoint:
+            raise ValueError("vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRun:
+    """Several stages in order and what is measured at the end. A stage is a VAERun or a DiTRun."""
+
+    title: str
+    stages: dict[str, Any]
+    prompts: int
+    shown: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a study needs at least one stage")
+
+
+RUNS = {"vae": VAERun, "dit": DiTRun, "study": StudyRun}
+Run = VAERun | DiTRun | StudyRun
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key."""
+
+
+def from_config_dict(tree: Mapping[str, Any]) -> Run:
+    """The frozen run of a ConfigDict (or of plain dicts, such as resolved JSON).
+
+    tree["task"] names the kind of run. Raises ConfigError for an unknown or missing key, a wrong type or a value that the
+    dataclass of the part refuses.
+    """
+    tree = plain(tree)
+    task = tree.pop("task", None)
+    if task not in RUNS:
+        raise ConfigError(f"config.task is {task!r}; it must be one of {', '.join(RUNS)}")
+    if task == "study":
+        stages = {name: from_config_dict(stage) for name, stage in dict(tree.get("stages") or {}).items()}
+        return _checked(StudyRun, tree | {"stages": stages}, "config")
+    return _checked(RUNS[task], tree, "config")
+
+
+def to_dict(run: Any) -> dict[str, Any]:
+    """Plain dicts, the inverse of from_config_dict; json.dumps of it is the resolved config."""
+
+    def convert(value: Any) -> Any:
+        if type(value) in RUNS.values():
+            return to_dict(value)
+        if dataclasses.is_dataclass(value):
+            return {field.name: convert(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return [convert(item) for item in value] if isinstance(value, tuple) else value
+
+    task = next(name for name, kind in RUNS.items() if type(run) is kind)
+    return {"task": task} | {field.name: convert(getattr(run, field.name)) for field in dataclasses.fields(run)}
+
+
+def to_json(run: Run) -> str:
+    return json.dumps(to_dict(run), indent=2)
+
+
+def plain(tree: Any) -> Any:
+    """ConfigDicts and mappings as dicts, all the way down."""
+    if hasattr(tree, "to_dict"):
+        tree = tree.to_dict()
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return tree
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """'key: old -> new' for every leaf that differs between two resolved configs."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{where}{key}.")
+        elif before != after:
+            found.append(f"{where}{key}: {before!r} -> {after!r}")
+    return found
+
+
+def _checked(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    """An instance of the dataclass `kind`, every field given and of its type."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    unknown, missing = [k for k in values if k not in names], [n for n in names if n not in values]
+    if unknown or missing:
+        problem = f"has no key {unknown[0]!r}" if unknown else f"lacks the key {missing[0]!r}"
+        raise ConfigError(f"{where} {problem}; its keys are {', '.join(names)}")
+    fields = {name: _typed(hints[name], values[name], f"{where}.{name}") for name in names}
+    try:
+        return kind(**fields)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """value as the type of hint; an int may stand for a float and a list for a tuple."""
+    if hint is Any:
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _typed(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}; it must hold the keys of {hint.__name__}")  # type: ignore[union-attr]
+        return _checked(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}; it must be a tuple")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ConfigError(f"{where} is {value!r}; it must have {len(arguments)} entries")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_typed(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def vae_config(tree: Mapping[str, Any]) -> VAEConfig:
+    """The VAE's architecture from JSON, as a DiT's checkpoint keeps it. Raises ConfigError."""
+    return _checked(VAEConfig, tree, "vae")

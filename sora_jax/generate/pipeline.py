@@ -1,0 +1,205 @@
+"""From requests to videos: text states, noise keyed by seed, packed rows, the sampler, the VAE's decoder.
+
+Every mode of prompting is the same call: known latents are held at time 0 while the rest is denoised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sora_jax import checkpoint, config, sharding
+from sora_jax.config import DiTRun
+from sora_jax.data import pack
+from sora_jax.diffusion import flow, sampler
+from sora_jax.generate.codec import Codec
+from sora_jax.models import dit, vae
+from sora_jax.structs import Layout, PackedBatch
+from sora_jax.text.captions import CaptionText
+
+# The root of sampling noise: with it and a request's seed, its noise is the same in every model and every packing.
+NOISE_KEY = 0
+# Rows are as long as the longest clip needs, in steps of this, so that few lengths compile.
+ROW_STEP = 32
+TEXT_STEP = 32
+# Tokens that are denoised together.
+BATCH_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known_thwc gives the first latents."""
+
+    prompt: str
+    height: int
+    width: int
+    frames: int
+    fps: float
+    seed: int
+    known_thwc: np.ndarray | None = None
+
+
+class Pipeline:
+    """A trained model, ready to sample. encoder is the resolved text encoder of the run."""
+
+    def __init__(
+        self,
+        run: DiTRun,
+        vae_config: vae.VAEConfig,
+        params: Any,
+        vae_weights: tuple[Any, Any],
+        text: CaptionText,
+    ) -> None:
+        self.run, self.params, self.text = run, params, text
+        self.codec = Codec(vae_config, *vae_weights)
+        self.geometry = pack.Geometry(run.dit.patch, vae_config.stride)
+        self.vae_config = vae_config
+        self._graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
+        self._denoise = jax.jit(self._denoise_rows, static_argnames="settings")
+
+    def sample(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
+        """uint8 videos (T, H, W, 3), in order. Raises ValueError for sizes the model cannot make."""
+        return self.codec.decode(self.sample_latents(requests, settings))
+
+    def sample_latents(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
+        """Normalised latents (t, h, w, c), in order."""
+        self.text.prepare(["", *(request.prompt for request in requests)])
+        clips = [self._tokens(number, request, request.prompt) for number, request in enumerate(requests)]
+        unprompted = [self._tokens(number, request, "") for number, request in enumerate(requests)]
+        packing = self._packing(clips)
+        rows, _ = pack.pack_rows(clips, packing, np.random.default_rng(0))
+        text_width = self.text.width
+        patches: dict[int, np.ndarray] = {}
+        for start in range(0, len(rows), packing.rows):
+            some = rows[start : start + packing.rows]
+            some = some + [[]] * (packing.rows - len(some))
+            batch = pack.stack([pack.fill_row(row, packing, self.run.dit.patch_dim, text_width) for row in some])
+            blind = pack.stack(
+                [
+                    pack.fill_row([unprompted[clip.clip] for clip in row], packing, self.run.dit.patch_dim, text_width)
+                    for row in some
+                ]
+            )
+            seeds = np.array([request.seed for request in requests], np.int32)
+            clean = self._denoise(self.params, batch, blind.layout, seeds, settings=settings)
+            patches |= pack.unpack(np.asarray(clean), batch)
+        shapes = [self._latent_shape(request) for request in requests]
+        return [pack.unpatchify(patches[i], shape, self.geometry.patch) for i, shape in enumerate(shapes)]
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
+        return self.vae_config.latent_shape(request.frames, request.height, request.width)
+
+    def _tokens(self, number: int, request: Request, prompt: str) -> pack.Tokens:
+        shape = self._latent_shape(request)
+        t, h, w = pack.grid_shape(shape, self.geometry.patch)
+        clean = np.zeros(shape, np.float32)
+        known = np.zeros(t * h * w, bool)
+        if request.known_thwc is not None:
+            clean[: len(request.known_thwc)] = request.known_thwc
+            known[: len(request.known_thwc) // self.geometry.patch[0] * h * w] = True
+        text_LM, text_token_L = self.text(prompt)
+        return pack.Tokens(
+            mean_NP=pack.patchify(clean, self.geometry.patch),
+            std_NP=np.zeros((t * h * w, self.run.dit.patch_dim), np.float32),
+            position_N3=pack.positions(shape, self.geometry, request.fps),
+            index_N=np.arange(t * h * w, dtype=np.int32),
+            known_N=known,
+            extent_3=pack.extent(shape, self.geometry, request.fps),
+            clip=number,
+            draw=0,
+            text_LM=text_LM,
+            text_token_L=text_token_L,
+        )
+
+    def _packing(self, clips: Sequence[pack.Tokens]) -> pack.PackConfig:
+        """Rows no longer than the longest clip needs; as many at a time as BATCH_TOKENS allows."""
+        longest = _up(max(len(clip.index_N) for clip in clips), ROW_STEP)
+        total = sum(len(clip.index_N) for clip in clips)
+        rows = max(1, min(BATCH_TOKENS // longest, -(-total // longest)))
+        most_text = max(clip.num_text for clip in clips)
+        share = max(1, longest // min(len(clip.index_N) for clip in clips))
+        return pack.PackConfig(
+            rows=rows,
+            row_tokens=longest,
+            row_slots=2 * share,
+            row_text=_up(most_text * share, TEXT_STEP),
+            window=len(clips),
+        )
+
+    def _denoise_rows(
+        self, params: Any, batch: PackedBatch, blind: Layout, seeds: Any, settings: sampler.SamplerConfig
+    ) -> Any:
+        model = nnx.merge(self._graphdef, params)
+        layout = batch.layout
+        seed_BN = spread_slots(seeds[batch.clip_BS], layout.slot_BN)
+        known_BN = spread_slots(batch.known_BS, layout.slot_BN) & (layout.segment_BN > 0)
+        noise_BNP = flow.token_noise(
+            jax.random.key(NOISE_KEY), seed_BN, jnp.zeros_like(seed_BN), batch.index_BN, batch.mean_BNP.shape[-1]
+        )
+        # With and without prompt in one batch: one program, and guidance needs both at every step.
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), layout, blind)
+
+        def velocity(noisy_BNP: jax.Array, time: jax.Array) -> jax.Array:
+            time_BS = jnp.where(batch.known_BS, 0.0, time)
+            if settings.guidance == 1:
+                return model(noisy_BNP, time_BS, layout)
+            twice = model(jnp.concatenate([noisy_BNP] * 2), jnp.concatenate([time_BS] * 2), both)
+            return sampler.guided(*jnp.split(twice, 2), settings.guidance)
+
+        return sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP)
+
+
+def spread_slots(x_BS: Any, slot_BN: Any) -> Any:
+    """A slot's value for each of its tokens."""
+    return jnp.take_along_axis(x_BS, slot_BN, axis=1)
+
+
+def load(path: Path, step: int | None = None) -> Pipeline:
+    """The pipeline of a DiT's work dir, from its averaged weights; the VAE's weights are in the same checkpoint.
+
+    Raises FileNotFoundError if there is no checkpoint and ConfigError if it is not one of a DiT.
+    """
+    meta = checkpoint.read_meta(path, step)
+    run = config.from_config_dict(meta.get("config", {}))
+    if not isinstance(run, DiTRun):
+        raise config.ConfigError(f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT")
+    vae_config = config.vae_config(meta["vae"])
+    like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    whole = sharding.replicated(mesh)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
+    items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}, step).items
+    weights = items["rest"]["vae"]
+    return Pipeline(run, vae_config, items["ema"], (weights["params"], weights["rest"]), CaptionText(run.text, run.text.encoder))
+
+
+def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
+    """(params, rest) of a DiT run: the transformer's parameters, and the VAE it works with, which it does not train."""
+    _, params = nnx.split(dit.DiT(run.dit, nnx.Rngs(key)), nnx.Param)
+    _, vae_params, vae_rest = vae.split(vae.VAE(vae_config, nnx.Rngs(key)))
+    rest = {"vae": {"params": nnx.to_pure_dict(vae_params), "rest": nnx.to_pure_dict(vae_rest)}}
+    return nnx.to_pure_dict(params), rest
+
+
+def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
+    """(config, averaged params, rest) of a VAE's work dir. Raises FileNotFoundError or ConfigError."""
+    meta = checkpoint.read_meta(path)
+    run = config.from_config_dict(meta.get("config", {}))
+    if not isinstance(run, config.VAERun):
+        raise config.ConfigError(f"{path} holds no VAE checkpoint; give the work dir of a trained VAE")
+    like = jax.eval_shape(
+        lambda: tuple(nnx.to_pure_dict(part) for part in vae.split(vae.VAE(run.vae, nnx.Rngs(0)))[1:])
+    )
+    items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}).items
+    return run.vae, items["ema"], items["rest"]
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,202 @@
+"""A study: stages one after the other, then samples, judgement and a report. Running it again goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sora_jax import checkpoint
+from sora_jax.config import DiTRun, StudyRun, VAERun
+from sora_jax.data.worlds import captions, clips
+from sora_jax.data.worlds.scene import Scene
+from sora_jax.evaluate import adherence
+from sora_jax.generate import pipeline
+from sora_jax.study import report
+from sora_jax.train import dit, loop, progress, vae
+
+# Held-out clips whose reconstructions the report shows.
+SHOWN_PAIRS = 8
+
+
+def run(study: StudyRun, workdir: Path, command: str) -> Path:
+    """Train what is not trained yet, judge, and write workdir/report.html and report.json; returns the page.
+
+    A DiT stage whose vae_checkpoint is the name of another stage works with that stage's VAE.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    clock = Clock(workdir / "seconds.json")
+    for name, stage in study.stages.items():
+        with clock.measure(name):
+            logging.info("stage %s", name)
+            loop.fit(make_task(stage_run(study, name, workdir), workdir / name), workdir / name)
+    with clock.measure("evaluation"):
+        page = judge(study, workdir, command)
+    numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
+    path = report.write(workdir, dataclasses.replace(page, numbers=numbers))
+    logging.info("report: %s", path)
+    return path
+
+
+def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
+    stage = study.stages[name]
+    if isinstance(stage, DiTRun) and stage.vae_checkpoint in study.stages:
+        return dataclasses.replace(stage, vae_checkpoint=str(workdir / stage.vae_checkpoint))
+    return stage
+
+
+def make_task(run: VAERun | DiTRun, workdir: Path) -> Any:
+    """The task that trains a run."""
+    return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, workdir)
+
+
+def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
+    """Everything the report says, from the last checkpoints of the stages."""
+    names = {kind: name for name, stage in study.stages.items() for kind in (VAERun, DiTRun) if isinstance(stage, kind)}
+    numbers: dict[str, Any] = {
+        "title": study.title,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": loop.versions(),
+        "total_flops": max(checkpoint.read_meta(workdir / name)["total_flops"] for name in study.stages),
+    }
+    samples: Sequence[report.Video] = ()
+    pairs: Sequence[report.Pair] = ()
+    if VAERun in names:
+        scores = last_evaluation(workdir / names[VAERun])
+        read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
+        numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
+    if DiTRun in names:
+        directory = workdir / names[DiTRun]
+        made = pipeline.load(directory)
+        numbers["dit"] = {"val_loss": last_evaluation(directory)["val_loss"]} | parameters(directory)
+        numbers["text_encoder"] = made.run.text.encoder
+        numbers["packing"] = packing_totals(directory)
+        scores, samples = sample_prompts(study, made)
+        numbers |= scores
+        pairs = reconstruct(made)
+    return report.Page(
+        title=study.title,
+        numbers=numbers,
+        samples=samples,
+        pairs=pairs,
+        curves={name: progress.read_metrics(workdir / name, "train") for name in study.stages},
+        evaluations={name: progress.read_metrics(workdir / name, "eval") for name in study.stages},
+        commands=[command, *sample_commands(workdir, names, samples)],
+    )
+
+
+def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, Any], list[report.Video]]:
+    """Adherence on held-out prompts with its floor (shuffled captions) and ceiling (real clips through the VAE)."""
+    world = made.run.data.world
+    scenes = dit.heldout_videos(world, study.prompts)
+    prompts = [captions.prompt(scene, len(world.sizes) > 1) for scene in scenes]
+    seeds = [study.seed + number for number in range(len(scenes))]
+    requests = [dit.request_of(*each) for each in zip(scenes, prompts, seeds, strict=True)]
+    began = time.perf_counter()
+    videos = made.sample(requests, made.run.sampler)
+    logging.info("sampled %d held-out prompts in %.1f s", len(videos), time.perf_counter() - began)
+    scores, floor = adherence.judge(videos, scenes, study.seed)
+    real = clips.render_mixed(scenes)
+    ceiling, _ = adherence.judge(reconstructed(made, real), scenes, study.seed)
+    shown = [
+        report.Video(video, scene.fps, prompt, seed, expected=expected(scene), read=adherence.in_words(video))
+        for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=True)
+    ][: study.shown]
+    return {"adherence": scores, "adherence_floor": floor, "adherence_ceiling": ceiling}, shown
+
+
+def expected(scene: Scene) -> str:
+    """The scene as adherence.in_words says it of a perfect video."""
+    return adherence.in_words(clips.render_mixed([scene])[0])
+
+
+def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
+
+
+def reconstruct(made: pipeline.Pipeline) -> list[report.Pair]:
+    found = list(clips.clips(made.run.data.world, "heldout", range(SHOWN_PAIRS)))
+    decoded = reconstructed(made, [clip.frames_THWC for clip in found])
+    return [
+        report.Pair(clip.frames_THWC, after, clip.fps, clip.captions[0]) for clip, after in zip(found, decoded, strict=True)
+    ]
+
+
+def last_evaluation(directory: Path) -> dict[str, float]:
+    return progress.read_metrics(directory, "eval")[-1]
+
+
+def parameters(directory: Path) -> dict[str, int]:
+    return {"parameters": checkpoint.describe(directory).num_parameters("params")}
+
+
+def packing_totals(directory: Path) -> dict[str, float]:
+    """Sums of the packer's counts over the run, and the share of the token budget that was filled."""
+    lines = progress.read_metrics(directory, "train")
+    names = sorted({name for line in lines for name in line if name.startswith("packing/")} - {"packing/fill"})
+    totals = {name.removeprefix("packing/"): sum(line.get(name, 0.0) for line in lines) for name in names}
+    return totals | {"fill": totals["tokens"] / max(1.0, totals["row_tokens"])}
+
+
+def sample_commands(workdir: Path, names: dict[Any, str], samples: Sequence[report.Video]) -> list[str]:
+    if DiTRun not in names or not samples:
+        return []
+    first = samples[0]
+    height, width = first.frames_THWC.shape[1:3]
+    return [
+        f'sora-jax sample --checkpoint={workdir / names[DiTRun]} --prompt="{first.prompt}" --seed={first.seed} '
+        f"--height={height} --width={width} --frames={len(first.frames_THWC)} --fps={first.fps:g} --out=sample.mp4"
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """The machine a report was made on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "platform": platform.platform(terse=True),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "devices": ", ".join(sorted({device.device_kind for device in jax.devices()})),
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class Clock:
+    """Wall-clock seconds per part of a study, added up over restarts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def measure(self, name: str) -> _Lap:
+        return _Lap(self, name)
+
+
+class _Lap:
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = self.clock.seconds
+        seconds[self.name] = seconds.get(self.name, 0.0) + time.perf_counter() - self.began
+        self.clock.path.write_text(json.dumps(seconds))

@@ -1,0 +1,208 @@
+"""The task of training the diffusion transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.scipy.special import ndtri
+
+from sora_jax import compute, config, sharding
+from sora_jax.checkpoint import fingerprints, read_meta
+from sora_jax.config import DiTRun
+from sora_jax.data import latents, loader, pack
+from sora_jax.data.worlds import captions, world
+from sora_jax.diffusion import flow
+from sora_jax.generate import files, pipeline
+from sora_jax.models import dit
+from sora_jax.structs import PackedBatch, TrainState
+from sora_jax.text import encode as text_encode
+from sora_jax.text.captions import CaptionText
+from sora_jax.train.encode import encode_split
+
+SHOWN_PROMPTS = 8
+# Keys of the independent draws of a clip.
+TIME, LATENT, NOISE, VALIDATION = range(4)
+GOLDEN = 0.6180339887
+
+
+def resolve(run: DiTRun) -> DiTRun:
+    """The run with its text encoder decided: 'auto' becomes what is installed, and the model takes its states."""
+    encoder = text_encode.resolve(run.text.encoder)
+    scratch = encoder == "scratch"
+    model = dataclasses.replace(
+        run.dit,
+        text=run.text.scratch if scratch else None,
+        text_width=run.text.scratch.width if scratch else text_encode.text_encoder.MINILM.width,
+    )
+    return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
+
+
+@dataclasses.dataclass
+class DiTTask:
+    """loop.Task of a DiTRun. Encodes the world's clips into workdir before the first step."""
+
+    run: DiTRun
+    workdir: Path
+
+    def __post_init__(self) -> None:
+        self.run = run = resolve(self.run)
+        source = Path(run.vae_checkpoint)
+        self.vae_config, self.vae_params, self.vae_rest = pipeline.load_vae(source)
+        if self.vae_config.channels != run.dit.channels:
+            raise config.ConfigError(
+                f"dit.channels is {run.dit.channels}, but the VAE at {source} has {self.vae_config.channels} channels"
+            )
+        self.unit = "tokens"
+        self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
+        self.flops_per_step = compute.dit_step(run.dit, run.pack)
+        self.flops_before = float(read_meta(source)["total_flops"])
+        self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
+        self.geometry = pack.Geometry(run.dit.patch, self.vae_config.stride)
+
+    def meta(self) -> dict[str, Any]:
+        return {"vae": dataclasses.asdict(self.vae_config)}
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def stores(self) -> dict[str, latents.LatentStore]:
+        from sora_jax.generate.codec import Codec
+
+        network = Codec(self.vae_config, self.vae_params, self.vae_rest)
+        prints = fingerprints({sharding.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.vae_params)})
+        name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+        return {split: encode_split(self.workdir, self.run.data, split, network, name) for split in ("train", "heldout")}
+
+    @functools.cached_property
+    def text(self) -> CaptionText:
+        text = CaptionText(self.run.text, self.run.text.encoder, self.workdir / "captions.npz")
+        text.prepare(["", *latents.unique_captions(list(self.stores.values()))])
+        return text
+
+    def _tokeniser(self, packing: pack.PackConfig, settings: loader.LoaderConfig) -> loader.Tokeniser:
+        return loader.Tokeniser(settings, packing, self.geometry, self.text, self.run.seed)
+
+    def batches(self) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
+        tokeniser = self._tokeniser(self.run.pack, self.run.loader)
+        return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width))
+
+    # Loss ------------------------------------------------------------------------------------------------------------
+
+    def init(self, key: Array) -> tuple[Any, Any]:
+        params, _ = pipeline.initial_weights(self.run, self.vae_config, key)
+        return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
+
+    def loss(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """Flow-matching loss on unknown tokens.
+
+        Times and noise are keyed by (seed, clip, draw) rather than by the step's key: neither mesh nor packing nor the number
+        of hosts changes what a clip is trained on.
+        """
+        root = jax.random.key(self.run.seed)
+        normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
+        return self._flow_loss(params, batch, flow.times(normal_BS, self.run.flow), root)
+
+    def _flow_loss(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, dict[str, Array]]:
+        model, layout = nnx.merge(self.graphdef, params), batch.layout
+        clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
+        draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
+        patch_dim = batch.mean_BNP.shape[-1]
+
+        def draw(purpose: int) -> Array:
+            return flow.token_noise(jax.random.fold_in(root, purpose), clip_BN, draw_BN, batch.index_BN, patch_dim)
+
+        clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
+        time_BS = jnp.where(batch.known_BS, 0.0, time_BS)
+        time_BN = pipeline.spread_slots(time_BS, layout.slot_BN)
+        known_BN = pipeline.spread_slots(batch.known_BS, layout.slot_BN)
+        predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
+        weight_BN = ((layout.segment_BN > 0) & ~known_BN).astype(jnp.float32)
+        loss, _ = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
+        return loss, {"weight": weight_BN.sum()}
+
+    # Judgement -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _validation_loss(self) -> Any:
+        def one(params: Any, batch: PackedBatch) -> tuple[Array, Array]:
+            # Stratified: clip ids walk through the quantiles of the training times.
+            quantile_BS = ((batch.clip_BS + 0.5) * GOLDEN) % 1.0
+            root = jax.random.fold_in(jax.random.key(0), VALIDATION)
+            loss, metrics = self._flow_loss(params, batch, flow.times(ndtri(quantile_BS), self.run.flow), root)
+            return loss * metrics["weight"], metrics["weight"]
+
+        return jax.jit(one)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Flow loss of the averaged weights on held-out clips: fixed noise, stratified times, prompts always given."""
+        plain = loader.LoaderConfig(long_captions=0.0, caption_dropout=0.0, known_frames=0.0)
+        packing = dataclasses.replace(self.run.pack, drop_rate=0.0, drop_repeats=0.0)
+        total, weight = 0.0, 0.0
+        for batch, _ in loader.fixed_batches(self.stores["heldout"], self._tokeniser(packing, plain), self.text.width):
+            loss, tokens = self._validation_loss(state.ema, batch)
+            total, weight = total + float(loss), weight + float(tokens)
+        return {"val_loss": total / weight}
+
+    def sample(self, state: TrainState, path: Path) -> None:
+        """A contact sheet of held-out prompts, always the same prompts and seeds."""
+        scenes = heldout_videos(self.run.data.world, SHOWN_PROMPTS)
+        sizes = len(self.run.data.world.sizes) > 1
+        prompts = [captions.prompt(scene, sizes) for scene in scenes]
+        requests = [request_of(scene, prompt, seed) for seed, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True))]
+        made = self.pipeline(state).sample(requests, self.run.sampler)
+        files.write_image(path, files.contact_sheet(made, labels=prompts))
+
+    def pipeline(self, state: TrainState) -> pipeline.Pipeline:
+        weights = state.rest["vae"]
+        text = CaptionText(self.run.text, self.run.text.encoder, self.workdir / "captions.npz")
+        return pipeline.Pipeline(self.run, self.vae_config, state.ema, (weights["params"], weights["rest"]), text)
+
+    def finish(self, state: TrainState) -> TrainState:
+        return state
+
+
+def heldout_videos(config: world.WorldConfig, count: int, start: int = 0) -> list[Any]:
+    """The first `count` held-out scenes from `start` on that are videos: a single frame shows no motion."""
+    found: list[Any] = []
+    index = start
+    while len(found) < count:
+        scene = world.sample_scene(config, "heldout", index)
+        index += 1
+        if not scene.is_image:
+            found.append(scene)
+    return found
+
+
+def request_of(scene: Any, prompt: str, seed: int) -> pipeline.Request:
+    """The request that asks for what a scene shows."""
+    return pipeline.Request(prompt, scene.height, scene.width, scene.num_frames, scene.fps, seed)
+
+
+class Counted:
+    """Batches with their pack.Count as metrics; hands state through."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __iter__(self) -> Counted:
+        return self
+
+    def __next__(self) -> tuple[PackedBatch, dict[str, float]]:
+        batch, count = next(self._source)
+        return batch, {f"packing/{name}": float(value) for name, value in dataclasses.asdict(count).items()}
+
+    def get_state(self) -> Any:
+        return self._source.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._source.set_state(state)

@@ -1,0 +1,39 @@
+"""Encode the clips of a world once: latents for the diffusion transformer's loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from sora_jax.config import DataConfig
+from sora_jax.data import latents
+from sora_jax.data.worlds import clips
+from sora_jax.generate.codec import Codec
+
+# Clips in memory at a time.
+AT_ONCE = 1024
+
+
+def encode_split(
+    folder: Path, data: DataConfig, split: str, network: Codec, fingerprint: str
+) -> latents.LatentStore:
+    """The store of a split at folder/latents-SPLIT; made anew unless one with the same data and VAE is there."""
+    count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
+    meta = json.loads(json.dumps({"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint}))
+    path = folder / f"latents-{split}"
+    if (path / "store.json").exists():
+        store = latents.LatentStore(path)
+        if store.meta == meta:
+            return store
+    logging.info("encoding %d %s clips to %s", count, split, path)
+
+    def encoded() -> Iterator[latents.Latent]:
+        for start in range(0, count, AT_ONCE):
+            some = list(clips.clips(data.world, split, range(start, min(count, start + AT_ONCE))))
+            for clip, (mean, std) in zip(some, network.encode([clip.frames_THWC for clip in some]), strict=True):
+                yield latents.Latent(clip.id, mean, std, clip.fps, clip.captions)
+
+    return latents.write(path, encoded(), meta)

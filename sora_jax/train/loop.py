@@ -1,0 +1,209 @@
+"""One training loop for every task: a jitted pure step under a mesh, resume, NaN guard, metrics and progress.
+
+A task says what is trained (weights, loss), on what (batches) and how it is judged; everything else is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import sora_jax
+from sora_jax import checkpoint, config, sharding
+from sora_jax.structs import TrainState
+from sora_jax.train import optimizer, progress
+
+# (params, rest, batch, key) -> (loss, metrics): pure; key is made from (seed, step).
+Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
+
+
+class Task(Protocol):
+    """What a run trains. batch metrics are host numbers, summed between two log lines, such as counts of packed clips."""
+
+    run: Any
+    unit: str  # what a step consumes: 'tokens' or 'clips'
+    units_per_step: float
+    flops_per_step: float
+    flops_before: float  # spent on what this run builds on, such as the VAE of a DiT
+
+    def meta(self) -> dict[str, Any]: ...
+
+    def init(self, key: Array) -> tuple[Any, Any]: ...
+
+    def loss(self, params: Any, rest: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]: ...
+
+    def batches(self) -> Iterator[tuple[Any, dict[str, float]]]: ...
+
+    def evaluate(self, state: TrainState) -> dict[str, float]: ...
+
+    def sample(self, state: TrainState, path: Path) -> None: ...
+
+    def finish(self, state: TrainState) -> TrainState: ...
+
+
+class DivergedError(RuntimeError):
+    """Losses or gradients were not finite for too many steps in a row."""
+
+
+def make_step(
+    loss: Loss, tx: optax.GradientTransformation, ema_decay: float, seed: int
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """The pure training step. A loss or gradient that is not finite leaves the state as it was and counts as bad."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest, batch, key)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        # A whole tree of zeros instead of NaN, so that nothing below can mix them in.
+        grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # The window of the average grows with the run, so that the first steps do not weigh on it.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+        following = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            rest=state.rest,
+            opt_state=keep(opt_state, state.opt_state),
+        )
+        return following, metrics | {"loss": value, "grad_norm": norm, "bad": 1 - good.astype(jnp.int32)}
+
+    return step
+
+
+def new_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state of step 0, created on the mesh as the sharding table says."""
+
+    def init() -> TrainState:
+        params, rest = task.init(jax.random.key(task.run.seed))
+        return TrainState(jnp.int32(0), params, params, rest, tx.init(params))
+
+    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))()
+
+
+def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    params = sharding.parameter_shardings(shapes.params, mesh)
+    whole = sharding.replicated(mesh)
+    return TrainState(
+        step=whole,
+        params=params,
+        ema=params,
+        rest=jax.tree.map(lambda _: whole, shapes.rest),
+        opt_state=sharding.like_parameters(shapes.opt_state, shapes.params, params, mesh),
+    )
+
+
+def versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"sora_jax": sora_jax.__version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
+
+
+def fit(task: Task, workdir: Path) -> TrainState:
+    """Train to the end of the run, from the newest checkpoint in workdir if there is one; returns the last state.
+
+    Raises ConfigError if the work dir holds a run of another config, DivergedError if steps stay bad.
+    """
+    run, loop = task.run, task.run.loop
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(run.mesh)
+    tx = optimizer.make(run.optimizer, loop.steps)
+    with jax.set_mesh(mesh):
+        state = new_state(task, tx, mesh)
+        source = task.batches()
+        state, seconds = _resume(task, workdir, state, source)
+        (workdir / "config.json").write_text(config.to_json(run))
+        if int(state.step) >= loop.steps:
+            logging.info("%s: already trained for %d steps", workdir, int(state.step))
+            return state
+        step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed), donate_argnums=0)
+        with progress.Reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
+            state = _run(task, workdir, state, source, step, report, seconds)
+    return state
+
+
+def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, seconds: float) -> TrainState:
+    loop = task.run.loop
+    rows = sharding.rows(jax.sharding.get_mesh())
+    number, bad_in_a_row = int(state.step), 0
+    began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
+    while number < loop.steps:
+        batch, host_metrics = next(source)
+        state, metrics = step(state, jax.device_put(batch, rows))
+        number += 1
+        window.add(metrics, host_metrics)
+        last = number == loop.steps
+        if number % loop.log_every == 0 or last:
+            line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
+            bad_in_a_row = bad_in_a_row + int(line["bad_steps"]) if line["bad_steps"] == line["steps"] else 0
+            report.train(number, line)
+            if bad_in_a_row >= loop.max_bad_steps:
+                raise DivergedError(
+                    f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; lower optimizer.rate"
+                )
+        if _due(number, loop.evaluate_every, last):
+            report.evaluation(number, task.evaluate(state) | {"total_flops": task.flops_before + number * task.flops_per_step})
+        if _due(number, loop.sample_every, last):
+            task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
+        if last:
+            state = task.finish(state)
+        if _due(number, loop.save_every, last):
+            _save(task, workdir, state, source, seconds + time.perf_counter() - began)
+    return state
+
+
+def _due(number: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and number % every == 0)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "ema": state.ema, "rest": state.rest, "opt_state": state.opt_state}
+
+
+def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: float) -> None:
+    number = int(state.step)
+    meta = {
+        "config": config.to_dict(task.run),
+        "total_flops": task.flops_before + number * task.flops_per_step,
+        "seconds": seconds,
+        "loader": source.get_state(),
+        "versions": versions(),
+    } | task.meta()
+    checkpoint.save(workdir, number, _items(state), meta, keep=task.run.loop.keep)
+
+
+def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[TrainState, float]:
+    """The state and seconds spent of the newest checkpoint, its batches wound on to where it stopped; else what came in."""
+    if checkpoint.latest_step(workdir) is None:
+        return state, 0.0
+    stored = checkpoint.read_meta(workdir)
+    changed = config.differences(stored["config"], config.to_dict(task.run))
+    # A longer or shorter run is another schedule: only what is written and shown may change.
+    free = ("loop.log_every", "loop.save_every", "loop.evaluate_every", "loop.sample_every", "loop.keep", "mesh.")
+    changed = [change for change in changed if not change.startswith(free)]
+    if changed:
+        raise config.ConfigError(
+            f"{workdir} holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir or undo the change"
+        )
+    restored = checkpoint.restore(workdir, _items(state))
+    source.set_state(restored.meta["loader"])
+    logging.info("%s: resumed from step %d", workdir, restored.step)
+    return TrainState(step=jnp.int32(restored.step), **restored.items), restored.meta["seconds"]

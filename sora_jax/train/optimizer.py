@@ -1,0 +1,57 @@
+"""Optimizers: Muon for hidden matrices with Adam for the rest, or AdamW for all; rates rise and then decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from sora_jax import sharding
+from sora_jax.config import OptimizerConfig
+
+
+def rates(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Rate per step: linear warm-up, then the decay, which ends at zero with the run."""
+    warmup = min(config.warmup_steps, steps - 1)
+    rest = max(1, steps - warmup)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.decay]
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def matrix_axes(params: Any) -> Any:
+    """Which leaves Muon takes (arXiv:2502.16982): kernels of stacked blocks and of convolutions, as (inputs, outputs) matrices.
+
+    Stacked blocks (layers, in, out) keep their leading axis apart; a convolution (h, w, in, out) is one matrix.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = sharding.path_name(path)
+        if name.startswith("blocks/") and name.endswith("/kernel") and leaf.ndim == 3:
+            return contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+        if leaf.ndim == 4:
+            return contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation of a run of `steps` steps."""
+    if config.name == "adamw":
+        step = optax.adamw(rates(config.rate, config, steps), b2=0.99, weight_decay=config.weight_decay)
+    else:
+        step = contrib.muon(
+            rates(config.rate, config, steps),
+            adam_learning_rate=rates(config.adam_rate, config, steps),
+            adam_b2=0.99,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=matrix_axes,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step)

@@ -1,0 +1,142 @@
+"""The task of training the video VAE."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sora_jax import compute, sharding
+from sora_jax.config import VAERun, VAETrainConfig
+from sora_jax.data.worlds import clips
+from sora_jax.evaluate import reader, reconstruction
+from sora_jax.generate import codec, files
+from sora_jax.models import vae
+from sora_jax.structs import Clip, TrainState
+
+# Clips whose latents give the statistics that normalise them.
+STATISTICS_CLIPS = 256
+SHOWN_CLIPS = 8
+
+
+def reconstruction_error(clean: Array, decoded: Array, kind: str) -> Array:
+    """Mean error per value; huber is a smooth l1 that stays l2 below a hundredth of the range."""
+    difference = decoded - clean
+    if kind == "l1":
+        return jnp.mean(jnp.abs(difference))
+    if kind == "l2":
+        return jnp.mean(jnp.square(difference))
+    return jnp.mean(jnp.sqrt(jnp.square(difference) + 1e-4) - 1e-2)
+
+
+# name -> term(clean, decoded, posterior, config), weight included. A perceptual or adversarial term is one more entry.
+Term = Callable[[Array, Array, vae.Posterior, VAETrainConfig], Array]
+TERMS: dict[str, Term] = {
+    "reconstruction": lambda clean, decoded, _, config: reconstruction_error(clean, decoded, config.reconstruction),
+    "kl": lambda _, __, posterior, config: config.kl_weight * jnp.mean(posterior.kl()),
+}
+
+
+@dataclasses.dataclass
+class VAETask:
+    """loop.Task of a VAERun."""
+
+    run: VAERun
+
+    def __post_init__(self) -> None:
+        settings = self.run.vae_train
+        self.unit = "clips"
+        self.units_per_step = float(settings.batch)
+        self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop)
+        self.flops_before = 0.0
+        self.graphdef = vae.split(nnx.eval_shape(lambda: vae.VAE(self.run.vae, nnx.Rngs(0))))[0]
+
+    def meta(self) -> dict[str, Any]:
+        return {}
+
+    def init(self, key: Array) -> tuple[Any, Any]:
+        _, params, rest = vae.split(vae.VAE(self.run.vae, nnx.Rngs(key)))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+    def loss(self, params: Any, rest: Any, frames: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        model = nnx.merge(self.graphdef, params, rest)
+        clean = sharding.constrain(codec.to_unit(frames), "rows", "none", "none", "none", "none")
+        posterior = model.encode(clean)
+        latent = posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape)
+        decoded = model.decode(latent)
+        terms = {name: term(clean, decoded, posterior, self.run.vae_train) for name, term in TERMS.items()}
+        mse = jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - clean))
+        return sum(terms.values(), jnp.float32(0)), terms | {"psnr": reconstruction.psnr_of_mse(mse)}
+
+    def batches(self) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+        """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state."""
+        settings, data = self.run.vae_train, self.run.data
+        dataset = (
+            grain.MapDataset.range(data.train_clips)
+            .seed(self.run.seed)
+            .shuffle()
+            .repeat()
+            .batch(settings.batch)
+            .map_with_index(self._crops)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1))
+        )
+        return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4))
+
+    def _crops(self, index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        rng = np.random.default_rng((self.run.seed, index))
+        found = list(clips.clips(self.run.data.world, "train", ids.tolist()))
+        return np.stack([crop(clip.frames_THWC, self.run.vae_train.crop, rng) for clip in found]), {}
+
+    @functools.cached_property
+    def heldout(self) -> list[Clip]:
+        data = self.run.data
+        return list(clips.clips(data.world, "heldout", range(data.heldout_clips)))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """PSNR in dB and attributes read from reconstructions of held-out clips, whole and at native size."""
+        decoded = self._reconstruct(state, self.heldout)
+        original = [clip.frames_THWC for clip in self.heldout]
+        read = reader.score(decoded, [clip.scene for clip in self.heldout])
+        return {"psnr": reconstruction.psnr(original, decoded)} | {f"attributes/{name}": value for name, value in read.items()}
+
+    def _reconstruct(self, state: TrainState, some: list[Clip]) -> list[np.ndarray]:
+        network = codec.Codec(self.run.vae, state.ema, state.rest)
+        return network.decode([mean for mean, _ in network.encode([clip.frames_THWC for clip in some])])
+
+    def sample(self, state: TrainState, path: Path) -> None:
+        """A contact sheet: each held-out clip above its reconstruction."""
+        some = self.heldout[:SHOWN_CLIPS]
+        pairs = zip((clip.frames_THWC for clip in some), self._reconstruct(state, some), strict=True)
+        files.write_image(path, files.contact_sheet([video for pair in pairs for video in pair], frames_per_video=5))
+
+    def finish(self, state: TrainState) -> TrainState:
+        """Measure the latents' mean and deviation per channel, so that diffusion sees unit variance."""
+        data = self.run.data
+        some = clips.clips(data.world, "train", range(min(STATISTICS_CLIPS, data.train_clips)))
+        plain = jax.tree.map(jnp.zeros_like, state.rest) | {"latent_std": jnp.ones_like(state.rest["latent_std"])}
+        encoded = codec.Codec(self.run.vae, state.ema, plain).encode([clip.frames_THWC for clip in some])
+        means = np.concatenate([mean.reshape(-1, mean.shape[-1]) for mean, _ in encoded])
+        variances = np.concatenate([std.reshape(-1, std.shape[-1]) ** 2 for _, std in encoded])
+        deviation = np.sqrt(means.var(0) + variances.mean(0))
+        # A channel that carries nothing would be blown up to unit variance.
+        deviation = np.maximum(deviation, 1e-2 * deviation.max())
+        rest = {"latent_mean": jnp.asarray(means.mean(0)), "latent_std": jnp.asarray(deviation)}
+        return state._replace(rest=jax.device_put(rest, jax.tree.map(lambda leaf: leaf.sharding, state.rest)))
+
+
+def crop(frames_THWC: np.ndarray, size: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random window in space from the clip's first frames on. Raises ValueError for a clip smaller than the window."""
+    T, H, W = size
+    if any(have < need for have, need in zip(frames_THWC.shape, size, strict=False)):
+        raise ValueError(f"a clip of {frames_THWC.shape[:3]} is smaller than vae_train.crop {size}; crop less or draw larger clips")
+    top, left = (int(rng.integers(have - need + 1)) for have, need in zip(frames_THWC.shape[1:3], (H, W), strict=True))
+    return frames_THWC[:T, top : top + H, left : left + W]
