@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
     vae = parts.vae_run(parts.compact_world(), steps=300)
-    dit = parts.dit_run(parts.compact_world(), steps=1600, vae_checkpoint="runs/quickstart/vae")
+    dit = parts.dit_run(parts.compact_world(), steps=1600, vae_checkpoint="vae")
     stages = {"vae": vae, "dit": dit}
     if arg:
+        dit.vae_checkpoint = "runs/quickstart/vae"
         return stages[arg]
     return ConfigDict(
-        dict(task="study", title="sora_jax quickstart", stages=stages, prompts=256, shown=24, seed=0)
+        dict(task="study", title="sora_jax quickstart", order=("vae", "dit"), stages=stages, prompts=256, shown=24, seed=0)
     )

@@ -488,8 +488,9 @@ def exists(directory: str | os.PathLike[str]) -> bool:
 
 
 def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
-    """The meta of a step (the newest, if None), without its arrays and without starting a jax backend.
+    """The meta of a step (if None, the newest whose record is whole). Reads no array and starts no jax backend.
 
+    The arrays of that step may be damaged: after a restore, use the meta that it gave back.
     Raises FileNotFoundError if there is no such step, CorruptCheckpointError, or ValueError if sora_jax did not write
     it.
     """
@@ -497,7 +498,14 @@ def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dic
     available = steps(root)
     if not available or (step is not None and step not in available):
         raise _nothing_there(root, step, available)
-    return _read_record(root / str(available[-1] if step is None else step))["meta"]
+    for candidate in reversed(available if step is None else [step]):
+        try:
+            return _read_record(root / str(candidate))["meta"]
+        except CorruptCheckpointError as error:
+            if candidate in (step, available[0]):
+                raise
+            logging.warning("step %d is damaged (%s); looking at the one before", candidate, error)
+    raise AssertionError("unreachable: the oldest step returns or raises")
 
 
 def describe(path: str | os.PathLike[str]) -> Description:

@@ -132,7 +132,11 @@ class VAERun:
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        self.vae.latent_shape(*self.vae_train.crop)
+        crop, world = self.vae_train.crop, self.data.world
+        self.vae.latent_shape(*crop)
+        smallest = (min(world.frame_counts), *(min(size[axis] for size in world.frame_sizes) for axis in range(2)))
+        if any(need > have for need, have in zip(crop, smallest, strict=True)):
+            raise ValueError(f"vae_train.crop {crop} is larger than the world's smallest clip {smallest}; crop less")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,17 +163,24 @@ class DiTRun:
 
 @dataclasses.dataclass(frozen=True)
 class StudyRun:
-    """Several stages in order and what is measured at the end. A stage is a VAERun or a DiTRun."""
+    """Several stages (VAERun or DiTRun), trained in `order`, and what is measured at the end.
+
+    The DiT is judged on `prompts` held-out prompts, of which the report shows `shown`. A DiT whose vae_checkpoint is the
+    name of a stage works with that stage's VAE.
+    """
 
     title: str
+    order: tuple[str, ...]
     stages: dict[str, Any]
     prompts: int
     shown: int
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("a study needs at least one stage")
+        if not self.stages or sorted(self.order) != sorted(self.stages):
+            raise ValueError(f"order {self.order} must name each of the stages once: {', '.join(self.stages)}")
+        if self.prompts < 1 or not 0 <= self.shown <= self.prompts:
+            raise ValueError(f"prompts {self.prompts} must be positive and shown {self.shown} no more than that")
 
 
 RUNS = {"vae": VAERun, "dit": DiTRun, "study": StudyRun}
@@ -180,7 +191,7 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message names the key."""
 
 
-def from_config_dict(tree: Mapping[str, Any]) -> Run:
+def from_config_dict(tree: Any) -> Run:
     """The frozen run of a ConfigDict (or of plain dicts, such as resolved JSON).
 
     tree["task"] names the kind of run. Raises ConfigError for an unknown or missing key, a wrong type or a value that the

@@ -34,8 +34,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
 # Path pattern -> logical axes, from the last axis backwards; a leading stacked axis of scanned blocks is "layers".
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(bias|scale|count|shift|stretch)$", ("none",)),
-    (r"embed(ding)?/(table|embedding)$", ("none", "embed")),
-    (r"position(_embedding)?/(table|embedding)$", ("none", "none")),
+    (r"embedding$", ("none", "embed")),
     (r"conv\w*/kernel$", ("none", "none", "embed", "wide")),
     (r"(out|down)/kernel$", ("wide", "embed")),
     (r"kernel$", ("embed", "wide")),

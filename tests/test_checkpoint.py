@@ -218,12 +218,15 @@ def test_a_step_asked_for_by_number_is_not_replaced(tmp_path):
 
 def test_damaged_record_falls_back(tmp_path):
     items = make_items()
-    save(tmp_path, 1, items)
-    save(tmp_path, 2, items)
+    save(tmp_path, 1, items, meta={"at": 1})
+    save(tmp_path, 2, items, meta={"at": 2})
     file = tmp_path / "2" / "_CHECKPOINT_METADATA"
     # Still JSON, but another model: without the digest this would be an error of the user's.
     file.write_text(file.read_text().replace('["float32", [64, 128]', '["float32", [64, 129]'))
-    assert checkpoint.restore(tmp_path, abstract(items)).step == 1
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="digest"):
+        checkpoint.read_meta(tmp_path, 2)
+    assert checkpoint.read_meta(tmp_path) == {"at": 1}
+    assert checkpoint.restore(tmp_path, abstract(items)).meta == {"at": 1}
     assert (tmp_path / "2.corrupt").is_dir()
 
 

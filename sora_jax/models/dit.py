@@ -187,7 +187,7 @@ class DiT(nnx.Module):
         make = nnx.vmap(
             Block, in_axes=(None, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None}
         )
-        self.blocks = make(config, rngs.fork(split=config.blocks))
+        self.blocks = make(config, rngs.split(config.blocks))
         self.modulation = Linear(width, 2 * width, rngs=rngs, gain=0.0)
         self.patch_out = Linear(width, config.patch_dim, rngs=rngs, gain=0.0)
 

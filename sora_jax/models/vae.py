@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +121,7 @@ class ResidualBlock(nnx.Module):
         return x + h, (past1, past2)
 
 
-def run_blocks(blocks: list[ResidualBlock], x: Array, past: Pasts | None, remat: bool) -> tuple[Array, Pasts]:
+def run_blocks(blocks: Sequence[ResidualBlock], x: Array, past: Pasts | None, remat: bool) -> tuple[Array, Pasts]:
     """The blocks of one level; past holds two entries per block, or None at the start of a clip."""
     following: Pasts = []
     for number, block in enumerate(blocks):

@@ -36,7 +36,7 @@ def run(study: StudyRun, workdir: Path, command: str) -> Path:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     clock = Clock(workdir / "seconds.json")
-    for name, stage in study.stages.items():
+    for name in study.order:
         with clock.measure(name):
             logging.info("stage %s", name)
             loop.fit(make_task(stage_run(study, name, workdir), workdir / name), workdir / name)
@@ -129,7 +129,8 @@ def reconstruct(made: pipeline.Pipeline) -> list[report.Pair]:
     found = list(clips.clips(made.run.data.world, "heldout", range(SHOWN_PAIRS)))
     decoded = reconstructed(made, [clip.frames_THWC for clip in found])
     return [
-        report.Pair(clip.frames_THWC, after, clip.fps, clip.captions[0]) for clip, after in zip(found, decoded, strict=True)
+        report.Pair(clip.frames_THWC, after, clip.fps, clip.captions[0])
+        for clip, after in zip(found, decoded, strict=True)
     ]
 
 

@@ -11,6 +11,9 @@ import numpy as np
 from sora_jax.config import TextConfig
 from sora_jax.text import encode, tokenise
 
+# Of matmul inputs: states differ from float32 by 0.6 % rms and take two thirds of the time.
+DTYPE = "bfloat16"
+
 
 class CaptionText:
     """caption -> (states (L, M) float16, None) or (None, token ids (L,)): what data/loader.py calls per clip.
@@ -42,10 +45,12 @@ class CaptionText:
             return
         if self._cache is None and self._path is not None and self._path.exists():
             self._cache = encode.CaptionCache.load(self._path)
+            if self._cache.encoder_name != encode.minilm_name(self.config.max_tokens, DTYPE):
+                self._cache = None
         if self._cache is not None and all(caption in self._cache.index for caption in wanted):
             return
         if self._network is None:
-            self._network = encode.minilm_encoder(self.config.max_tokens, "float32")
+            self._network = encode.minilm_encoder(self.config.max_tokens, DTYPE)
         before = self._cache or encode.CaptionCache.empty(self._network)
         self._cache = before.add(wanted, self._network)
         logging.info("text: states of %d captions are ready", len(self._cache.index))

@@ -190,7 +190,12 @@ def minilm_encoder(max_tokens: int, dtype: str) -> CaptionEncoder:
     if max_tokens > limit:
         raise ValueError(f"max_tokens is {max_tokens}; MiniLM has {limit} positions")
     tokeniser = tokenise.WordPiece(require_minilm() / "tokenizer.json", max_tokens)
-    return CaptionEncoder(encoder, tokeniser, f"minilm-l6-v2 {dtype} max_tokens={max_tokens}")
+    return CaptionEncoder(encoder, tokeniser, minilm_name(max_tokens, dtype))
+
+
+def minilm_name(max_tokens: int, dtype: str) -> str:
+    """What tells the states of one encoder from those of another."""
+    return f"minilm-l6-v2 {dtype} max_tokens={max_tokens}"
 
 
 def pack_rows(items: Sequence[tuple[int, int]], row_tokens: int) -> list[list[int]]:

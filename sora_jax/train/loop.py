@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from sora_jax.train import optimizer, progress
 Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a run trains. batch metrics are host numbers, summed between two log lines, such as counts of packed clips."""
 
@@ -63,7 +64,7 @@ def make_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         # A whole tree of zeros instead of NaN, so that nothing below can mix them in.
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)

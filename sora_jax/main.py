@@ -1,0 +1,759 @@
+"""The command sora-jax: train, study, sample, inspect. The one module with flags.
+
+Nothing heavy is imported before a verb needs it: help and refusals come at once. What a user can get wrong ends in one
+sentence and exit code 2, what a run can (divergence, a damaged checkpoint) in one sentence and 1, an interrupt in one
+and 130; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.machinery
+import importlib.util
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import sora_jax
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from sora_jax.config import DiTRun, Run, VAERun
+    from sora_jax.diffusion.sampler import SamplerConfig
+    from sora_jax.generate.pipeline import Pipeline
+
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+SUFFIXES = (".mp4", ".gif", ".png")
+# Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
+SHOWN_WIDTH = 256
+SHEET_FRAMES = 8
+# Seeds are int32 on the device.
+MAX_SEED = 2**31 - 1
+
+
+class Failure(Exception):
+    """A sentence for the user and its exit code; prog is the command that refuses, if not the running one."""
+
+    def __init__(self, message: object, code: int = USER_ERROR, prog: str | None = None) -> None:
+        super().__init__(" ".join(str(message).split()))
+        self.code, self.prog = code, prog
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code. Without argv it is the whole process, of sys.argv."""
+    if argv is not None:
+        return _run(argv)
+    code = _run(sys.argv[1:])
+    if code == INTERRUPTED:
+        # Saves are atomic, so nothing is lost; but orbax's threads would wait minutes for one that was cut short.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
+    prog = "sora-jax"
+    try:
+        arguments = parse(argv)
+        prog = arguments.parser.prog
+        with _logging_to_stderr():
+            arguments.verb(arguments)
+    except Failure as failure:
+        print(f"{failure.prog or prog}: error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print(f"{prog}: error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough; Python would complain again when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RUN_ERROR
+    except SystemExit as exit:  # --help and --version
+        return int(exit.code or 0)
+    return 0
+
+
+# Flags --------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses in one sentence and takes no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise Failure(f"{message}; see {self.prog} --help", prog=self.prog)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a verb, with verb (its function), parser, overrides (['--config.a.b=value']) and command."""
+    arguments, rest = make_parser().parse_known_args(argv)
+    arguments.command = shlex.join(["sora-jax", *argv])
+    arguments.overrides, strays = _overrides(rest) if "config" in arguments else ([], rest)
+    if strays:
+        near = difflib.get_close_matches(strays[0].split("=")[0], [f"--{name}" for name in vars(arguments)], 1)
+        arguments.parser.error(f"unknown argument {strays[0]!r}{f', did you mean {near[0]}?' if near else ''}")
+    return arguments
+
+
+def _overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(overrides, what is none): '--config.a=1', '--config.a 1', and '--config.a' or '--noconfig.a' for a bool."""
+    overrides: list[str] = []
+    strays: list[str] = []
+    for argument in rest:
+        if argument.startswith(("--config.", "--noconfig.")):
+            overrides.append(argument)
+        elif overrides and not strays and "=" not in overrides[-1] and not argument.startswith("--"):
+            overrides[-1] += f"={argument}"
+        else:
+            strays.append(argument)
+    return overrides, strays
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="sora-jax",
+        description="Train a small Sora, measure it, and sample videos from text.",
+        epilog="""examples:
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
+  sora-jax VERB --help
+
+environment:
+  SORA_JAX_CACHE  folder of compiled programs (default: ~/.cache/sora_jax/xla); JAX's own JAX_* variables come first""",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
+    for add in (_add_train, _add_study, _add_sample, _add_inspect):
+        add(verbs)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, verb: Any, summary: str, description: str, epilog: str) -> Parser:
+    parser = verbs.add_parser(name, help=summary, description=description, epilog=epilog)
+    parser.set_defaults(verb=verb, parser=parser)
+    return parser
+
+
+def _add_run_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="Python file whose get_config(), or get_config(ARG), returns the whole config (required)",
+    )
+    # argparse never meets this flag, it is one for every key of the file; here it is for the help alone.
+    group = parser.add_argument_group("config keys")
+    group.description = (
+        "--config.KEY=VALUE sets a key of that file, such as --config.loop.steps=500 or\n"
+        "--config.vae_train.crop='(9, 32, 32)'; repeatable (default: what the file says)"
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for checkpoints, metrics and samples (required); resumed from if it holds a checkpoint",
+    )
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "train",
+        train,
+        "train one stage, the VAE or the diffusion transformer",
+        "Train one stage, the VAE or the diffusion transformer.\n"
+        "The same command again resumes from the newest checkpoint.",
+        """examples:
+  sora-jax train --config=experiments/quickstart.py:vae --workdir=runs/vae
+  sora-jax train --config=experiments/quickstart.py:dit --config.vae_checkpoint=runs/vae --workdir=runs/dit
+  sora-jax train --config=experiments/quickstart.py:vae --config.loop.steps=50 --workdir=runs/short""",
+    )
+    _add_run_flags(parser)
+
+
+def _add_study(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "study",
+        study,
+        "train several stages, measure them and write a report",
+        "Train the stages of a study in order, measure the result and write DIR/report.html and DIR/report.json.\n"
+        "The same command again resumes.",
+        """examples:
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+  sora-jax study --config=experiments/quickstart.py --config.stages.dit.loop.steps=400 --workdir=runs/short""",
+    )
+    _add_run_flags(parser)
+
+
+def _add_sample(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "sample",
+        sample,
+        "make videos from text with a trained model",
+        "Make videos from text with a trained diffusion transformer.\n"
+        "A JSON file beside the output tells how each was made.",
+        """examples:
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --samples=2 --out=sheet.png
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a blue star grows" --frames=1 --seed=3 --out=star.png""",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="work dir of a trained diffusion transformer, or one step in it (required)",
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what to show; repeatable (required, or --prompts_file)"
+    )
+    prompts.add_argument(
+        "--prompts_file", type=Path, metavar="FILE", help="file with one prompt per line (required, or --prompt)"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file to write (required): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
+        "or .png, frames side by side, all videos on one sheet",
+    )
+    parser.add_argument("--height", type=_count, default=32, metavar="PIXELS", help="height (default: %(default)s)")
+    parser.add_argument("--width", type=_count, default=32, metavar="PIXELS", help="width (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=_count, default=17, metavar="N", help="number of frames, 1 for an image (default: %(default)s)"
+    )
+    parser.add_argument("--fps", type=_rate, default=8.0, metavar="X", help="frames per second (default: %(default)g)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="seed of a prompt's first sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="videos per prompt, of seeds N, N+1, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="how much to insist on the prompt, 1 = no guidance (default: the checkpoint's config.sampler.guidance)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        metavar="N",
+        help="steps of the sampler (default: the checkpoint's config.sampler.steps)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("euler", "heun"),
+        help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=_count,
+        metavar="N",
+        help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide)",
+    )
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "inspect",
+        inspect,
+        "show what a checkpoint holds",
+        "Show a checkpoint's step, arrays (shapes, dtypes, counts) and config.\n"
+        "Reads no array and takes no accelerator.",
+        """examples:
+  sora-jax inspect runs/quickstart/dit
+  sora-jax inspect runs/quickstart/dit/1600 --depth=-1
+  sora-jax inspect runs/quickstart/vae --json | jq .num_parameters""",
+    )
+    parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        default=2,
+        metavar="N",
+        help="levels of modules that get a row of their own, -1 for every array (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print all of it, every array, as JSON (default: a page of text)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in 0..{MAX_SEED}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+# Process -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_jax() -> None:
+    """Sets what jax and XLA read from the environment when they are imported; what the user has set stays.
+
+    The huge pages of glibc (GLIBC_TUNABLES) cannot be set here: they must be there before the process starts.
+    """
+    # Warnings and chatter of XLA's C++ side are not for users.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Compiled programs are kept between processes: 2.5 s for a training step become 0.1 s. By default jax would keep
+    # only those that took a second, and small models are made of many that took less.
+    cache = Path(os.environ.get("SORA_JAX_CACHE") or Path.home() / ".cache" / "sora_jax" / "xla")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written: slower, but no reason to stop
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+class _Plain(logging.Formatter):
+    """Messages alone; warnings and worse say so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Shows what sora_jax logs from INFO on, and what libraries log from WARNING on."""
+    ours = str(Path(sora_jax.__file__).parent)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain())
+    # By file: parts of sora_jax and of the libraries share the root logger, and absl's is shared by orbax and grain.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.pathname.startswith(ours))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _errors_for_users(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions whose messages are written for users into a Failure.
+
+    These are ConfigError, a damaged checkpoint, a missing one, and `kinds`. ValueError may be one of them only around
+    code that validates what the user gave: anywhere else it is a bug.
+    """
+    from sora_jax import checkpoint, config
+
+    refused: tuple[type[Exception], ...] = (config.ConfigError, *kinds)
+
+    try:
+        yield
+    except checkpoint.CorruptCheckpointError as error:
+        raise Failure(error, RUN_ERROR) from error
+    except FileNotFoundError as error:
+        # Our own have a sentence, the system's an errno: a file that we should have made ourselves.
+        if error.errno is not None:
+            raise
+        raise Failure(error) from error
+    except refused as error:
+        raise Failure(error) from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _refuse_file(path: str | Path) -> None:
+    if os.path.isfile(path):
+        raise Failure(f"{path} is a file, not a checkpoint; give a work dir, or a step in one")
+
+
+# Configs -------------------------------------------------------------------------------------------------------------
+
+
+def load_run(source: str, overrides: Sequence[str]) -> Run:
+    """The run of FILE[:ARG] with '--config.a.b=value' applied. Raises Failure."""
+    tree = _load_config(source)
+    _override(tree, overrides)
+    prepare_jax()
+    from sora_jax import config
+
+    with _errors_for_users():
+        return config.from_config_dict(tree.to_dict())
+
+
+def _load_config(source: str) -> ConfigDict:
+    """What get_config returns. Raises Failure, which names the line, whatever is wrong with the file."""
+    from ml_collections import ConfigDict
+
+    name, colon, argument = source.partition(":")
+    path = Path(name)
+    if not path.is_file() or path.suffix != ".py":
+        raise Failure(
+            f"--config={source}: {name} is no Python file" if path.exists() else f"config file {name} does not exist"
+        )
+    with _siblings(path.resolve().parent) as folder:
+        try:
+            module = _execute(path.resolve())
+            tree = module.get_config(*([argument] if colon else []))
+        except Exception as error:
+            if colon and isinstance(error, KeyError) and error.args == (argument,):
+                raise Failure(f"config file {name} has no variant {argument!r}") from error
+            raise Failure(f"config file {source} failed with {_told(error, folder)}") from error
+    if not isinstance(tree, ConfigDict):
+        raise Failure(f"config file {source}: get_config() must return a ConfigDict, not {type(tree).__name__}")
+    return tree.lock()
+
+
+def _execute(path: Path) -> Any:
+    loader = importlib.machinery.SourceFileLoader("_sora_jax_config", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _siblings(folder: Path) -> Iterator[Path]:
+    """Lets a config import the files beside it, such as parts, and leaves the modules of this process as they were."""
+    names = [path.stem for path in folder.glob("*.py")]
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield folder
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(folder):
+                del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _told(error: Exception, folder: Path) -> str:
+    """'NameError: name 'x' is not defined (parts.py, line 3)'; the line is the last one in the folder of the config."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
+    ]
+    # A SyntaxError names its line itself.
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else where}"
+
+
+def _override(tree: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets keys of the locked tree through ml_collections' flags. Raises Failure for an unknown key or a wrong type."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    current = {override: _value_at(tree, override) for override in overrides}
+    # A FlagValues of its own: absl's global one belongs to whoever imports us.
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", tree, flag_values=values, sys_argv=["sora-jax", *overrides])
+        values(["sora-jax", *overrides])
+    except flags.IllegalFlagValueError as error:
+        refused = next((override for override in overrides if str(error).startswith(f"flag {override}:")), None)
+        if refused is None:
+            raise Failure(str(error).removeprefix("flag ")) from error
+        value = current[refused]
+        raise Failure(
+            f"{refused}: the value must be of type {type(value).__name__}, such as the file's {value!r}"
+        ) from error
+    except (flags.Error, LookupError, TypeError, ValueError, AttributeError) as error:
+        # Only flags are read here, so whatever is wrong is wrong with them.
+        raise Failure(f"{' '.join(overrides)}: {error}") from error
+
+
+def _value_at(tree: ConfigDict, override: str) -> Any:
+    """What the file says of the key of an override. Raises Failure if there is no such key."""
+    from ml_collections import ConfigDict
+
+    node, where = tree, "config"
+    for key in override.split("=")[0].split(".")[1:]:
+        if not isinstance(node, ConfigDict):
+            raise Failure(f"{override}: {where} has no keys of its own, its value is {node!r}")
+        if key not in node:
+            near = difflib.get_close_matches(key, list(node), 1)
+            hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(node)}"
+            raise Failure(f"{override}: {where} has no key {key!r}; {hint}")
+        node, where = node[key], f"{where}.{key}"
+    if node is None:
+        raise Failure(f"{override}: {where} is None in the file and can only be set there")
+    if isinstance(node, ConfigDict):
+        raise Failure(f"{override}: {where} is a group; set its keys, which are {', '.join(node)}")
+    return node
+
+
+# Verbs ---------------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains the stage of --config in --workdir, or goes on with it."""
+    run = load_run(arguments.config, arguments.overrides)
+    from sora_jax import checkpoint, config
+    from sora_jax.train import loop
+
+    if isinstance(run, config.StudyRun):
+        name = arguments.config.partition(":")[0]
+        raise Failure(
+            f"{arguments.config} is a study; use sora-jax study, or train a stage: {_variants(name, run.stages)}"
+        )
+    _make_folder(arguments.workdir)
+    task = _task(run, arguments.workdir)
+    try:
+        with _errors_for_users():
+            loop.fit(task, arguments.workdir)
+    except loop.DivergedError as error:
+        raise Failure(error, RUN_ERROR) from error
+    except KeyboardInterrupt:
+        step = checkpoint.latest_step(arguments.workdir)
+        kept = "nothing was saved yet (see config.loop.save_every), the same command starts anew"
+        raise Failure(
+            f"interrupted; {kept if step is None else f'the same command resumes from step {step}'}", INTERRUPTED
+        ) from None
+    print(f"trained: {arguments.workdir}")
+
+
+def _task(run: VAERun | DiTRun, workdir: Path) -> Any:
+    """The task of a run; refuses a mesh that the devices do not fill and a VAE that is not there."""
+    from sora_jax import checkpoint, config, sharding
+    from sora_jax.train import dit, vae
+
+    with _errors_for_users(ValueError):
+        sharding.make_mesh(run.mesh)
+        if isinstance(run, config.DiTRun):
+            _refuse_file(run.vae_checkpoint)
+            checkpoint.read_meta(run.vae_checkpoint)
+    with _errors_for_users():
+        return vae.VAETask(run) if isinstance(run, config.VAERun) else dit.DiTTask(run, workdir)
+
+
+def _variants(name: str, stages: Iterable[str]) -> str:
+    return " or ".join(f"--config={name}:{stage}" for stage in stages)
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Trains the stages of --config in --workdir, or goes on with them, and writes the report."""
+    run = load_run(arguments.config, arguments.overrides)
+    from sora_jax import config, sharding
+    from sora_jax.train import loop
+
+    if not isinstance(run, config.StudyRun):
+        raise Failure(f"{arguments.config} is a single stage, not a study; use sora-jax train")
+    with _errors_for_users(ValueError):
+        for stage in run.stages.values():
+            sharding.make_mesh(stage.mesh)
+    _make_folder(arguments.workdir)
+    from sora_jax.study import runner
+
+    try:
+        with _errors_for_users():
+            runner.run(run, arguments.workdir, arguments.command)
+    except loop.DivergedError as error:
+        raise Failure(error, RUN_ERROR) from error
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from the newest checkpoint of each stage"
+        raise Failure(message, INTERRUPTED) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """One video to make and the file it goes to."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Makes a video for every prompt and seed and writes them with a manifest."""
+    # Everything that can be refused without the model is refused before it is loaded.
+    videos = plan(_prompts(arguments), arguments.samples, arguments.seed, arguments.out)
+    manifest = _manifest_path(arguments.out)
+    pipeline, step = _load(arguments.checkpoint)
+    settings = _settings(pipeline, arguments)
+    _make_folder(arguments.out.parent)
+
+    logging.info("sampling %d of %dx%dx%d", len(videos), arguments.frames, arguments.height, arguments.width)
+    from sora_jax.generate.pipeline import Request
+
+    size = arguments.height, arguments.width, arguments.frames, arguments.fps
+    made = pipeline.sample([Request(video.prompt, *size, video.seed) for video in videos], settings)
+    scale = arguments.scale or math.ceil(SHOWN_WIDTH / arguments.width)
+    try:
+        _write(videos, made, arguments.fps, scale)
+        manifest.write_text(
+            json.dumps(_manifest(arguments, videos, settings, step, scale), indent=2, ensure_ascii=False)
+        )
+    except OSError as error:
+        raise Failure(f"cannot write {error.filename or arguments.out}: {error.strerror}", RUN_ERROR) from error
+    for video in videos:
+        print(f"{video.path}  seed {video.seed}  {video.prompt}")
+
+
+def plan(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Video]:
+    """Every prompt with seeds seed, seed + 1, ...: one file if there is one video or one sheet, else out-0, out-1, ...
+
+    Raises Failure for a suffix that cannot be written and a seed too large.
+    """
+    if out.suffix not in SUFFIXES:
+        raise Failure(f"--out={out}: the file must end in one of {', '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise Failure(f"--out={out} is a folder; name a file in it")
+    if seed + samples - 1 > MAX_SEED:
+        raise Failure(f"--seed={seed} with --samples={samples} goes beyond {MAX_SEED}; choose a smaller seed")
+    wanted = [(prompt, seed + number) for prompt in prompts for number in range(samples)]
+    several = len(wanted) > 1 and out.suffix != ".png"
+    paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(wanted))]
+    return [Video(prompt, seed, path) for (prompt, seed), path in zip(wanted, paths, strict=True)]
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """Prompts without outer spaces, and without the blank lines of a file. Raises Failure for an empty one or none."""
+    file = arguments.prompts_file
+    if file is None:
+        prompts = [prompt.strip() for prompt in arguments.prompt]
+        if not all(prompts):
+            raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
+        return prompts
+    try:
+        prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Failure(f"--prompts_file={file} is not UTF-8 text") from error
+    if not prompts:
+        raise Failure(f"--prompts_file={file} holds no prompt; write one per line")
+    return prompts
+
+
+def _load(path: Path) -> tuple[Pipeline, int | None]:
+    """The pipeline of a work dir, or of a step in one, and its step."""
+    prepare_jax()
+    from sora_jax import checkpoint
+    from sora_jax.generate import pipeline
+
+    _refuse_file(path)
+    step = None
+    if path.name.isdecimal() and int(path.name) in checkpoint.steps(path.parent):
+        path, step = path.parent, int(path.name)
+    with _errors_for_users(ValueError):  # a checkpoint that sora_jax did not write
+        checkpoint.read_meta(path, step)
+    with _errors_for_users():
+        loaded = pipeline.load(path, step)
+    # Only now: loading passes over a newest step that is damaged, and renames it.
+    return loaded, checkpoint.latest_step(path) if step is None else step
+
+
+def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
+    """The run's sampler with the flags that were given. Raises Failure for bad ones, sizes of videos among them."""
+    from sora_jax.data import pack
+
+    given = {name: getattr(arguments, name) for name in ("guidance", "steps", "method")}
+    with _errors_for_users(ValueError):
+        shape = pipeline.vae_config.latent_shape(arguments.frames, arguments.height, arguments.width)
+        pack.grid_shape(shape, pipeline.run.dit.patch)
+        return dataclasses.replace(
+            pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
+        )
+
+
+def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: float, scale: int) -> None:
+    """One file a video, or all on one sheet where they share a file."""
+    from sora_jax.generate import files
+
+    if len({video.path for video in videos}) < len(videos):
+        labels = [f"{video.prompt} (seed {video.seed})" for video in videos]
+        sheet = files.contact_sheet(made, labels, frames_per_video=SHEET_FRAMES, scale=scale)
+        files.write_image(videos[0].path, sheet)
+        return
+    for video, frames in zip(videos, made, strict=True):
+        files.write_video(video.path, frames, fps, scale)
+
+
+def _manifest_path(out: Path) -> Path:
+    """Where the manifest goes. Raises Failure if another file is there, such as the config.json of a run."""
+    path = out.with_suffix(".json")
+    with contextlib.suppress(FileNotFoundError):
+        if not path.read_bytes().startswith(b'{\n  "sora_jax_sample"'):
+            raise Failure(f"--out={out} would replace {path} by its manifest; choose another name")
+    return path
+
+
+def _manifest(
+    arguments: argparse.Namespace, videos: Sequence[Video], settings: SamplerConfig, step: int | None, scale: int
+) -> dict[str, Any]:
+    return {
+        "sora_jax_sample": sora_jax.__version__,
+        "checkpoint": str(arguments.checkpoint.absolute()),
+        "step": step,
+        "size": {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")},
+        "sampler": dataclasses.asdict(settings),
+        "scale": scale,
+        "videos": [{"file": video.path.name, "prompt": video.prompt, "seed": video.seed} for video in videos],
+        "command": arguments.command,
+    }
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Prints what a checkpoint holds."""
+    # A look at a checkpoint must not claim the chips of the run that writes it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    prepare_jax()
+    from sora_jax import checkpoint
+
+    _refuse_file(arguments.path)
+    with _errors_for_users(ValueError):
+        description = checkpoint.describe(arguments.path)
+    if not arguments.json:
+        print(checkpoint.format_description(description, None if arguments.depth < 0 else arguments.depth))
+        return
+    counts = {name: description.num_parameters(name) for name in description.items}
+    print(json.dumps(dataclasses.asdict(description) | {"num_parameters": counts}, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,136 @@
+"""Laws of loading: deterministic, resumable at any batch, every clip once a pass, draws keyed by clip."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.data import latents, loader, pack
+
+GEOMETRY = pack.Geometry((1, 1, 1), (4, 8, 8))
+PACKING = pack.PackConfig(rows=2, row_tokens=40, row_slots=8, row_text=24, window=12, drop_rate=0.3)
+PLAIN = loader.LoaderConfig(long_captions=0.5, caption_dropout=0.2, known_frames=0.5)
+CLIPS = 30
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    rng = np.random.default_rng(0)
+
+    def made():
+        for number in range(CLIPS):
+            shape = [(1, 2, 2), (3, 2, 2), (2, 3, 4)][number % 3]
+            mean = rng.standard_normal((*shape, 4)).astype(np.float32)
+            yield latents.Latent(number, mean, np.abs(mean), 8.0, (f"short {number % 5}", f"a long caption {number % 5}"))
+
+    return latents.write(tmp_path_factory.mktemp("store") / "latents", made(), {"made": "here"})
+
+
+def text(caption):
+    words = caption.split()
+    return np.full((len(words) + 1, 6), len(caption), np.float32), None
+
+
+def batches(store, **changes):
+    tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, **changes), PACKING, GEOMETRY, text, seed=3)
+    return loader.batches(store, tokeniser, 6)
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_the_store_gives_back_what_was_written(store):
+    again = latents.LatentStore(store.folder)
+    assert len(again) == CLIPS and again.meta == {"made": "here"}
+    item = again[4]
+    assert item.mean_thwc.shape == (3, 2, 2, 4) and item.captions == ("short 4", "a long caption 4") and item.id == 4
+    assert np.allclose(np.abs(item.mean_thwc), item.std_thwc)
+    with pytest.raises(FileNotFoundError, match="no encoded clips"):
+        latents.LatentStore(store.folder.parent)
+
+
+def test_two_loaders_give_the_same(store):
+    one, other = batches(store), batches(store)
+    for _ in range(5):
+        assert same(next(one)[0], next(other)[0])
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 7])
+def test_resume_goes_on_exactly(store, before):
+    source = batches(store)
+    for _ in range(before):
+        next(source)
+    state = source.get_state()
+    expected = [next(source)[0] for _ in range(6)]
+    again = batches(store)
+    again.set_state(state)
+    for batch in expected:
+        assert same(next(again)[0], batch)
+
+
+def test_every_pass_draws_every_clip_once(store):
+    source, drawn = batches(store), []
+    while len(drawn) < 3 * CLIPS:
+        batch, _ = next(source)
+        for clips, draws, slots in zip(batch.clip_BS, batch.draw_BS, batch.layout.slot_segment_BS, strict=True):
+            drawn += sorted({(int(d), int(c)) for c, d, s in zip(clips, draws, slots, strict=True) if s})
+    # Windows of 12 clips, so the first two passes are complete once the third has begun.
+    for number in range(2):
+        assert sorted(clip for draw, clip in drawn if draw == number) == list(range(CLIPS))
+
+
+def test_counts_add_up(store):
+    source, total = batches(store), pack.Count()
+    tokens = 0
+    for _ in range(10):
+        batch, count = next(source)
+        total.add(count)
+        tokens += int((batch.layout.segment_BN > 0).sum())
+    # A window is counted when it is opened, so at most one window is counted ahead.
+    assert tokens <= total.tokens <= tokens + PACKING.window * 24
+    assert total.too_long_clips == 0 and total.dropped_tokens > 0
+
+
+def test_a_draw_depends_on_seed_clip_and_draw_alone(store):
+    tokeniser = loader.Tokeniser(PLAIN, PACKING, GEOMETRY, text, seed=3)
+    one, other = (tokeniser(store[7], 2)[0] for _ in range(2))
+    assert same(one, other)
+    different = [tokeniser(store[7], 3)[0], dataclasses.replace(tokeniser, seed=4)(store[7], 2)[0]]
+    assert any(len(one.index_N) != len(d.index_N) or not same(one, d) for d in different)
+
+
+def shares(store, settings):
+    tokeniser = loader.Tokeniser(settings, PACKING, GEOMETRY, text, seed=0)
+    return [tokeniser(store[1], draw)[0] for draw in range(400)]
+
+
+def test_captions_are_dropped_and_lengths_mixed_as_configured(store):
+    drawn = shares(store, loader.LoaderConfig(long_captions=0.25, caption_dropout=0.2))
+    lengths = np.array([tokens.num_text for tokens in drawn])
+    assert np.mean(lengths == 1) == pytest.approx(0.2, abs=0.06)
+    assert np.mean(lengths == 5) == pytest.approx(0.8 * 0.25, abs=0.06)
+
+
+def test_known_frames_are_whole_frames_at_the_start(store):
+    drawn = shares(store, loader.LoaderConfig(known_frames=0.5))
+    known = {tuple(tokens.known_N[np.argsort(tokens.index_N)]) for tokens in drawn if len(tokens.index_N) == 12}
+    assert known == {tuple(np.arange(12) < 4 * frames) for frames in range(3)}
+    share = np.mean([tokens.known_N.any() for tokens in drawn])
+    assert share == pytest.approx(0.5, abs=0.08)
+
+
+def test_evaluation_batches_hold_every_clip_once(store):
+    tokeniser = loader.Tokeniser(loader.LoaderConfig(0, 0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0)
+    seen = {}
+    for batch, _ in loader.fixed_batches(store, tokeniser, 6):
+        assert batch.mean_BNP.shape[:2] == (2, 40)
+        seen |= pack.unpack(batch.mean_BNP, batch)
+    assert sorted(seen) == list(range(CLIPS))
+
+
+def test_nothing_that_fits_is_an_error(store):
+    tokeniser = loader.Tokeniser(PLAIN, dataclasses.replace(PACKING, row_tokens=2), GEOMETRY, text, 0)
+    with pytest.raises(ValueError, match="raise pack.row_tokens"):
+        next(loader.batches(store, tokeniser, 6))

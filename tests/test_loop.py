@@ -1,0 +1,220 @@
+"""Laws of training: resume = uninterrupted to the bit, NaN never reaches parameters, losses fall, what is written is true."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sora_jax import checkpoint, config
+from sora_jax.generate import pipeline
+from sora_jax.structs import TrainState
+from sora_jax.train import dit, loop, optimizer, vae
+
+
+def leaves(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("vae")
+    return workdir, loop.fit(vae.VAETask(tiny.vae_run(save_every=2)), workdir)
+
+
+@pytest.fixture(scope="module")
+def trained_dit(trained_vae, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dit")
+    return workdir, loop.fit(dit.DiTTask(tiny.dit_run(trained_vae[0], save_every=2), workdir), workdir)
+
+
+def stop_after(monkeypatch, steps):
+    """Break the run right after the save of step `steps`."""
+    save = loop._save
+
+    def save_then_stop(task, workdir, state, source, seconds):
+        save(task, workdir, state, source, seconds)
+        if int(state.step) == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", save_then_stop)
+
+
+def test_resumed_equals_uninterrupted_vae(trained_vae, tmp_path, monkeypatch):
+    task = vae.VAETask(tiny.vae_run(save_every=2))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(task, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2
+    assert same(loop.fit(vae.VAETask(task.run), tmp_path), trained_vae[1])
+
+
+def test_resumed_equals_uninterrupted_dit(trained_dit, trained_vae, tmp_path, monkeypatch):
+    run = tiny.dit_run(trained_vae[0], save_every=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(dit.DiTTask(run, tmp_path), tmp_path)
+    assert same(loop.fit(dit.DiTTask(run, tmp_path), tmp_path), trained_dit[1])
+
+
+def test_a_finished_run_is_left_alone(trained_vae):
+    workdir, state = trained_vae
+    before = (workdir / "metrics.jsonl").read_text()
+    assert same(loop.fit(vae.VAETask(tiny.vae_run(save_every=2)), workdir), state)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused(trained_vae):
+    workdir, _ = trained_vae
+    changed = dataclasses.replace(tiny.vae_run(save_every=2), seed=1)
+    with pytest.raises(config.ConfigError, match="seed: 0 -> 1"):
+        loop.fit(vae.VAETask(changed), workdir)
+
+
+def test_what_a_run_leaves(trained_dit):
+    workdir, state = trained_dit
+    assert config.from_config_dict(json.loads((workdir / "config.json").read_text())) == config.from_config_dict(
+        checkpoint.read_meta(workdir)["config"]
+    )
+    train = [line for line in tiny.lines(workdir) if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [2, 4]
+    for line in train:
+        assert line["packing/clips"] > 0 and 0 < line["packing/fill"] <= 1 and line["packing/too_long_clips"] == 0
+        assert math.isfinite(line["loss"]) and line["total_flops"] > 0
+    assert train[1]["total_flops"] == checkpoint.read_meta(workdir)["total_flops"]
+    assert "val_loss" in [line for line in tiny.lines(workdir) if line["kind"] == "eval"][-1]
+    assert (workdir / "samples" / "step_0000004.png").stat().st_size > 100
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_latents_have_unit_variance(trained_vae):
+    _, state = trained_vae
+    task = vae.VAETask(tiny.vae_run())
+    from sora_jax.data.worlds import clips
+    from sora_jax.generate.codec import Codec
+
+    some = [clip.frames_THWC for clip in clips.clips(task.run.data.world, "train", range(24))]
+    encoded = Codec(task.run.vae, state.ema, state.rest).encode(some)
+    values = np.concatenate([mean.reshape(-1, 8) for mean, _ in encoded])
+    spread = np.concatenate([std.reshape(-1, 8) for _, std in encoded])
+    assert np.allclose(values.mean(0), 0, atol=0.02)
+    assert np.allclose(values.var(0) + (spread**2).mean(0), 1, atol=0.05)
+
+
+def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
+    workdir, state = trained_dit
+    task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
+    batch, _ = next(task.batches())
+    assert batch.known_BS.any() and (batch.layout.segment_BN == 0).any()
+    _, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
+    known = np.take_along_axis(batch.known_BS, batch.layout.slot_BN, 1) & (batch.layout.segment_BN > 0)
+    assert metrics["weight"] == (batch.layout.segment_BN > 0).sum() - known.sum()
+
+
+def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, trained_vae):
+    workdir, state = trained_dit
+    task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
+    batch, _ = next(task.batches())
+    whole, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
+    parts = []
+    for row in range(len(batch.mean_BNP)):
+        alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch)
+        loss, counted = task.loss(state.params, state.rest, alone, jax.random.key(1))
+        parts.append((float(loss), float(counted["weight"])))
+    assert float(whole) == pytest.approx(sum(a * b for a, b in parts) / float(metrics["weight"]), rel=1e-5)
+
+
+@pytest.fixture
+def toy_step():
+    tx = optimizer.make(
+        config.OptimizerConfig("adamw", rate=0.1, adam_rate=0.1, warmup_steps=0, decay="constant", weight_decay=0.0, clip_norm=1.0),
+        100,
+    )
+    params = {"w": jnp.ones(3)}
+
+    def loss(params, rest, batch, key):
+        return jnp.sum(jnp.square(params["w"] - batch)), {}
+
+    state = TrainState(jnp.int32(0), params, params, {}, tx.init(params))
+    return jax.jit(loop.make_step(loss, tx, 0.9, 0)), state
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_bad_steps_change_nothing(toy_step, poison):
+    step, state = toy_step
+    state, _ = step(state, jnp.zeros(3))
+    after, metrics = step(state, jnp.array([0.0, poison, 0.0]))
+    assert metrics["bad"] == 1 and after.step == state.step + 1
+    assert same(after._replace(step=0), state._replace(step=0))
+    recovered, metrics = step(after, jnp.zeros(3))
+    assert metrics["bad"] == 0 and not same(recovered.params, after.params)
+
+
+def test_the_average_follows_the_parameters(toy_step):
+    step, state = toy_step
+    for _ in range(60):
+        state, metrics = step(state, jnp.zeros(3))
+    assert metrics["loss"] < 0.1
+    assert np.all(np.abs(state.ema["w"]) < 0.5) and not np.array_equal(state.ema["w"], state.params["w"])
+
+
+def test_a_run_that_stays_bad_stops(tmp_path, monkeypatch):
+    task = vae.VAETask(tiny.vae_run(steps=6, log_every=1, max_bad_steps=2))
+    monkeypatch.setattr(task, "loss", lambda *_: (jnp.float32(jnp.nan), {}))
+    with pytest.raises(loop.DivergedError, match="2 steps in a row"):
+        loop.fit(task, tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+# Sampling from what was trained --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampler(trained_dit):
+    return pipeline.load(trained_dit[0])
+
+
+def request(prompt, seed=0, frames=5, **other):
+    return pipeline.Request(prompt, 32, 32, frames, 8.0, seed, **other)
+
+
+def test_samples_have_the_sizes_asked_for(sampler):
+    requests = [request("a red circle", frames=1), request("a blue star", frames=9), pipeline.Request("x", 48, 32, 5, 8.0, 1)]
+    videos = sampler.sample(requests, sampler.run.sampler)
+    assert [video.shape for video in videos] == [(1, 32, 32, 3), (9, 32, 32, 3), (5, 48, 32, 3)]
+    assert all(video.dtype == np.uint8 for video in videos)
+
+
+def test_a_sample_does_not_depend_on_its_company(sampler):
+    mine = request("a red circle moves left", seed=5)
+    alone = sampler.sample_latents([mine], sampler.run.sampler)[0]
+    others = [request("a blue star", seed=n, frames=frames) for n, frames in enumerate((1, 9, 5, 1))]
+    together = sampler.sample_latents([*others, mine], sampler.run.sampler)[-1]
+    assert np.allclose(alone, together, atol=1e-4)
+    assert not np.allclose(alone, sampler.sample_latents([request("a red circle moves left", seed=6)], sampler.run.sampler)[0])
+
+
+def test_known_latents_come_back(sampler, rng):
+    known = rng.standard_normal((1, 4, 4, 8)).astype(np.float32)
+    made = sampler.sample_latents([request("a red circle", known_thwc=known)], sampler.run.sampler)[0]
+    assert np.array_equal(made[:1], known) and not np.allclose(made[1], known[0])
+
+
+def test_sizes_that_cannot_be_made_are_told(sampler):
+    with pytest.raises(ValueError, match="1 \\+ 4k"):
+        sampler.sample([request("a red circle", frames=6)], sampler.run.sampler)
+
+
+def test_a_vae_is_not_a_pipeline(trained_vae):
+    with pytest.raises(config.ConfigError, match="give the work dir of a trained DiT"):
+        pipeline.load(trained_vae[0])

@@ -1,0 +1,465 @@
+"""Laws of the command: it refuses in one sentence, starts without jax, resumes, and does what its flags say."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import imageio.v3 as iio
+import jax
+import numpy as np
+import pytest
+
+from sora_jax import checkpoint, config, main
+from sora_jax.generate import pipeline
+from sora_jax.study import runner
+from sora_jax.train import loop, vae
+
+VERBS = ("train", "study", "sample", "inspect")
+
+# Two files, as experiments has them, so that the import of the one beside it is part of every test.
+PARTS = """
+from ml_collections import ConfigDict
+
+WORLD = dict(
+    colours=("red", "blue"), shapes=("circle", "square"), sizes=("large",), motions=("left", "right"),
+    backgrounds=("white",), frame_sizes=((32, 32),), frame_counts=(5,), frame_count_weights=(), fps=(8.0,),
+    two_things_fraction=0.0, holdout_fraction=0.2, seed=0,
+)
+DATA = dict(world=WORLD, train_clips=8, heldout_clips=2)
+OPTIMIZER = dict(
+    name="adamw", rate=1e-3, adam_rate=1e-3, warmup_steps=1, decay="constant", weight_decay=0.0, clip_norm=1.0
+)
+LOOP = dict(steps=2, log_every=1, save_every=0, evaluate_every=0, sample_every=0, keep=1, ema=0.9, max_bad_steps=5)
+MESH = dict(data=0, fsdp=1, tensor=1, sequence=1)
+TEXT = dict(vocab_size=64, width=16, layers=1, heads=2, mlp_width=16, max_tokens=16, dtype="float32")
+
+
+def vae():
+    return ConfigDict(dict(
+        task="vae", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH,
+        vae=dict(folds=((4, 8, 8),), widths=(8,), blocks=(1,), kernel=(2, 3, 3), channels=4, remat=False),
+        vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4),
+    ))
+
+
+def dit():
+    return ConfigDict(dict(
+        task="dit", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH, vae_checkpoint="nowhere",
+        text=dict(encoder="scratch", max_tokens=16, scratch=TEXT),
+        dit=dict(
+            width=16, blocks=1, heads=1, patch=(1, 1, 1), channels=4, mlp_ratio=1, text_width=16, dtype="float32",
+            wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", text=TEXT,
+        ),
+        pack=dict(rows=2, row_tokens=32, row_slots=8, row_text=64, window=8, drop_rate=0.0, drop_repeats=0.0),
+        loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
+        flow=dict(mean=0.0, std=1.0, shift=1.0),
+        sampler=dict(steps=2, method="euler", guidance=3.0, shift=1.0),
+    ))
+"""
+TINY = """
+import parts
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+    stages = {"vae": parts.vae(), "dit": parts.dit()}
+    if arg:
+        return stages[arg]
+    return ConfigDict(dict(task="study", title="tiny", stages=stages, prompts=2, shown=1, seed=0))
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path):
+    """What a verb sets for its process must not outlive a test, nor touch the user's cache."""
+    with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(tmp_path / "cache")):
+        yield
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The path of a tiny experiment."""
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "parts.py").write_text(PARTS)
+    (folder / "tiny.py").write_text(TINY)
+    return folder / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The work dir of a tiny diffusion transformer with random weights, as step 3."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "parts.py").write_text(PARTS)
+    (folder / "tiny.py").write_text(TINY)
+    with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(folder / "cache")):
+        run = main.load_run(f"{folder / 'tiny.py'}:dit", [])
+        stage = main.load_run(f"{folder / 'tiny.py'}:vae", [])
+    # Of the right shapes is enough, and saves compiling their initialisation.
+    shapes = jax.eval_shape(lambda: pipeline.initial_weights(run, stage.vae, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params, rest = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, leaf.dtype), shapes)
+    meta = {"config": config.to_dict(run), "vae": config.to_dict(stage)["vae"], "total_flops": 0.0}
+    checkpoint.save(folder / "dit", 3, {"params": params, "ema": params, "rest": rest}, meta, keep=1)
+    return folder / "dit"
+
+
+def refusal(capsys, *argv, code=2):
+    """The one line on stderr with which the command refuses."""
+    capsys.readouterr()
+    assert main.run([str(argument) for argument in argv]) == code
+    found = capsys.readouterr()
+    assert found.out == ""
+    (line,) = found.err.splitlines()
+    verb = f" {argv[0]}" if argv and argv[0] in VERBS else ""
+    assert line.startswith(f"sora-jax{verb}: error: ")
+    return line
+
+
+def in_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_tells_every_flag_and_its_default(verb, capsys):
+    assert main.run([verb, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "examples: sora-jax" in shown
+    (verbs,) = [a for a in main.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in verbs.choices[verb]._actions:
+        assert action.help, action.dest
+        if action.dest != "help":
+            assert "(required" in action.help or "(default" in action.help, action.dest
+        assert all(flag in shown for flag in action.option_strings)
+
+
+def test_help_lists_every_verb(capsys):
+    assert main.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {verb} " in shown for verb in VERBS)
+
+
+def test_help_and_the_package_import_nothing_heavy():
+    heavy = "{'jax', 'numpy', 'flax', 'orbax', 'grain', 'absl', 'ml_collections'} & set(sys.modules)"
+    assert in_python(f"import sys, sora_jax; print({heavy})") == "set()\n"
+    code = f"import sys\nfrom sora_jax import main\nmain.run(['sample', '--help'])\nmain.run(['x'])\nprint({heavy})"
+    assert in_python(code).endswith("\nset()\n")
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_verbs_and_flags_are_refused(tiny, capsys):
+    assert "VERB" in refusal(capsys)
+    assert "trian" in refusal(capsys, "trian")
+    assert "--lr" in refusal(capsys, "train", f"--config={tiny}:vae", "--workdir=x", "--lr=3")
+    assert "did you mean --scale?" in refusal(
+        capsys, "sample", "--checkpoint=x", "--prompt=x", "--out=x.png", "--scales=3"
+    )
+    # An abbreviation would be a second name that breaks when a flag is added.
+    assert "--config" in refusal(capsys, "train", f"--conf={tiny}:vae", "--workdir=x")
+    assert "--config.a=1" in refusal(capsys, "inspect", "x", "--config.a=1")
+    assert "stray" in refusal(capsys, "train", f"--config={tiny}:vae", "--workdir=x", "--config.seed=1", "stray")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--config.loop.stepz=3", "config.loop has no key 'stepz'; did you mean steps?"),
+        ("--config.nothing=3", "config has no key 'nothing'"),
+        ("--config.loop.steps.more=3", "config.loop.steps has no keys of its own"),
+        ("--config.loop=3", "config.loop is a group"),
+        ("--config.loop.steps=abc", "must be of type int, such as the file's 2"),
+        ("--config.loop.steps=1.5", "must be of type int"),
+        ("--config.vae.remat=maybe", "must be of type bool"),
+        ("--config.vae_train.crop=(5,", "must be of type tuple"),
+        ("--config.vae_train.crop=(5,16)", "config.vae_train.crop is (5, 16); it must have 3 entries"),
+        ("--config.vae_train.crop=(5,16,15)", "width of 8"),
+        ("--config.loop.steps=0", "must be at least 1"),
+        ("--config.loop.steps", "Missing value"),
+        ("--config.mesh.data=3", "does not cover"),
+    ],
+)
+def test_wrong_keys_and_values_are_refused(override, sentence, tiny, tmp_path, capsys):
+    assert sentence in refusal(capsys, "train", f"--config={tiny}:vae", f"--workdir={tmp_path / 'run'}", override)
+    assert not checkpoint.exists(tmp_path / "run")
+
+
+def test_config_files_that_cannot_be_used_are_refused(tiny, tmp_path, capsys):
+    def refuse(source, verb="train"):
+        return refusal(capsys, verb, f"--config={source}", f"--workdir={tmp_path / 'run'}")
+
+    assert "nowhere.py does not exist" in refuse(tmp_path / "nowhere.py")
+    assert "no Python file" in refuse(tmp_path)
+    assert "no variant 'vea'" in refuse(f"{tiny}:vea")
+    assert "use sora-jax study" in refuse(tiny)
+    assert "use sora-jax train" in refuse(f"{tiny}:vae", "study")
+    broken = tiny.with_name("broken.py")
+    for text, sentence in (
+        ("x = \n", "SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("import parts\nparts.nothing\n", "has no attribute 'nothing' (broken.py, line 2)"),
+        ("import missing_part\n", "No module named 'missing_part' (broken.py, line 1)"),
+        ("", "no attribute 'get_config'"),
+        ("def get_config():\n    return None\n", "must return a ConfigDict, not NoneType"),
+        ("import parts\ndef get_config():\n    return parts.ConfigDict(dict(task='gan'))\n", "config.task is 'gan'"),
+    ):
+        broken.write_text(text)
+        # Else a file of the same second and size would be taken from the cache of compiled modules.
+        with mock.patch.object(sys, "dont_write_bytecode", True):
+            assert sentence in refuse(broken)
+
+
+def test_missing_checkpoints_are_refused(tiny, trained, tmp_path, capsys):
+    one = ("--prompt=a red circle", f"--out={tmp_path / 'a.png'}")
+    assert "does not exist" in refusal(capsys, "sample", f"--checkpoint={tmp_path / 'no'}", *one)
+    assert f"did you mean {trained}?" in refusal(capsys, "sample", f"--checkpoint={trained.parent}", *one)
+    assert "is a file" in refusal(capsys, "sample", f"--checkpoint={tiny}", *one)
+    assert "does not exist" in refusal(capsys, "inspect", tmp_path / "no")
+    assert "is a file" in refusal(capsys, "inspect", tiny)
+    # The VAE that a diffusion transformer needs.
+    assert "nowhere does not exist" in refusal(capsys, "train", f"--config={tiny}:dit", f"--workdir={tmp_path / 'run'}")
+
+
+def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    (tmp_path / "latin.txt").write_bytes(b"un c\xe9rcle")
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*argv, prompt="--prompt=x", out="a.png", folder=trained):
+        return refusal(capsys, "sample", f"--checkpoint={folder}", prompt, f"--out={tmp_path / out}", *argv)
+
+    # With a checkpoint that is not there: all of these are refused before one is looked for.
+    missing = tmp_path / "missing"
+    assert "--prompt is empty" in refuse(prompt="--prompt=", folder=missing)
+    assert "--prompt is empty" in refuse("--prompt=  ", folder=missing)
+    assert "holds no prompt" in refuse(prompt=f"--prompts_file={tmp_path / 'blank.txt'}", folder=missing)
+    assert "not UTF-8" in refuse(prompt=f"--prompts_file={tmp_path / 'latin.txt'}", folder=missing)
+    assert "cannot read" in refuse(prompt=f"--prompts_file={tmp_path / 'no.txt'}", folder=missing)
+    assert ".mp4, .gif, .png" in refuse(out="a.avi", folder=missing)
+    assert ".mp4, .gif, .png" in refuse(out="a", folder=missing)
+    assert "choose another name" in refuse(out="config.gif", folder=missing)
+    assert "--frames" in refuse("--frames=0", folder=missing)
+    assert "--fps" in refuse("--fps=nan", folder=missing)
+    assert "--seed" in refuse("--seed=-1", folder=missing)
+    assert "smaller seed" in refuse(f"--seed={2**31 - 1}", "--samples=2", folder=missing)
+    # The model knows which sizes it can make.
+    assert "1 + 4k frames" in refuse("--frames=6")
+    assert "multiple of 8" in refuse("--width=20")
+    assert "guidance" in refuse("--guidance=-1")
+    assert not (tmp_path / "a.png").exists()
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+# Configs -------------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_the_run_in_every_spelling(tiny):
+    def load(*overrides):
+        arguments = main.parse(["train", "--config", f"{tiny}:vae", "--workdir", "x", *overrides])
+        assert arguments.workdir == Path("x")
+        return main.load_run(arguments.config, arguments.overrides)
+
+    plain = load()
+    assert config.differences(config.to_dict(plain), config.to_dict(load())) == []
+    changed = load(
+        "--config.loop.steps=7",
+        "--config.optimizer.rate",
+        "0.5",
+        "--config.vae.remat",
+        "--config.vae_train.crop=(1, 8, 8)",
+    )
+    assert config.differences(config.to_dict(plain), config.to_dict(changed)) == [
+        "loop.steps: 2 -> 7",
+        "optimizer.rate: 0.001 -> 0.5",
+        "vae.remat: False -> True",
+        "vae_train.crop: [5, 16, 16] -> [1, 8, 8]",
+    ]
+    assert not load("--config.vae.remat", "false").vae.remat
+    assert not load("--config.vae.remat=true", "--noconfig.vae.remat").vae.remat
+    study = main.load_run(str(tiny), ["--config.stages.dit.loop.steps=9"])
+    assert (study.stages["dit"].loop.steps, study.stages["vae"].loop.steps) == (9, 2)
+
+
+def test_a_config_leaves_nothing_behind(tiny, tmp_path):
+    """Two folders may each have their parts, and so may who calls."""
+    path = list(sys.path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "parts.py").write_text(PARTS.replace("widths=(8,)", "widths=(16,)"))
+    (other / "tiny.py").write_text(TINY)
+    with mock.patch.dict(sys.modules, parts=main):
+        assert main.load_run(f"{tiny}:vae", []).vae.widths == (8,)
+        assert main.load_run(f"{other / 'tiny.py'}:vae", []).vae.widths == (16,)
+        assert sys.modules["parts"] is main
+    assert sys.path == path
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_fits_the_task_of_the_config_in_the_workdir(tiny, tmp_path, capsys):
+    workdir = tmp_path / "new" / "run"
+    with mock.patch.object(loop, "fit") as fit:
+        assert main.run(["train", f"--config={tiny}:vae", f"--workdir={workdir}", "--config.seed=5"]) == 0
+    ((task, folder),) = [call.args for call in fit.call_args_list]
+    assert isinstance(task, vae.VAETask) and task.run == main.load_run(f"{tiny}:vae", ["--config.seed=5"])
+    assert folder == workdir and workdir.is_dir()
+    assert capsys.readouterr().out == f"trained: {workdir}\n"
+
+
+def test_study_runs_the_config_in_the_workdir_and_knows_its_command(tiny, tmp_path):
+    command = ["study", f"--config={tiny}", f"--workdir={tmp_path / 'a b'}", "--config.prompts", "3"]
+    with mock.patch.object(runner, "run") as start:
+        assert main.run(command) == 0
+    ((run, folder, words),) = [call.args for call in start.call_args_list]
+    assert (run.prompts, folder) == (3, tmp_path / "a b")
+    assert shlex.split(words) == ["sora-jax", *command]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "nothing was saved yet"),
+        (loop.DivergedError("not finite for 5 steps"), 1, "not finite for 5 steps"),
+        (checkpoint.CorruptCheckpointError("two bits\nflipped"), 1, "two bits flipped"),
+        (FileNotFoundError("no checkpoint: x"), 2, "no checkpoint: x"),
+    ],
+)
+def test_what_stops_a_run_is_told_in_one_line(error, code, sentence, tiny, tmp_path, capsys):
+    with mock.patch.object(loop, "fit", side_effect=error):
+        line = refusal(capsys, "train", f"--config={tiny}:vae", f"--workdir={tmp_path}", code=code)
+    assert sentence in line
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), KeyError("x"), FileNotFoundError(2, "gone", "x")])
+def test_bugs_keep_their_traceback(error, tiny, tmp_path):
+    with mock.patch.object(loop, "fit", side_effect=error), pytest.raises(type(error)) as caught:
+        main.run(["train", f"--config={tiny}:vae", f"--workdir={tmp_path}"])
+    assert caught.value is error
+
+
+def test_an_interrupt_tells_where_the_run_resumes(tiny, trained, capsys):
+    with mock.patch.object(loop, "fit", side_effect=KeyboardInterrupt):
+        line = refusal(capsys, "train", f"--config={tiny}:vae", f"--workdir={trained}", code=130)
+    assert "resumes from step 3" in line
+
+
+def test_an_interrupted_process_ends_at_once():
+    """Threads of a save that was cut short must not hold it."""
+    code = """
+import sys, threading, time
+from sora_jax import main
+def verb(arguments):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise KeyboardInterrupt
+main.inspect = verb
+sys.argv = ["sora-jax", "inspect", "x"]
+sys.exit(main.run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "sora-jax inspect: error: interrupted\n")
+
+
+# Sampling and looking ------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  a blue square \n")
+    out = tmp_path / "new" / "v.gif"
+    flags = ["--height=8", "--width=16", "--frames=5", "--fps=4", "--samples=2", "--seed=7", "--steps=1"]
+    flags += [f"--prompts_file={prompts}"]
+    loaded = main._load(trained / "3")
+    # Loaded once, so that the programs of the first command serve the others.
+    with mock.patch.object(main, "_load", return_value=loaded):
+        assert main.run(["sample", f"--checkpoint={trained}", f"--out={out}", *flags]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        # 16 pixels wide are enlarged to the 256 that can be watched, or as told; a manifest may be replaced.
+        videos = [iio.imread(out.with_name(f"v-{number}.gif")) for number in range(4)]
+        assert main.run(["sample", f"--checkpoint={trained}", f"--out={out}", "--scale=1", *flags]) == 0
+        small = iio.imread(out.with_name("v-0.gif"))
+        sheet = tmp_path / "sheet.png"
+        assert main.run(["sample", f"--checkpoint={trained}", f"--out={sheet}", "--scale=2", *flags]) == 0
+    wanted = [("a red circle", 7), ("a red circle", 8), ("a blue square", 7), ("a blue square", 8)]
+    assert printed == [f"{out.with_name(f'v-{i}.gif')}  seed {seed}  {text}" for i, (text, seed) in enumerate(wanted)]
+    assert [video.shape for video in videos] == [(5, 128, 256, 3)] * 4
+    assert not np.array_equal(videos[0], videos[1])
+    assert np.array_equal(small, videos[0][:, ::16, ::16])
+
+    manifest = json.loads(out.with_suffix(".json").read_text())
+    assert [(video["prompt"], video["seed"]) for video in manifest["videos"]] == wanted
+    assert manifest["step"] == 3
+    # What is not given comes from the run.
+    assert manifest["sampler"] == {"steps": 1, "method": "euler", "guidance": 3.0, "shift": 1.0}
+
+    height, width, _ = iio.imread(sheet).shape
+    assert width >= 5 * 32 and height >= 4 * 16
+    assert sorted(path.name for path in tmp_path.glob("sheet*")) == ["sheet.json", "sheet.png"]
+
+
+def test_one_video_keeps_its_name_and_several_are_numbered():
+    plan = main.plan
+    assert plan(["x"], 1, 3, Path("a/b.mp4")) == [main.Video("x", 3, Path("a/b.mp4"))]
+    assert [video.path.name for video in plan(["x", "y"], 1, 0, Path("b.mp4"))] == ["b-0.mp4", "b-1.mp4"]
+    assert {video.path.name for video in plan(["x", "y"], 2, 0, Path("b.png"))} == {"b.png"}
+
+
+def test_inspect_shows_text_or_json(trained, capsys):
+    assert main.run(["inspect", str(trained)]) == 0
+    page = capsys.readouterr().out
+    assert "step        3" in page and "total_flops" in page
+    assert main.run(["inspect", str(trained), "--depth", "-1"]) == 0
+    assert len(capsys.readouterr().out) > len(page)
+    assert main.run(["inspect", str(trained / "3"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    count = sum(math.prod(array["shape"]) for array in found["items"]["ema"])
+    assert found["num_parameters"]["ema"] == count > 0
+    assert found["meta"]["config"]["task"] == "dit"
+
+
+# Process -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_of_the_user_comes_first(tmp_path):
+    with mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR="mine", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="3"):
+        main.prepare_jax()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+        assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "3"
+    with mock.patch.dict(os.environ):
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        main.prepare_jax()
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
+        assert (tmp_path / "cache").is_dir()
+
+
+def test_jax_keeps_small_programs_in_our_cache(tmp_path):
+    """jax reads what prepare_jax sets: a trivial program is on disk afterwards."""
+    in_python("from sora_jax import main\nmain.prepare_jax()\nimport jax\njax.jit(lambda x: x + 1)(1)")
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_only_our_chatter_is_shown(capsys):
+    def chatter(arguments):
+        logging.getLogger("orbax").info("theirs")
+        logging.getLogger("orbax").warning("trouble")
+        # As sora_jax itself logs: a record made in one of its files.
+        record = logging.makeLogRecord(
+            {"msg": "ours", "levelno": logging.INFO, "levelname": "INFO", "pathname": main.__file__}
+        )
+        logging.getLogger().handle(record)
+
+    handlers = list(logging.getLogger().handlers)
+    with mock.patch.object(main, "inspect", chatter):
+        assert main.run(["inspect", "x"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["warning: trouble", "ours"]
+    assert logging.getLogger().handlers == handlers

@@ -1,0 +1,113 @@
+"""The table of shardings is total, refuses what cannot be, and changes nothing about results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from sora_jax import sharding
+from sora_jax.models import dit, text_encoder, vae
+from sora_jax.structs import Layout
+
+TEXT = text_encoder.TextEncoderConfig(
+    vocab_size=32, width=16, layers=2, heads=2, mlp_width=32, max_tokens=8, dtype="float32"
+)
+MODELS = {
+    "vae": lambda: vae.VAE(vae.VAEConfig(widths=(16,), channels=4), nnx.Rngs(0)),
+    "video vae": lambda: vae.VAE(vae.SIZES["video"], nnx.Rngs(0)),
+    "dit": lambda: dit.DiT(dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16), nnx.Rngs(0)),
+    "dit with text": lambda: dit.DiT(
+        dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16, text=TEXT), nnx.Rngs(0)
+    ),
+}
+
+
+def parameters(make):
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+
+
+def mesh(data=1, fsdp=1, tensor=1, sequence=1):
+    return sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor, sequence))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_a_row(name):
+    shardings = sharding.parameter_shardings(parameters(MODELS[name]), mesh(fsdp=8))
+    split = [leaf for leaf in jax.tree.leaves(shardings) if leaf.spec and any(leaf.spec)]
+    assert split, "nothing is sharded"
+
+
+def test_an_unknown_parameter_is_told():
+    with pytest.raises(ValueError, match="blocks/new/thing with 2 axes matches no row"):
+        sharding.logical_axes("blocks/new/thing", 2)
+
+
+def test_axes_used_twice_and_unknown_axes_are_told():
+    with pytest.raises(ValueError, match="twice"):
+        sharding.spec(("embed", "rows"), "x")
+    with pytest.raises(ValueError, match="no logical axis 'wdith'"):
+        sharding.spec(("wdith",), "x")
+
+
+def test_dimensions_that_do_not_divide_are_told():
+    params = {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((12, 32), jnp.float32)}}}
+    with pytest.raises(ValueError, match="mlp/up/kernel .* 12 does not divide over 8"):
+        sharding.parameter_shardings(params, mesh(fsdp=8))
+
+
+def test_a_mesh_must_cover_the_devices():
+    with pytest.raises(ValueError, match="choose sizes whose product is 8"):
+        mesh(data=3)
+    assert sharding.make_mesh(sharding.MeshConfig(tensor=2)).shape["data"] == 4
+
+
+def test_moments_lie_as_their_parameters():
+    params = parameters(MODELS["dit"])
+    here = mesh(fsdp=4, tensor=2)
+    shardings = sharding.parameter_shardings(params, here)
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    laid = sharding.like_parameters(state, params, shardings, here)
+    assert jax.tree.leaves(laid[0].mu) == jax.tree.leaves(shardings) == jax.tree.leaves(laid[0].nu)
+    assert laid[0].count.spec == P()
+
+
+def forward(model, here, noisy, time, layout):
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(params)
+
+    def loss(params):
+        return jnp.mean(jnp.square(nnx.merge(graphdef, params)(noisy, time, layout) - noisy))
+
+    if here is None:
+        return jax.jit(jax.value_and_grad(loss))(params)
+    with jax.set_mesh(here):
+        placed = jax.device_put(params, sharding.parameter_shardings(params, here))
+        return jax.jit(jax.value_and_grad(loss))(placed)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4)])
+def test_sharded_equals_unsharded(rng, sizes):
+    config = dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16)
+    model = dit.DiT(config, nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf[...] = leaf[...] + 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    B, N, S, L = 8, 8, 2, 4
+    layout = Layout(
+        segment_BN=jnp.asarray([[1] * 5 + [2] * 3] * B, jnp.int32),
+        slot_BN=jnp.asarray([[0] * 5 + [1] * 3] * B, jnp.int32),
+        position_BN3=jnp.asarray(rng.uniform(0, 30, (B, N, 3)), jnp.float32),
+        slot_segment_BS=jnp.asarray([[1, 2]] * B, jnp.int32),
+        extent_BS3=jnp.ones((B, S, 3)),
+        text_segment_BL=jnp.asarray([[1, 1, 2, 0]] * B, jnp.int32),
+        text_BLM=jnp.asarray(rng.standard_normal((B, L, 16)), jnp.float32),
+    )
+    noisy = jnp.asarray(rng.standard_normal((B, N, 8)), jnp.float32)
+    time = jnp.full((B, S), 0.4)
+    loss, grads = forward(model, None, noisy, time, layout)
+    sharded_loss, sharded_grads = forward(model, mesh(*sizes), noisy, time, layout)
+    assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded_grads), strict=True):
+        assert np.allclose(one, other, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,127 @@
+"""Laws of the video VAE: causal, streaming = whole, images are one-frame videos, sizes are checked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sora_jax.models import vae
+
+SMALL = {
+    "latent resolution": vae.VAEConfig(widths=(16,), blocks=(2,), channels=4),
+    "three levels": vae.VAEConfig(
+        folds=((1, 2, 2), (2, 2, 2), (2, 2, 2)),
+        widths=(8, 8, 16),
+        blocks=(1, 1, 1),
+        kernel=(3, 3, 3),
+        channels=4,
+        remat=True,
+    ),
+}
+
+
+def randomised(model):
+    """Zero-initialised convolutions would hide what their inputs are."""
+    graphdef, params, rest = vae.split(model)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves), rest)
+
+
+@pytest.fixture(params=SMALL, scope="module")
+def model(request):
+    return randomised(vae.VAE(SMALL[request.param], nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return jax.random.uniform(jax.random.key(0), (2, 17, 16, 24, 3), minval=-1, maxval=1)
+
+
+def test_shapes(model, frames):
+    posterior = model.encode(frames)
+    assert posterior.mean.shape == posterior.logvar.shape == (2, 5, 2, 3, 4)
+    assert model.decode(posterior.mean).shape == frames.shape
+
+
+def test_latents_see_no_later_frame(model, frames):
+    before = model.encode(frames).mean
+    changed = model.encode(frames.at[:, 9:].set(0.5)).mean
+    assert np.array_equal(before[:, :3], changed[:, :3])
+    assert not np.allclose(before[:, 3], changed[:, 3])
+
+
+def test_decoded_frames_see_no_later_latent(model):
+    latent = jax.random.normal(jax.random.key(2), (1, 4, 2, 2, 4))
+    before, changed = model.decode(latent), model.decode(latent.at[:, 2:].set(1.0))
+    assert np.array_equal(before[:, :5], changed[:, :5])
+    assert not np.allclose(before[:, 5:9], changed[:, 5:9])
+
+
+def test_an_image_is_the_first_frame(model, frames):
+    assert np.allclose(model.encode(frames[:, :1]).mean, model.encode(frames).mean[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 8), (5, 12), (9, 4, 4)])
+def test_streaming_encoder_equals_whole(model, frames, chunks):
+    pasts, parts, start = None, [], 0
+    for length in chunks:
+        posterior, pasts = model.encode_chunk(frames[:, start : start + length], pasts)
+        parts.append(posterior)
+        start += length
+    whole = model.encode(frames)
+    assert np.abs(jnp.concatenate([p.mean for p in parts], 1) - whole.mean).max() <= 1e-5
+    assert np.abs(jnp.concatenate([p.logvar for p in parts], 1) - whole.logvar).max() <= 1e-5
+
+
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1), (2, 3), (4, 1)])
+def test_streaming_decoder_equals_whole(model, chunks):
+    latent = jax.random.normal(jax.random.key(3), (2, 5, 2, 2, 4))
+    pasts, parts, start = None, [], 0
+    for length in chunks:
+        decoded, pasts = model.decode_chunk(latent[:, start : start + length], pasts)
+        parts.append(decoded)
+        start += length
+    assert np.abs(jnp.concatenate(parts, 1) - model.decode(latent)).max() <= 1e-5
+
+
+def test_normalisation_is_undone(model):
+    model.latent_mean[...] = jnp.arange(4.0)
+    model.latent_std[...] = jnp.arange(1.0, 5.0)
+    latent = jax.random.normal(jax.random.key(4), (1, 1, 2, 2, 4))
+    mean, std = model.normalise(vae.Posterior(latent, jnp.zeros_like(latent)))
+    assert np.allclose(model.denormalise(mean), latent, atol=1e-6)
+    assert np.allclose(std[..., 3], 0.25)
+
+
+def test_kl_against_numerical_integration():
+    mean, logvar = 0.7, -0.9
+    x = np.linspace(-12, 12, 200001)
+    density = np.exp(-((x - mean) ** 2) / (2 * np.exp(logvar))) / np.sqrt(2 * np.pi * np.exp(logvar))
+    log_ratio = -((x - mean) ** 2) / (2 * np.exp(logvar)) - logvar / 2 + x**2 / 2
+    assert vae.Posterior(jnp.float32(mean), jnp.float32(logvar)).kl() == pytest.approx(
+        np.trapezoid(density * log_ratio, x), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("size", "words"), [((16, 16, 16), "1 \\+ 4k"), ((17, 12, 16), "multiple of 8"), ((17, 16, 0), "multiple")])
+def test_sizes_that_do_not_fit_are_told(size, words):
+    with pytest.raises(ValueError, match=words):
+        vae.VAEConfig().latent_shape(*size)
+
+
+def test_stride_follows_the_folds():
+    assert SMALL["three levels"].stride == (4, 8, 8) == SMALL["latent resolution"].stride
+    other = dataclasses.replace(SMALL["latent resolution"], folds=((2, 4, 4),))
+    assert other.stride == (2, 4, 4) and other.latent_shape(5, 8, 8)[:3] == (3, 2, 2)
+
+
+def test_configs_check_themselves():
+    with pytest.raises(ValueError, match="one entry per level"):
+        vae.VAEConfig(widths=(8, 8))
+    with pytest.raises(ValueError, match="odd"):
+        vae.VAEConfig(kernel=(2, 4, 3))

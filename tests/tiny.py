@@ -1,0 +1,51 @@
+"""Runs small enough for tests, in worlds of one frame size."""
+
+import dataclasses
+import json
+
+import quickstart
+
+from sora_jax import config
+
+MESH = {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
+
+
+def _world(tree):
+    tree["frame_sizes"], tree["frame_counts"], tree["frame_count_weights"] = ((32, 32),), (1, 5), ()
+    tree["holdout_fraction"] = 0.2
+
+
+def vae_run(**loop):
+    tree = quickstart.get_config("vae").to_dict()
+    _world(tree["data"]["world"])
+    tree["data"]["world"]["frame_counts"] = (5,)
+    tree["data"] |= {"train_clips": 24, "heldout_clips": 4}
+    tree["vae"] |= {"widths": (16,), "blocks": (1,), "channels": 8}
+    tree["vae_train"] |= {"batch": 8, "crop": (5, 32, 32)}
+    tree["loop"] |= {"steps": 4, "log_every": 2} | loop
+    tree["mesh"] = MESH
+    return config.from_config_dict(tree)
+
+
+def dit_run(vae_checkpoint, **loop):
+    tree = quickstart.get_config("dit").to_dict()
+    _world(tree["data"]["world"])
+    tree["vae_checkpoint"] = str(vae_checkpoint)
+    tree["data"] |= {"train_clips": 24, "heldout_clips": 4}
+    tree["text"] |= {"encoder": "scratch"}
+    tree["text"]["scratch"] |= {"vocab_size": 256, "width": 16, "layers": 1, "heads": 2, "mlp_width": 16}
+    tree["dit"] |= {"width": 32, "blocks": 2, "heads": 2, "channels": 8}
+    tree["pack"] |= {"rows": 8, "row_tokens": 40, "row_slots": 8, "row_text": 128, "window": 24}
+    tree["loader"] |= {"known_frames": 0.3}
+    tree["sampler"] |= {"steps": 2}
+    tree["loop"] |= {"steps": 4, "log_every": 2} | loop
+    tree["mesh"] = MESH
+    return config.from_config_dict(tree)
+
+
+def with_loop(run, **changes):
+    return dataclasses.replace(run, loop=dataclasses.replace(run.loop, **changes))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
