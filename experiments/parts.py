@@ -10,6 +10,10 @@ SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = ("left", "right", "up", "down")
 DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
+# Steps of the quickstart's stages.
+VAE_STEPS = 350
+DIT_STEPS = 1600
+
 
 def compact_world() -> ConfigDict:
     """What a small model learns in minutes: one large thing, four directions, three backgrounds, three sizes."""
@@ -69,7 +73,9 @@ def muon(rate: float, adam_rate: float, warmup_steps: int = 20) -> ConfigDict:
     )
 
 
-def loop(steps: int, log_every: int = 20, save_every: int = 0, evaluate_every: int = 0, sample_every: int = 0) -> ConfigDict:
+def loop(
+    steps: int, log_every: int = 20, save_every: int = 0, evaluate_every: int = 0, sample_every: int = 0
+) -> ConfigDict:
     return ConfigDict(
         dict(
             steps=steps,
@@ -94,10 +100,8 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
             task="vae",
             seed=0,
             data=data(world, train_clips=4096, heldout_clips=128),
-            vae=dict(
-                folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=32, remat=False
-            ),
-            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=5e-4),
+            vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(1, 3, 3), channels=32, remat=False),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
             optimizer=muon(0.02, 2e-3),
             loop=loop(steps),
             mesh=mesh(),
@@ -116,7 +120,9 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             text=dict(
                 encoder="auto",
                 max_tokens=64,
-                scratch=dict(vocab_size=2048, width=128, layers=2, heads=4, mlp_width=256, max_tokens=64, dtype="float32"),
+                scratch=dict(
+                    vocab_size=2048, width=128, layers=2, heads=4, mlp_width=256, max_tokens=64, dtype="float32"
+                ),
             ),
             dit=dict(
                 width=128,

@@ -1,20 +1,32 @@
 """The whole path in minutes on two cores: a VAE, a diffusion transformer on its latents, samples and a report.
 
-    sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
 """
 
 import parts
 from ml_collections import ConfigDict
 
+ARGUMENTS = ("", "vae", "dit")
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
-    vae = parts.vae_run(parts.compact_world(), steps=300)
-    dit = parts.dit_run(parts.compact_world(), steps=1600, vae_checkpoint="vae")
+    if arg not in ARGUMENTS:
+        raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
+    vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
+    dit = parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="vae")
     stages = {"vae": vae, "dit": dit}
     if arg:
         dit.vae_checkpoint = "runs/quickstart/vae"
         return stages[arg]
     return ConfigDict(
-        dict(task="study", title="sora_jax quickstart", order=("vae", "dit"), stages=stages, prompts=256, shown=24, seed=0)
+        dict(
+            task="study",
+            title="sora_jax quickstart",
+            order=("vae", "dit"),
+            stages=stages,
+            prompts=256,
+            shown=24,
+            seed=0,
+        )
     )

@@ -34,7 +34,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.train_clips < 1 or self.heldout_clips < 1:
-            raise ValueError(f"data: train_clips {self.train_clips} and heldout_clips {self.heldout_clips} must be positive")
+            raise ValueError(
+                f"data: train_clips {self.train_clips} and heldout_clips {self.heldout_clips} must be positive"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,16 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.name {self.name!r} is neither 'muon' nor 'adamw'")
         if self.decay not in ("linear", "cosine", "constant"):
             raise ValueError(f"optimizer.decay {self.decay!r} is none of linear, cosine, constant")
-        if self.rate <= 0 or self.adam_rate <= 0 or self.clip_norm <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer: rates and clip_norm must be positive, warmup_steps and weight_decay not negative")
+        if (
+            self.rate <= 0
+            or self.adam_rate <= 0
+            or self.clip_norm <= 0
+            or self.warmup_steps < 0
+            or self.weight_decay < 0
+        ):
+            raise ValueError(
+                "optimizer: rates and clip_norm must be positive, warmup_steps and weight_decay not negative"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +126,9 @@ class TextConfig:
         if self.encoder not in ("minilm", "scratch", "auto"):
             raise ValueError(f"text.encoder {self.encoder!r} is none of minilm, scratch, auto")
         if not 2 <= self.max_tokens <= self.scratch.max_tokens:
-            raise ValueError(f"text.max_tokens {self.max_tokens} must be in 2..text.scratch.max_tokens ({self.scratch.max_tokens})")
+            raise ValueError(
+                f"text.max_tokens {self.max_tokens} must be in 2..text.scratch.max_tokens ({self.scratch.max_tokens})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +170,9 @@ class DiTRun:
 
     def __post_init__(self) -> None:
         if not self.vae_checkpoint:
-            raise ValueError("vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR")
+            raise ValueError(
+                "vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +298,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise ConfigError(f"{where} is {value!r}; it must have {len(arguments)} entries")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_typed(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _typed(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict:
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

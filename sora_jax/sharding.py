@@ -52,7 +52,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
-            raise ValueError(f"mesh {dataclasses.astuple(self)}: axis sizes must be at least 1 (data may be 0: the rest)")
+            raise ValueError(
+                f"mesh {dataclasses.astuple(self)}: axis sizes must be at least 1 (data may be 0: the rest)"
+            )
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -77,7 +79,9 @@ def spec(logical: tuple[str, ...], where: str) -> P:
             raise ValueError(f"{where}: no logical axis {name!r}; sharding.RULES has {', '.join(RULES)}")
         axes = RULES[name]
         if axes and used & set(axes):
-            raise ValueError(f"{where}: {logical} uses mesh axis {sorted(used & set(axes))} twice; change its row in sharding.py")
+            raise ValueError(
+                f"{where}: {logical} uses mesh axis {sorted(used & set(axes))} twice; change its row in sharding.py"
+            )
         used |= set(axes or ())
         mesh_axes.append(axes)
     return P(*mesh_axes)

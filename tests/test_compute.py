@@ -37,7 +37,11 @@ def test_vae(name):
     config = {
         "toy": vae.VAEConfig(widths=(128,), blocks=(2,)),
         "three": vae.VAEConfig(
-            folds=((1, 2, 2), (2, 2, 2), (2, 2, 2)), widths=(32, 64, 128), blocks=(1, 1, 1), kernel=(3, 3, 3), channels=8
+            folds=((1, 2, 2), (2, 2, 2), (2, 2, 2)),
+            widths=(32, 64, 128),
+            blocks=(1, 1, 1),
+            kernel=(3, 3, 3),
+            channels=8,
         ),
     }[name]
     graphdef, params, rest = vae.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))

@@ -139,9 +139,7 @@ def test_missing_text_is_told(model, noisy, layout):
         model(noisy, TIME, layout._replace(text_BLM=None))
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)]
-)
+@pytest.mark.parametrize(("name", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
 def test_sizes_are_those_of_the_paper(name, millions):
     # The paper's counts, of models without cross-attention (4 D^2 a block) and our own inputs.
     config = dit.sized(name)

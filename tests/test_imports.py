@@ -96,6 +96,8 @@ def test_only_sharding_names_mesh_axes():
 
 
 def test_data_loads_no_jax():
-    code = "import sys, sora_jax.data.pack, sora_jax.data.latents, sora_jax.data.worlds.clips; print('jax' in sys.modules)"
+    code = (
+        "import sys, sora_jax.data.pack, sora_jax.data.latents, sora_jax.data.worlds.clips; print('jax' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -22,7 +22,9 @@ def store(tmp_path_factory):
         for number in range(CLIPS):
             shape = [(1, 2, 2), (3, 2, 2), (2, 3, 4)][number % 3]
             mean = rng.standard_normal((*shape, 4)).astype(np.float32)
-            yield latents.Latent(number, mean, np.abs(mean), 8.0, (f"short {number % 5}", f"a long caption {number % 5}"))
+            yield latents.Latent(
+                number, mean, np.abs(mean), 8.0, (f"short {number % 5}", f"a long caption {number % 5}")
+            )
 
     return latents.write(tmp_path_factory.mktemp("store") / "latents", made(), {"made": "here"})
 
@@ -122,7 +124,9 @@ def test_known_frames_are_whole_frames_at_the_start(store):
 
 
 def test_evaluation_batches_hold_every_clip_once(store):
-    tokeniser = loader.Tokeniser(loader.LoaderConfig(0, 0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0)
+    tokeniser = loader.Tokeniser(
+        loader.LoaderConfig(0, 0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0
+    )
     seen = {}
     for batch, _ in loader.fixed_batches(store, tokeniser, 6):
         assert batch.mean_BNP.shape[:2] == (2, 40)

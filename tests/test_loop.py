@@ -137,7 +137,9 @@ def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, train
 @pytest.fixture
 def toy_step():
     tx = optimizer.make(
-        config.OptimizerConfig("adamw", rate=0.1, adam_rate=0.1, warmup_steps=0, decay="constant", weight_decay=0.0, clip_norm=1.0),
+        config.OptimizerConfig(
+            "adamw", rate=0.1, adam_rate=0.1, warmup_steps=0, decay="constant", weight_decay=0.0, clip_norm=1.0
+        ),
         100,
     )
     params = {"w": jnp.ones(3)}
@@ -189,7 +191,11 @@ def request(prompt, seed=0, frames=5, **other):
 
 
 def test_samples_have_the_sizes_asked_for(sampler):
-    requests = [request("a red circle", frames=1), request("a blue star", frames=9), pipeline.Request("x", 48, 32, 5, 8.0, 1)]
+    requests = [
+        request("a red circle", frames=1),
+        request("a blue star", frames=9),
+        pipeline.Request("x", 48, 32, 5, 8.0, 1),
+    ]
     videos = sampler.sample(requests, sampler.run.sampler)
     assert [video.shape for video in videos] == [(1, 32, 32, 3), (9, 32, 32, 3), (5, 48, 32, 3)]
     assert all(video.dtype == np.uint8 for video in videos)
@@ -201,7 +207,9 @@ def test_a_sample_does_not_depend_on_its_company(sampler):
     others = [request("a blue star", seed=n, frames=frames) for n, frames in enumerate((1, 9, 5, 1))]
     together = sampler.sample_latents([*others, mine], sampler.run.sampler)[-1]
     assert np.allclose(alone, together, atol=1e-4)
-    assert not np.allclose(alone, sampler.sample_latents([request("a red circle moves left", seed=6)], sampler.run.sampler)[0])
+    assert not np.allclose(
+        alone, sampler.sample_latents([request("a red circle moves left", seed=6)], sampler.run.sampler)[0]
+    )
 
 
 def test_known_latents_come_back(sampler, rng):

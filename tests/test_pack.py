@@ -132,7 +132,9 @@ def test_repeats_are_dropped_and_only_they(rng):
     clip = make(rng, 0, (3, 2, 2))
     still = np.concatenate([clip.mean_NP[:4], clip.mean_NP[:4] + 1e-4, clip.mean_NP[8:]])
     fewer, count = pack.drop(clip._replace(mean_NP=still), 4, dataclasses.replace(CONFIG, drop_repeats=0.01), rng)
-    assert list(fewer.index_N) == [0, 1, 2, 3, 8, 9, 10, 11] and count.dropped_repeats == 4 and count.dropped_tokens == 0
+    assert (
+        list(fewer.index_N) == [0, 1, 2, 3, 8, 9, 10, 11] and count.dropped_repeats == 4 and count.dropped_tokens == 0
+    )
 
 
 @pytest.fixture(scope="module")

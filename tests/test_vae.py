@@ -108,7 +108,9 @@ def test_kl_against_numerical_integration():
     )
 
 
-@pytest.mark.parametrize(("size", "words"), [((16, 16, 16), "1 \\+ 4k"), ((17, 12, 16), "multiple of 8"), ((17, 16, 0), "multiple")])
+@pytest.mark.parametrize(
+    ("size", "words"), [((16, 16, 16), "1 \\+ 4k"), ((17, 12, 16), "multiple of 8"), ((17, 16, 0), "multiple")]
+)
 def test_sizes_that_do_not_fit_are_told(size, words):
     with pytest.raises(ValueError, match=words):
         vae.VAEConfig().latent_shape(*size)

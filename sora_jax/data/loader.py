@@ -93,7 +93,13 @@ class Tokeniser:
 class PackRows(grain.IterDataset):
     """Rows from clips: every `window` clips are packed together by pack.pack_rows."""
 
-    def __init__(self, parent: grain.IterDataset, config: pack.PackConfig, finish: Callable[[list[pack.Tokens]], PackedBatch], seed: int):
+    def __init__(
+        self,
+        parent: grain.IterDataset,
+        config: pack.PackConfig,
+        finish: Callable[[list[pack.Tokens]], PackedBatch],
+        seed: int,
+    ):
         super().__init__(parent)
         self.config, self.finish, self.seed = config, finish, seed
 
@@ -104,7 +110,9 @@ class PackRows(grain.IterDataset):
 class PackRowsIterator(grain.DatasetIterator):
     """State: where the window began in the parent, its number, and how many of its rows were handed out."""
 
-    def __init__(self, parent: Any, config: pack.PackConfig, finish: Callable[[list[pack.Tokens]], PackedBatch], seed: int):
+    def __init__(
+        self, parent: Any, config: pack.PackConfig, finish: Callable[[list[pack.Tokens]], PackedBatch], seed: int
+    ):
         super().__init__(parent)
         self.config, self.finish, self.seed = config, finish, seed
         self.window, self.next_row = -1, 0
@@ -155,7 +163,9 @@ def join(rows: list[tuple[PackedBatch, pack.Count]]) -> tuple[PackedBatch, pack.
     return pack.stack([row for row, _ in rows]), count
 
 
-def batches(store: LatentStore, tokeniser: Tokeniser, text_width: int | None) -> Iterator[tuple[PackedBatch, pack.Count]]:
+def batches(
+    store: LatentStore, tokeniser: Tokeniser, text_width: int | None
+) -> Iterator[tuple[PackedBatch, pack.Count]]:
     """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew."""
     packing, seed = tokeniser.packing, tokeniser.seed
     patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.mean.shape[-1]

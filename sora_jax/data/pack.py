@@ -101,7 +101,9 @@ class Count:
 def grid_shape(latent_shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """(t, h, w) in patches. Raises ValueError if the patch does not divide the latent."""
     if any(size % part for size, part in zip(latent_shape, patch, strict=False)):
-        raise ValueError(f"latent {latent_shape[:3]} is not a multiple of the patch {patch}; choose another size or patch")
+        raise ValueError(
+            f"latent {latent_shape[:3]} is not a multiple of the patch {patch}; choose another size or patch"
+        )
     return tuple(size // part for size, part in zip(latent_shape, patch, strict=False))  # type: ignore[return-value]
 
 
@@ -198,7 +200,9 @@ def fits(tokens: Tokens, config: PackConfig) -> bool:
     )
 
 
-def pack_rows(clips: Sequence[Tokens], config: PackConfig, rng: np.random.Generator) -> tuple[list[list[Tokens]], Count]:
+def pack_rows(
+    clips: Sequence[Tokens], config: PackConfig, rng: np.random.Generator
+) -> tuple[list[list[Tokens]], Count]:
     """All clips that fit, in as few rows as best-fit packing finds, rows in random order."""
     good = [clip for clip in clips if fits(clip, config)]
     sizes = [(len(clip.index_N), clip.num_slots, clip.num_text) for clip in good]
@@ -224,7 +228,9 @@ def fill_row(clips: Sequence[Tokens], config: PackConfig, patch_dim: int, text_w
     for segment, clip in enumerate(clips, 1):
         count, words = len(clip.index_N), clip.num_text
         if token + count > N or slot + clip.num_slots > S or text + words > L:
-            raise ValueError(f"clip {clip.clip}: {count} tokens, {words} text tokens do not fit the row; raise pack's budgets")
+            raise ValueError(
+                f"clip {clip.clip}: {count} tokens, {words} text tokens do not fit the row; raise pack's budgets"
+            )
         here, there = slice(token, token + count), slice(text, text + words)
         row.mean_BNP[here], row.std_BNP[here], row.index_BN[here] = clip.mean_NP, clip.std_NP, clip.index_N
         layout.position_BN3[here], layout.segment_BN[here] = clip.position_N3, segment

@@ -31,12 +31,12 @@ class TimeConfig:
             raise ValueError(f"flow: std {self.std} and shift {self.shift} must be positive")
 
 
-def times(normal: Float[ArrayLike, "..."], config: TimeConfig) -> Float[ArrayLike, "..."]:
+def times(normal: Float[ArrayLike, ...], config: TimeConfig) -> Float[ArrayLike, ...]:
     """Training times from standard normal draws."""
     return shifted(jax.nn.sigmoid(config.mean + config.std * normal), config.shift)
 
 
-def shifted(time: Float[ArrayLike, "..."], shift: ArrayLike) -> Float[ArrayLike, "..."]:
+def shifted(time: Float[ArrayLike, ...], shift: ArrayLike) -> Float[ArrayLike, ...]:
     """Move times towards noise: equation 23 of arXiv:2403.03206. 0 and 1 stay where they are."""
     return shift * time / (1 + (shift - 1) * time)
 

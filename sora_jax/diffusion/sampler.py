@@ -36,7 +36,9 @@ class SamplerConfig:
         if self.method not in STEPPERS:
             raise ValueError(f"sampler.method {self.method!r} is none of {', '.join(STEPPERS)}")
         if self.guidance < 0 or self.shift <= 0:
-            raise ValueError(f"sampler: guidance {self.guidance} must not be negative and shift {self.shift} must be positive")
+            raise ValueError(
+                f"sampler: guidance {self.guidance} must not be negative and shift {self.shift} must be positive"
+            )
 
 
 def schedule(config: SamplerConfig) -> np.ndarray:

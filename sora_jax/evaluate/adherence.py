@@ -13,7 +13,9 @@ from sora_jax.evaluate import reader
 ATTRIBUTES = ("colour", "shape", "motion", "relation", "all")
 
 
-def judge(videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int) -> tuple[dict[str, float], dict[str, float]]:
+def judge(
+    videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
     "all" is colour, shape and motion of every thing and the relation; "count" is the number of videos.

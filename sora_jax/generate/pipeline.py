@@ -169,7 +169,9 @@ def load(path: Path, step: int | None = None) -> Pipeline:
     meta = checkpoint.read_meta(path, step)
     run = config.from_config_dict(meta.get("config", {}))
     if not isinstance(run, DiTRun):
-        raise config.ConfigError(f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT")
+        raise config.ConfigError(
+            f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT"
+        )
     vae_config = config.vae_config(meta["vae"])
     like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
@@ -177,7 +179,9 @@ def load(path: Path, step: int | None = None) -> Pipeline:
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}, step).items
     weights = items["rest"]["vae"]
-    return Pipeline(run, vae_config, items["ema"], (weights["params"], weights["rest"]), CaptionText(run.text, run.text.encoder))
+    return Pipeline(
+        run, vae_config, items["ema"], (weights["params"], weights["rest"]), CaptionText(run.text, run.text.encoder)
+    )
 
 
 def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:

@@ -87,7 +87,7 @@ def sized(name: str, **other: Any) -> DiTConfig:
     return DiTConfig(width=width, blocks=blocks, heads=heads, patch=(1, int(patch), int(patch)), **other)
 
 
-def fourier(x: Float[Array, "..."], shortest: float, longest: float, count: int) -> Float[Array, "... features"]:
+def fourier(x: Float[Array, ...], shortest: float, longest: float, count: int) -> Float[Array, "... features"]:
     """cos and sin of x at `count` wavelengths, spread geometrically."""
     angle = x[..., None] * (2 * jnp.pi / jnp.geomspace(shortest, longest, count))
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
@@ -184,9 +184,7 @@ class DiT(nnx.Module):
         self.text_in = Linear(config.text_width, width, rngs=rngs)
         self.pooled_in = Linear(config.text_width, width, rngs=rngs)
         self.text = None if config.text is None else text_encoder.TextEncoder(config.text, rngs=rngs)
-        make = nnx.vmap(
-            Block, in_axes=(None, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None}
-        )
+        make = nnx.vmap(Block, in_axes=(None, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
         self.blocks = make(config, rngs.split(config.blocks))
         self.modulation = Linear(width, 2 * width, rngs=rngs, gain=0.0)
         self.patch_out = Linear(width, config.patch_dim, rngs=rngs, gain=0.0)
@@ -195,10 +193,14 @@ class DiT(nnx.Module):
         """States of the row's captions: from the batch when the encoder is frozen, else from the encoder trained here."""
         if self.text is None:
             if layout.text_BLM is None:
-                raise ValueError("this DiT takes states of a frozen text encoder, but the batch carries none (layout.text_BLM)")
+                raise ValueError(
+                    "this DiT takes states of a frozen text encoder, but the batch carries none (layout.text_BLM)"
+                )
             return layout.text_BLM.astype(jnp.float32)
         if layout.text_token_BL is None:
-            raise ValueError("this DiT trains its own text encoder, but the batch carries no tokens (layout.text_token_BL)")
+            raise ValueError(
+                "this DiT trains its own text encoder, but the batch carries no tokens (layout.text_token_BL)"
+            )
         return self.text(layout.text_token_BL, layout.text_segment_BL)
 
     def condition(self, time_BS: Array, text_BLM: Array, layout: structs.Layout) -> Float[Array, "B S D"]:
@@ -206,7 +208,9 @@ class DiT(nnx.Module):
         config = self.config
         belongs_BSL = layout.slot_segment_BS[:, :, None] == layout.text_segment_BL[:, None, :]
         belongs_BSL = belongs_BSL.astype(jnp.float32)
-        pooled_BSM = jnp.einsum("bsl,blm->bsm", belongs_BSL, text_BLM) / jnp.maximum(belongs_BSL.sum(-1, keepdims=True), 1)
+        pooled_BSM = jnp.einsum("bsl,blm->bsm", belongs_BSL, text_BLM) / jnp.maximum(
+            belongs_BSL.sum(-1, keepdims=True), 1
+        )
         # The noise level is resolved on a scale of 1/1000 up to its whole range.
         time_BSD = self.time_out(jax.nn.silu(self.time_in(fourier(time_BS, 0.02, 4.0, 32))))
         extent_BSD = self.extent_in(axis_features(layout.extent_BS3, config.wavelengths, 8))

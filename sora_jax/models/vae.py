@@ -54,7 +54,9 @@ class VAEConfig:
         """(t, h, w, c) of a clip. Raises ValueError for sizes that the stride does not divide."""
         st, sh, sw = self.stride
         if frames < 1 or (frames - 1) % st:
-            raise ValueError(f"{frames} frames: the VAE takes 1 + {st}k frames; use {max(0, frames - 1) // st * st + 1}")
+            raise ValueError(
+                f"{frames} frames: the VAE takes 1 + {st}k frames; use {max(0, frames - 1) // st * st + 1}"
+            )
         if height % sh or width % sw or min(height, width) < 1:
             raise ValueError(f"size {height}x{width}: height must be a multiple of {sh} and width of {sw}")
         return 1 + (frames - 1) // st, height // sh, width // sw, self.channels
@@ -203,7 +205,9 @@ class VAE(nnx.Module):
         self.latent_mean = LatentStatistic(jnp.zeros(config.channels))
         self.latent_std = LatentStatistic(jnp.ones(config.channels))
 
-    def encode_chunk(self, frames: Float[Array, "B T H W 3"], pasts: list[Pasts] | None) -> tuple[Posterior, list[Pasts]]:
+    def encode_chunk(
+        self, frames: Float[Array, "B T H W 3"], pasts: list[Pasts] | None
+    ) -> tuple[Posterior, list[Pasts]]:
         """Posterior of the next frames of a clip and the state to carry on.
 
         pasts is None for the first chunk, which has 1 + 4k frames; every later chunk has 4k. Raises ValueError for other sizes.

@@ -18,7 +18,9 @@ class CausalConv(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int], *, rngs: nnx.Rngs, gain: float = 1.0):
-        init = nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal") if gain else nnx.initializers.zeros
+        init = (
+            nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal") if gain else nnx.initializers.zeros
+        )
         frames, height, width = kernel
         self.kernel = nnx.Param(init(rngs.params(), (height, width, frames * inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))

@@ -24,8 +24,12 @@ def dot(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 class Linear(nnx.Module):
     """Affine map of the last axis. gain scales the fan-in initialisation; 0 starts the map at zero."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: str = "float32", gain: float = 1.0, bias: bool = True):
-        init = nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal") if gain else nnx.initializers.zeros
+    def __init__(
+        self, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: str = "float32", gain: float = 1.0, bias: bool = True
+    ):
+        init = (
+            nnx.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal") if gain else nnx.initializers.zeros
+        )
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.dtype = dtype

@@ -16,7 +16,9 @@ def frequencies(head_dim: int, wavelengths: tuple[tuple[float, float], ...]) -> 
     """
     pairs = head_dim // 2
     if head_dim % 2 or pairs < 6:
-        raise ValueError(f"head dim {head_dim}: 3-D rotary positions need an even number of at least 12; use fewer heads")
+        raise ValueError(
+            f"head dim {head_dim}: 3-D rotary positions need an even number of at least 12; use fewer heads"
+        )
     time_pairs = pairs // 4
     y_pairs = (pairs - time_pairs) // 2
     counts = (time_pairs, y_pairs, pairs - time_pairs - y_pairs)

@@ -42,6 +42,7 @@ _JUDGED = {
     "colour": "Right colour",
     "shape": "Right shape",
     "motion": "Right motion",
+    "relation": "Right relation",
 }
 _STAGES = {"vae": "Video autoencoder", "dit": "Diffusion transformer"}
 
@@ -150,15 +151,23 @@ def plain(value: Any) -> Any:
 
 def _summary(page: Page) -> str:
     seconds, machine = _get(page.numbers, "seconds.total"), page.numbers.get("machine") or {}
-    words = "Videos made from text by a model trained from scratch"
-    if isinstance(machine.get("cores"), int):
-        words += f" on {machine['cores']} CPU core{'s' * (machine['cores'] != 1)}"
+    words = "Videos made from text by a video autoencoder and a diffusion transformer"
+    if place := _place(machine):
+        words += f", trained on {place}"
     if _is_number(seconds):
         words += f": the whole study took {_duration(seconds)}"
     lines = [f"<p>{html.escape(words)}.</p>"]
     if page.numbers.get("created"):
         lines.append(f'<p class="quiet">{html.escape(str(page.numbers["created"]))}</p>')
     return "\n".join(lines)
+
+
+def _place(machine: Mapping[str, Any]) -> str:
+    """'2 CPU cores', or the accelerators."""
+    devices, cores = machine.get("devices"), machine.get("cores")
+    if devices and devices != "cpu":
+        return str(devices)
+    return f"{cores} CPU core{'s' * (cores != 1)}" if _is_number(cores) else ""
 
 
 def _samples(samples: Sequence[Video]) -> str:
@@ -316,7 +325,7 @@ def _commands(commands: Sequence[str]) -> str:
 def _environment(numbers: Mapping[str, Any]) -> str:
     parts = {"Machine": numbers.get("machine"), "Versions": numbers.get("versions")}
     tables = [_table(title, {"": part}) for title, part in parts.items() if isinstance(part, Mapping) and part]
-    return _section("Where", '<div class="tables">\n' + "\n".join(tables) + "\n</div>") if tables else ""
+    return _section("Machine and versions", '<div class="tables">\n' + "\n".join(tables) + "\n</div>") if tables else ""
 
 
 def _section(title: str, body: str, words: str = "", extra: str = "") -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.scipy.special import ndtri
@@ -79,9 +78,13 @@ class DiTTask:
         from sora_jax.generate.codec import Codec
 
         network = Codec(self.vae_config, self.vae_params, self.vae_rest)
-        prints = fingerprints({sharding.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.vae_params)})
+        prints = fingerprints(
+            {sharding.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.vae_params)}
+        )
         name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
-        return {split: encode_split(self.workdir, self.run.data, split, network, name) for split in ("train", "heldout")}
+        return {
+            split: encode_split(self.workdir, self.run.data, split, network, name) for split in ("train", "heldout")
+        }
 
     @functools.cached_property
     def text(self) -> CaptionText:
@@ -112,7 +115,9 @@ class DiTTask:
         normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
         return self._flow_loss(params, batch, flow.times(normal_BS, self.run.flow), root)
 
-    def _flow_loss(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, dict[str, Array]]:
+    def _flow_loss(
+        self, params: Any, batch: PackedBatch, time_BS: Array, root: Array
+    ) -> tuple[Array, dict[str, Array]]:
         model, layout = nnx.merge(self.graphdef, params), batch.layout
         clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
         draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
@@ -158,7 +163,9 @@ class DiTTask:
         scenes = heldout_videos(self.run.data.world, SHOWN_PROMPTS)
         sizes = len(self.run.data.world.sizes) > 1
         prompts = [captions.prompt(scene, sizes) for scene in scenes]
-        requests = [request_of(scene, prompt, seed) for seed, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True))]
+        requests = [
+            request_of(scene, prompt, seed) for seed, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True))
+        ]
         made = self.pipeline(state).sample(requests, self.run.sampler)
         files.write_image(path, files.contact_sheet(made, labels=prompts))
 

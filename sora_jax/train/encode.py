@@ -17,12 +17,12 @@ from sora_jax.generate.codec import Codec
 AT_ONCE = 1024
 
 
-def encode_split(
-    folder: Path, data: DataConfig, split: str, network: Codec, fingerprint: str
-) -> latents.LatentStore:
+def encode_split(folder: Path, data: DataConfig, split: str, network: Codec, fingerprint: str) -> latents.LatentStore:
     """The store of a split at folder/latents-SPLIT; made anew unless one with the same data and VAE is there."""
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
-    meta = json.loads(json.dumps({"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint}))
+    meta = json.loads(
+        json.dumps({"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint})
+    )
     path = folder / f"latents-{split}"
     if (path / "store.json").exists():
         store = latents.LatentStore(path)

@@ -141,7 +141,9 @@ def fit(task: Task, workdir: Path) -> TrainState:
     return state
 
 
-def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, seconds: float) -> TrainState:
+def _run(
+    task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, seconds: float
+) -> TrainState:
     loop = task.run.loop
     rows = sharding.rows(jax.sharding.get_mesh())
     number, bad_in_a_row = int(state.step), 0
@@ -161,7 +163,9 @@ def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, r
                     f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; lower optimizer.rate"
                 )
         if _due(number, loop.evaluate_every, last):
-            report.evaluation(number, task.evaluate(state) | {"total_flops": task.flops_before + number * task.flops_per_step})
+            report.evaluation(
+                number, task.evaluate(state) | {"total_flops": task.flops_before + number * task.flops_per_step}
+            )
         if _due(number, loop.sample_every, last):
             task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
         if last:

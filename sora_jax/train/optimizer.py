@@ -28,13 +28,17 @@ def rates(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
 def matrix_axes(params: Any) -> Any:
     """Which leaves Muon takes (arXiv:2502.16982): kernels of stacked blocks and of convolutions, as (inputs, outputs) matrices.
 
-    Stacked blocks (layers, in, out) keep their leading axis apart; a convolution (h, w, in, out) is one matrix.
+    Stacked blocks (layers, in, out) keep their leading axis apart; a convolution (h, w, in, out) is one matrix. The maps of
+    text states into the model are taken too: what tells "left" from "right" is a small part of a state's variance, and Adam
+    was seen to leave it unread (experiments/README.md).
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         name = sharding.path_name(path)
-        if name.startswith("blocks/") and name.endswith("/kernel") and leaf.ndim == 3:
+        if "blocks/" in name and name.endswith("/kernel") and leaf.ndim == 3:
             return contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+        if name in ("text_in/kernel", "pooled_in/kernel"):
+            return contrib.MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1,))
         if leaf.ndim == 4:
             return contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
         return None

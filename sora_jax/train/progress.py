@@ -52,7 +52,9 @@ class Window:
         """Means over finite steps, sums of host counts, speed; then the window starts anew."""
         steps = jax.device_get(self._device)
         good = [step for step in steps if not step["bad"]]
-        line = {name: float(np.mean([step[name] for step in good])) for name in (good[0] if good else {}) if name != "bad"}
+        line = {
+            name: float(np.mean([step[name] for step in good])) for name in (good[0] if good else {}) if name != "bad"
+        }
         seconds = time.perf_counter() - self._since
         line |= self._host | {
             "steps": float(len(steps)),
@@ -71,7 +73,13 @@ class Reporter:
     """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed."""
 
     def __init__(self, workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> None:
-        self.workdir, self.steps, self.start, self.unit, self.units_per_step = workdir, steps, start, unit, units_per_step
+        self.workdir, self.steps, self.start, self.unit, self.units_per_step = (
+            workdir,
+            steps,
+            start,
+            unit,
+            units_per_step,
+        )
         self.began = time.perf_counter()
 
     def __enter__(self) -> Reporter:

@@ -106,7 +106,9 @@ class VAETask:
         decoded = self._reconstruct(state, self.heldout)
         original = [clip.frames_THWC for clip in self.heldout]
         read = reader.score(decoded, [clip.scene for clip in self.heldout])
-        return {"psnr": reconstruction.psnr(original, decoded)} | {f"attributes/{name}": value for name, value in read.items()}
+        return {"psnr": reconstruction.psnr(original, decoded)} | {
+            f"attributes/{name}": value for name, value in read.items()
+        }
 
     def _reconstruct(self, state: TrainState, some: list[Clip]) -> list[np.ndarray]:
         network = codec.Codec(self.run.vae, state.ema, state.rest)
@@ -137,6 +139,8 @@ def crop(frames_THWC: np.ndarray, size: tuple[int, int, int], rng: np.random.Gen
     """A random window in space from the clip's first frames on. Raises ValueError for a clip smaller than the window."""
     T, H, W = size
     if any(have < need for have, need in zip(frames_THWC.shape, size, strict=False)):
-        raise ValueError(f"a clip of {frames_THWC.shape[:3]} is smaller than vae_train.crop {size}; crop less or draw larger clips")
+        raise ValueError(
+            f"a clip of {frames_THWC.shape[:3]} is smaller than vae_train.crop {size}; crop less or draw larger clips"
+        )
     top, left = (int(rng.integers(have - need + 1)) for have, need in zip(frames_THWC.shape[1:3], (H, W), strict=True))
     return frames_THWC[:T, top : top + H, left : left + W]
