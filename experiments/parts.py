@@ -11,8 +11,8 @@ DIRECTIONS = ("left", "right", "up", "down")
 DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
-VAE_STEPS = 350
-DIT_STEPS = 1600
+VAE_STEPS = 320
+DIT_STEPS = 1300
 
 
 def compact_world() -> ConfigDict:
@@ -27,7 +27,7 @@ def compact_world() -> ConfigDict:
             frame_sizes=((32, 32), (48, 32), (32, 48)),
             frame_counts=(1, 9, 17),
             frame_count_weights=(1.0, 2.0, 3.0),
-            fps=(8.0,),
+            fps=(5.0,),
             two_things_fraction=0.0,
             holdout_fraction=0.15,
             seed=0,
@@ -100,8 +100,8 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
             task="vae",
             seed=0,
             data=data(world, train_clips=4096, heldout_clips=128),
-            vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(1, 3, 3), channels=32, remat=False),
-            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
+            vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=32, remat=False),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=5e-4),
             optimizer=muon(0.02, 2e-3),
             loop=loop(steps),
             mesh=mesh(),
@@ -116,7 +116,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             task="dit",
             seed=0,
             vae_checkpoint=vae_checkpoint,
-            data=data(world, train_clips=8192, heldout_clips=256),
+            data=data(world, train_clips=4096, heldout_clips=256),
             text=dict(
                 encoder="auto",
                 max_tokens=64,
@@ -125,22 +125,22 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 ),
             ),
             dit=dict(
-                width=128,
+                width=96,
                 blocks=4,
-                heads=4,
+                heads=2,
                 patch=(1, 1, 1),
                 channels=32,
                 mlp_ratio=4,
                 text_width=384,
-                wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)),
+                wavelengths=((0.6, 16.0), (16.0, 128.0), (16.0, 128.0)),
                 dtype="float32",
-                remat="none",
+                remat="full",
                 text=None,
             ),
             pack=dict(rows=12, row_tokens=120, row_slots=8, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),
             loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
             flow=dict(mean=0.4, std=1.0, shift=1.0),
-            sampler=dict(steps=20, method="euler", guidance=4.0, shift=1.0),
+            sampler=dict(steps=16, method="euler", guidance=4.0, shift=1.0),
             optimizer=muon(0.03, 3e-3),
             loop=loop(steps),
             mesh=mesh(),
