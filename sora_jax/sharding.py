@@ -73,7 +73,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 def spec(logical: tuple[str, ...], where: str) -> P:
     """Partition spec of logical axes. Raises ValueError for an unknown name or a mesh axis that is used twice."""
-    mesh_axes, used = [], set()
+    mesh_axes: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
     for name in logical:
         if name not in RULES:
             raise ValueError(f"{where}: no logical axis {name!r}; sharding.RULES has {', '.join(RULES)}")

@@ -76,7 +76,7 @@ def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:
     for number, item in enumerate(items):
         for place, caption in enumerate(item.captions):
             caption_ids[number, place] = words.setdefault(caption, len(words))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "mean": np.concatenate([item.mean_thwc.reshape(-1, channels) for item in items]).astype(np.float16),
         "std": np.concatenate([item.std_thwc.reshape(-1, channels) for item in items]).astype(np.float16),
         "shapes": np.array([item.mean_thwc.shape[:3] for item in items], np.int64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -277,8 +277,9 @@ def stack(rows: Sequence[PackedBatch]) -> PackedBatch:
     def join(*leaves: np.ndarray | None) -> np.ndarray | None:
         return None if leaves[0] is None else np.stack(leaves)  # type: ignore[arg-type]
 
+    arrays: list[Any] = [join(*leaves) for leaves in zip(*(row[:-1] for row in rows), strict=True)]
     layout = Layout(*map(join, *(row.layout for row in rows)))
-    return PackedBatch(*map(join, *(row[:-1] for row in rows)), layout=layout)
+    return PackedBatch._make([*arrays, layout])
 
 
 def unpack(x_BNP: np.ndarray, batch: PackedBatch) -> dict[int, np.ndarray]:

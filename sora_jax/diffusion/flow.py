@@ -7,11 +7,11 @@ time is in [0, 1]: 0 is data, 1 is noise. noisy = (1 - time) clean + time noise;
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 
@@ -31,54 +31,54 @@ class TimeConfig:
             raise ValueError(f"flow: std {self.std} and shift {self.shift} must be positive")
 
 
-def times(normal: Float[ArrayLike, ...], config: TimeConfig) -> Float[ArrayLike, ...]:
+def times(normal: Float[Array, ...], config: TimeConfig) -> Float[Array, ...]:
     """Training times from standard normal draws."""
     return shifted(jax.nn.sigmoid(config.mean + config.std * normal), config.shift)
 
 
-def shifted(time: Float[ArrayLike, ...], shift: ArrayLike) -> Float[ArrayLike, ...]:
+def shifted(time: Any, shift: Any) -> Any:
     """Move times towards noise: equation 23 of arXiv:2403.03206. 0 and 1 stay where they are."""
     return shift * time / (1 + (shift - 1) * time)
 
 
-def resolution_shift(tokens: ArrayLike, base_tokens: float) -> float | Array:
+def resolution_shift(tokens: Any, base_tokens: float) -> Any:
     """Shift for a clip of so many tokens that gives the signal-to-noise ratio that base_tokens have at shift 1."""
     return (tokens / base_tokens) ** 0.5
 
 
 def corrupt(
-    clean: Float[ArrayLike, "B N P"], noise: Float[ArrayLike, "B N P"], time: Float[ArrayLike, "B N"]
-) -> Float[ArrayLike, "B N P"]:
+    clean: Float[Array, "B N P"], noise: Float[Array, "B N P"], time: Float[Array, "B N"]
+) -> Float[Array, "B N P"]:
     """The point of the straight path at each token's time."""
     time = time[..., None]
     return (1 - time) * clean + time * noise
 
 
-def velocity(clean: ArrayLike, noise: ArrayLike) -> Array:
+def velocity(clean: Array, noise: Array) -> Array:
     return noise - clean
 
 
-def clean_from_velocity(noisy: ArrayLike, predicted: ArrayLike, time: Float[ArrayLike, "B N"]) -> Array:
+def clean_from_velocity(noisy: Array, predicted: Array, time: Float[Array, "B N"]) -> Array:
     return noisy - time[..., None] * predicted
 
 
-def noise_from_velocity(noisy: ArrayLike, predicted: ArrayLike, time: Float[ArrayLike, "B N"]) -> Array:
+def noise_from_velocity(noisy: Array, predicted: Array, time: Float[Array, "B N"]) -> Array:
     return noisy + (1 - time[..., None]) * predicted
 
 
-def velocity_from_clean(noisy: ArrayLike, clean: ArrayLike, time: Float[ArrayLike, "B N"]) -> Array:
+def velocity_from_clean(noisy: Array, clean: Array, time: Float[Array, "B N"]) -> Array:
     """Undefined at time 0, where noisy is clean: callers keep time > 0."""
     return (noisy - clean) / time[..., None]
 
 
-def velocity_from_noise(noisy: ArrayLike, noise: ArrayLike, time: Float[ArrayLike, "B N"]) -> Array:
+def velocity_from_noise(noisy: Array, noise: Array, time: Float[Array, "B N"]) -> Array:
     """Undefined at time 1, where noisy is noise: callers keep time < 1."""
     return (noise - noisy) / (1 - time[..., None])
 
 
 def loss(
-    predicted: Float[ArrayLike, "B N P"], target: Float[ArrayLike, "B N P"], weight: Float[ArrayLike, "B N"]
-) -> tuple[Float[ArrayLike, ""], Float[ArrayLike, "B N"]]:
+    predicted: Float[Array, "B N P"], target: Float[Array, "B N P"], weight: Float[Array, "B N"]
+) -> tuple[Float[Array, ""], Float[Array, "B N"]]:
     """(weighted mean of the squared error over tokens, squared error per token), in float32.
 
     weight is 0 for padding and for known tokens. A batch without weight gives 0, not NaN.
@@ -87,9 +87,7 @@ def loss(
     return jnp.sum(error_BN * weight) / jnp.maximum(jnp.sum(weight), 1.0), error_BN
 
 
-def token_noise(
-    key: Array, clip_BN: Array, draw_BN: Array, index_BN: Array, patch_dim: int
-) -> Float[ArrayLike, "B N P"]:
+def token_noise(key: Array, clip_BN: Array, draw_BN: Array, index_BN: Array, patch_dim: int) -> Float[Array, "B N P"]:
     """Standard normal noise of each token, keyed by (key, clip, draw, index in the clip's grid).
 
     Neither the packing nor the mesh nor the number of hosts changes the noise of a clip.
@@ -102,7 +100,7 @@ def token_noise(
     return jax.vmap(jax.vmap(one))(clip_BN, draw_BN, index_BN)
 
 
-def slot_normal(key: Array, clip_BS: Array, draw_BS: Array) -> Float[ArrayLike, "B S"]:
+def slot_normal(key: Array, clip_BS: Array, draw_BS: Array) -> Float[Array, "B S"]:
     """One standard normal per slot, keyed like token_noise."""
 
     def one(clip: Array, draw: Array) -> Array:

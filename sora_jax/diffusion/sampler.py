@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from sora_jax.diffusion import flow
@@ -46,11 +46,11 @@ def schedule(config: SamplerConfig) -> np.ndarray:
     return np.asarray(flow.shifted(np.linspace(1.0, 0.0, config.steps + 1, dtype=np.float32), config.shift), np.float32)
 
 
-def euler(velocity: Velocity, noisy: ArrayLike, time: ArrayLike, following: ArrayLike) -> Array:
+def euler(velocity: Velocity, noisy: Array, time: Array, following: Array) -> Array:
     return noisy + (following - time) * velocity(noisy, time)
 
 
-def heun(velocity: Velocity, noisy: ArrayLike, time: ArrayLike, following: ArrayLike) -> Array:
+def heun(velocity: Velocity, noisy: Array, time: Array, following: Array) -> Array:
     """Second order: the mean of the slopes at both ends (Karras et al., arXiv:2206.00364, algorithm 1)."""
     slope = velocity(noisy, time)
     ahead = velocity(noisy + (following - time) * slope, following)
@@ -60,24 +60,24 @@ def heun(velocity: Velocity, noisy: ArrayLike, time: ArrayLike, following: Array
 STEPPERS: dict[str, Callable[[Velocity, Array, Array, Array], Array]] = {"euler": euler, "heun": heun}
 
 
-def guided(conditional: ArrayLike, unconditional: ArrayLike, guidance: ArrayLike) -> Array:
+def guided(conditional: Array, unconditional: Array, guidance: Any) -> Array:
     """Classifier-free guidance (arXiv:2207.12598): 1 is the conditional prediction, more goes beyond it."""
     return unconditional + guidance * (conditional - unconditional)
 
 
 def sample(
     velocity: Velocity,
-    noise_BNP: Float[ArrayLike, "B N P"],
+    noise_BNP: Float[Array, "B N P"],
     config: SamplerConfig,
-    known_BN: Bool[ArrayLike, "B N"] | None = None,
-    clean_BNP: Float[ArrayLike, "B N P"] | None = None,
-) -> Float[ArrayLike, "B N P"]:
+    known_BN: Bool[Array, "B N"] | None = None,
+    clean_BNP: Float[Array, "B N P"] | None = None,
+) -> Float[Array, "B N P"]:
     """Integrate from noise to data. Tokens of known_BN hold the values of clean_BNP at every step."""
 
-    def hold(x_BNP: ArrayLike) -> Array:
-        return x_BNP if known_BN is None else jnp.where(known_BN[..., None], clean_BNP, x_BNP)
+    def hold(x_BNP: Array) -> Array:
+        return x_BNP if known_BN is None or clean_BNP is None else jnp.where(known_BN[..., None], clean_BNP, x_BNP)
 
-    def step(noisy_BNP: ArrayLike, span: tuple[Array, Array]) -> tuple[Array, None]:
+    def step(noisy_BNP: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
         return hold(STEPPERS[config.method](lambda x, t: velocity(hold(x), t), noisy_BNP, *span)), None
 
     times = jnp.asarray(schedule(config))

@@ -20,6 +20,6 @@ def psnr(original: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> float
     for before, after in zip(original, decoded, strict=True):
         if before.shape != after.shape:
             raise ValueError(f"cannot compare clips of {before.shape} and {after.shape}")
-        mse = np.mean(np.square(before.astype(np.float32) - after.astype(np.float32)))
+        mse = float(np.mean(np.square(before.astype(np.float32) - after.astype(np.float32))))
         values.append(-10 * np.log10(max(mse, 1e-3) / 255**2))
     return float(np.mean(values))

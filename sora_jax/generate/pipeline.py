@@ -151,7 +151,8 @@ class Pipeline:
             if settings.guidance == 1:
                 return model(noisy_BNP, time_BS, layout)
             twice = model(jnp.concatenate([noisy_BNP] * 2), jnp.concatenate([time_BS] * 2), both)
-            return sampler.guided(*jnp.split(twice, 2), settings.guidance)
+            conditional, unconditional = jnp.split(twice, 2)
+            return sampler.guided(conditional, unconditional, settings.guidance)
 
         return sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP)
 

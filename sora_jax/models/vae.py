@@ -245,4 +245,5 @@ class VAE(nnx.Module):
 
 def split(vae: VAE) -> tuple[Any, Any, Any]:
     """(graphdef, params, rest): the functional form that steps and checkpoints use."""
-    return nnx.split(vae, nnx.Param, ...)
+    parts: Any = nnx.split(vae, nnx.Param, ...)
+    return parts

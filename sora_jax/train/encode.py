@@ -11,13 +11,14 @@ from pathlib import Path
 from sora_jax.config import DataConfig
 from sora_jax.data import latents
 from sora_jax.data.worlds import clips
+from sora_jax.data.worlds.world import Split
 from sora_jax.generate.codec import Codec
 
 # Clips in memory at a time.
 AT_ONCE = 1024
 
 
-def encode_split(folder: Path, data: DataConfig, split: str, network: Codec, fingerprint: str) -> latents.LatentStore:
+def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:
     """The store of a split at folder/latents-SPLIT; made anew unless one with the same data and VAE is there."""
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
     meta = json.loads(
