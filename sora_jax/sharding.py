@@ -36,6 +36,9 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(bias|scale|count|shift|stretch)$", ("none",)),
     (r"embedding$", ("none", "embed")),
     (r"conv\w*/kernel$", ("none", "none", "embed", "wide")),
+    # Pixels and latent channels are few and need not divide.
+    (r"(ins/\d+|into)/kernel$", ("none", "wide")),
+    (r"outs/\d+/kernel$", ("embed", "none")),
     (r"(out|down)/kernel$", ("wide", "embed")),
     (r"kernel$", ("embed", "wide")),
 )

@@ -7,7 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("sora_jax", "beartype.beartype")
+install_import_hook("sora_jax", "typecheck.checked")
 
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -19,8 +19,8 @@ def path(rng):
 
 def test_ends_of_the_path(path):
     clean, noise, time, _ = path
-    assert np.allclose(flow.corrupt(clean, noise, np.zeros_like(time)), clean)
-    assert np.allclose(flow.corrupt(clean, noise, np.ones_like(time)), noise)
+    assert np.allclose(flow.corrupt(clean, noise, jnp.zeros_like(time)), clean)
+    assert np.allclose(flow.corrupt(clean, noise, jnp.ones_like(time)), noise)
 
 
 def test_velocity_is_the_slope(path):
@@ -71,14 +71,13 @@ def test_times_are_logit_normal():
 
 
 def test_loss_ignores_what_has_no_weight(rng):
-    predicted, target = rng.standard_normal((2, 2, 4, 3)).astype(np.float32)
-    weight = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], np.float32)
+    predicted, target = jnp.asarray(rng.standard_normal((2, 2, 4, 3)), jnp.float32)
+    weight = jnp.array([[1.0, 1, 0, 0], [1, 0, 0, 0]])
     loss, error = flow.loss(predicted, target, weight)
-    spoiled = predicted.copy()
-    spoiled[weight == 0] = 1e6
+    spoiled = jnp.where(weight[..., None] == 0, 1e6, predicted)
     assert flow.loss(spoiled, target, weight)[0] == loss
     assert loss == pytest.approx(np.asarray(error)[weight == 1].mean(), rel=1e-6)
-    assert flow.loss(predicted, target, np.zeros_like(weight))[0] == 0
+    assert flow.loss(predicted, target, jnp.zeros_like(weight))[0] == 0
 
 
 def test_noise_follows_the_clip_not_its_place():

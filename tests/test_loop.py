@@ -115,6 +115,7 @@ def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
     batch, _ = next(task.batches())
+    batch = jax.tree.map(jnp.asarray, batch)
     assert batch.known_BS.any() and (batch.layout.segment_BN == 0).any()
     _, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
     known = np.take_along_axis(batch.known_BS, batch.layout.slot_BN, 1) & (batch.layout.segment_BN > 0)
@@ -125,6 +126,7 @@ def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, train
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
     batch, _ = next(task.batches())
+    batch = jax.tree.map(jnp.asarray, batch)
     whole, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
     parts = []
     for row in range(len(batch.mean_BNP)):

@@ -72,7 +72,7 @@ def get_config(arg=""):
     stages = {"vae": parts.vae(), "dit": parts.dit()}
     if arg:
         return stages[arg]
-    return ConfigDict(dict(task="study", title="tiny", stages=stages, prompts=2, shown=1, seed=0))
+    return ConfigDict(dict(task="study", title="tiny", order=("vae", "dit"), stages=stages, prompts=2, shown=1, seed=0))
 """
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -206,7 +207,7 @@ def _grow_mask(mask_THW: np.ndarray) -> np.ndarray:
     return functools.reduce(np.logical_or, (wide[..., step : step + width] for step in range(5)))
 
 
-def _along(hue: np.ndarray, direction: np.complex64) -> np.ndarray:
+def _along(hue: Any, direction: np.complex64) -> Any:
     return hue.real * direction.real + hue.imag * direction.imag
 
 

@@ -48,7 +48,8 @@ class Codec:
             frames, following = model.decode_chunk(model.denormalise(latent), pasts)
             return to_uint8(frames), following
 
-        self._weights = (params, rest)
+        # On the host, so that they go wherever the context computes: one device or a mesh.
+        self._weights = jax.device_get((params, rest))
         self._encode_chunk, self._decode_chunk = encode_chunk, decode_chunk
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -203,7 +203,7 @@ def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
         lambda: tuple(nnx.to_pure_dict(part) for part in vae.split(vae.VAE(run.vae, nnx.Rngs(0)))[1:])
     )
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}).items
-    return run.vae, items["ema"], items["rest"]
+    return run.vae, jax.device_get(items["ema"]), jax.device_get(items["rest"])
 
 
 def _up(value: int, step: int) -> int:

@@ -111,7 +111,7 @@ class SelfAttention(nnx.Module):
         self.heads, self.dtype = config.heads, config.dtype
 
     def __call__(self, x_BND: Array, turn: tuple[Array, Array], segment_BN: Array) -> Array:
-        q, k, v = rearrange(self.qkv(x_BND), "b n (three k e) -> three b n k e", three=3, k=self.heads)
+        q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=self.heads)
         q, k = rope.rotate(self.q_norm(q), turn), rope.rotate(self.k_norm(k), turn)
         q, k, v = (sharding.constrain(a, "rows", "tokens", "heads", "none") for a in (q, k, v))
         return self.out(rearrange(attention(q, k, v, segment_BN, segment_BN, self.dtype), "b n k e -> b n (k e)"))
@@ -130,7 +130,7 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x_BND: Array, text_BLD: Array, segment_BN: Array, text_segment_BL: Array) -> Array:
         q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads)
-        k, v = rearrange(self.kv(text_BLD), "b l (two k e) -> two b l k e", two=2, k=self.heads)
+        k, v = rearrange(self.kv(text_BLD), "b l (k two e) -> two b l k e", two=2, k=self.heads)
         attended = attention(self.q_norm(q), self.k_norm(k), v, segment_BN, text_segment_BL, self.dtype)
         return self.out(rearrange(attended, "b n k e -> b n (k e)"))
 
