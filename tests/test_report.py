@@ -219,7 +219,7 @@ def test_any_part_may_be_missing(missing):
 def test_a_page_without_matplotlib_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = report.write(tmp_path, make_page()).read_text()
-    assert "sora_jax[report]" in text and "<svg" not in text
+    assert "pip install matplotlib" in text and "<svg" not in text
 
 
 def test_what_cannot_be_written_leaves_the_old_report(tmp_path, monkeypatch):

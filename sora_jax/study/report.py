@@ -282,7 +282,7 @@ def _curves(train: Mapping[str, Any], evaluations: Mapping[str, Any]) -> str:
                 parts.append(f'<h3>{title}</h3>\n<div class="curves">{figures}</div>')
     except ImportError as error:  # a training is not lost for want of its picture
         reason = html.escape(str(error))
-        return _section("Training", f'<p class="quiet">No curves: {reason}; install sora_jax[report].</p>')
+        return _section("Training", f'<p class="quiet">No curves: {reason}; run pip install matplotlib.</p>')
     return _section("Training", "\n".join(parts)) if parts else ""
 
 
