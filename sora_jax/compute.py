@@ -5,7 +5,6 @@ Matrix products, convolutions and attention are counted; elementwise work is not
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from sora_jax.data.pack import PackConfig
@@ -59,14 +58,3 @@ def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> float
 def dit_step(config: DiTConfig, packing: PackConfig) -> float:
     """FLOPs of one training step: forward and backward; recomputed activations are not counted."""
     return 3 * dit_forward(config, packing.rows, packing.row_tokens, packing.row_slots, packing.row_text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """FLOPs a run has spent after a number of steps."""
-
-    per_step: float
-    before: float = 0.0
-
-    def after(self, steps: int) -> float:
-        return self.before + steps * self.per_step

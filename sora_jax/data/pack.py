@@ -86,7 +86,6 @@ class Count:
     dropped_tokens: int = 0
     dropped_repeats: int = 0
     too_long_clips: int = 0
-    long_texts: int = 0
 
     @property
     def fill(self) -> float:

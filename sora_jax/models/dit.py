@@ -211,7 +211,6 @@ class DiT(nnx.Module):
         pooled_BSM = jnp.einsum("bsl,blm->bsm", belongs_BSL, text_BLM) / jnp.maximum(
             belongs_BSL.sum(-1, keepdims=True), 1
         )
-        # The noise level is resolved on a scale of 1/1000 up to its whole range.
         time_BSD = self.time_out(jax.nn.silu(self.time_in(fourier(time_BS, 0.02, 4.0, 32))))
         extent_BSD = self.extent_in(axis_features(layout.extent_BS3, config.wavelengths, 8))
         return jax.nn.silu(time_BSD + extent_BSD + self.pooled_in(pooled_BSM))

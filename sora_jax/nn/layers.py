@@ -58,11 +58,11 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear maps around a GELU; the second starts small so that a residual branch starts near the identity."""
+    """Two linear maps around a GELU."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: str, out_gain: float = 1.0):
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: str):
         self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
-        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype, gain=out_gain)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         h_BNF = sharding.constrain(jax.nn.gelu(self.up(x_BND), approximate=True), "rows", "tokens", "hidden")
