@@ -38,10 +38,11 @@ def vae_forward(config: VAEConfig, clips: int, frames: int, height: int, width: 
     t, h, w, _ = config.latent_shape(frames, height, width)
     frames = t * config.stride[0]
     encoder, decoder = 0.0, 0.0
+    kt, kh, kw = config.kernel
     cells, below = frames * height * width, 3
     for fold, size, blocks in zip(config.folds, config.widths, config.blocks, strict=True):
         cells //= math.prod(fold)
-        convolutions = cells * blocks * 2 * 2 * math.prod(config.kernel) * size * size
+        convolutions = cells * blocks * 2 * (kh * kw + kt) * size * size
         ends = cells * 2 * math.prod(fold) * below * size
         encoder, decoder, below = encoder + convolutions + ends, decoder + convolutions + ends, size
     latents = t * h * w

@@ -89,13 +89,45 @@ def test_streaming_decoder_equals_whole(model, chunks):
     assert np.abs(jnp.concatenate(parts, 1) - model.decode(latent)).max() <= 1e-5
 
 
-def test_normalisation_is_undone(model):
-    model.latent_mean[...] = jnp.arange(4.0)
-    model.latent_std[...] = jnp.arange(1.0, 5.0)
-    latent = jax.random.normal(jax.random.key(4), (1, 1, 2, 2, 4))
-    mean, std = model.normalise(vae.Posterior(latent, jnp.zeros_like(latent)))
-    assert np.allclose(model.denormalise(mean), latent, atol=1e-6)
-    assert np.allclose(std[..., 3], 0.25)
+@pytest.fixture(scope="module")
+def measured():
+    """A VAE whose latents differ in size by direction, with statistics measured on them; and those latents."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    mean = (rng.normal(size=(20_000, 4)) * np.array([10.0, 1.0, 0.3, 1e-4]) @ turn + 2).astype(np.float32)
+    std = np.full_like(mean, 0.01)
+    model = vae.VAE(SMALL["latent resolution"], nnx.Rngs(0))
+    for name, value in vae.latent_statistics(mean, std**2).items():
+        getattr(model, name)[...] = jnp.asarray(value)
+    return model, vae.Posterior(*(jnp.asarray(x).reshape(20, 10, 10, 10, 4) for x in (mean, np.log(std**2))))
+
+
+def test_normalisation_is_undone(measured):
+    model, posterior = measured
+    assert np.allclose(model.denormalise(model.normalise(posterior)[0]), posterior.mean, atol=1e-4)
+
+
+def test_normalised_latents_are_uncorrelated(measured):
+    model, posterior = measured
+    mean, std = (np.reshape(x, (-1, 4)) for x in model.normalise(posterior))
+    covariance = np.cov(mean.T) + np.diag(np.mean(np.square(std), 0))
+    variance = np.diag(covariance)
+    assert np.allclose(covariance, np.diag(variance), atol=2e-3)
+    assert np.allclose(mean.mean(0), 0, atol=1e-3) and variance.mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_an_axis_that_carries_nothing_is_not_blown_up(measured):
+    model, posterior = measured
+    mean, std = (np.reshape(x, (-1, 4)) for x in model.normalise(posterior))
+    assert np.square(std).mean(0).max() < 1e-3  # the posterior's noise, on any axis
+    assert mean.std(0).min() < 1e-2
+
+
+def test_a_posterior_is_as_wide_along_its_axes_as_sampling_says(measured):
+    model, posterior = measured
+    drawn = posterior.mean[:1, :1, :1, :1] + posterior.std * jax.random.normal(jax.random.key(0), posterior.std.shape)
+    sampled = model.normalise(vae.Posterior(drawn, jnp.zeros_like(drawn)))[0].std((0, 1, 2, 3))
+    assert np.allclose(sampled, model.normalise(posterior)[1][0, 0, 0, 0], rtol=0.05)
 
 
 def test_kl_against_numerical_integration():

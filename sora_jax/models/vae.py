@@ -1,8 +1,8 @@
 """Causal video VAE: clips to latents and back, in whole or chunk by chunk with carried state.
 
-Every level folds a block of (frames, height, width) into channels and refines with residual causal convolutions. The first
-frame is repeated to fill its temporal block, so it stands alone: an image is a video of one frame, and latent k sees no
-frame after its own. Sources: the VAE of arXiv:1312.6114, causal video tokenisers as in MAGVIT-v2 (arXiv:2310.05737).
+Every level folds a block of (frames, height, width) into channels and refines with residual causal convolutions, in space
+and then in time. The first frame is repeated to fill its temporal block, so it stands alone: an image is a video of one
+frame, and latent k sees no frame after its own. Sources: the VAE of arXiv:1312.6114, causal video tokenisers as in MAGVIT-v2 (arXiv:2310.05737).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
@@ -25,7 +26,10 @@ from sora_jax.nn.layers import Linear, RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """folds, widths and blocks have one entry a level, from pixels to latents; kernel is (frames, height, width)."""
+    """folds, widths and blocks have one entry a level, from pixels to latents.
+
+    kernel is (frames, height, width), which a block applies as (1, height, width) and then (frames, 1, 1).
+    """
 
     folds: tuple[tuple[int, int, int], ...] = ((4, 8, 8),)
     widths: tuple[int, ...] = (192,)
@@ -92,7 +96,34 @@ class Posterior(NamedTuple):
 
 
 class LatentStatistic(nnx.Variable):
-    """Per-channel statistics of the latents, measured after training and kept with the weights."""
+    """Statistics of the latents, measured after training and kept with the weights."""
+
+
+# Variance, as a part of the mean variance of all axes, below which an axis of the latents is no longer raised to unit
+# variance: such an axis is mostly the posterior's own noise.
+VARIANCE_FLOOR = 0.02
+
+
+def latent_statistics(
+    mean_NC: Float[np.ndarray, "N C"], variance_NC: Float[np.ndarray, "N C"]
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """latent_mean (C), latent_axes (C, C) and latent_std (C) of posteriors given by mean and variance.
+
+    The axes are the principal axes of the aggregate posterior, one per column. What an autoencoder finds large is not what
+    a viewer does: on plain scenes the background takes half of the variance, shape and motion a hundredth of it, and noise
+    of one strength on all channels drowns them. So every axis is scaled to the same variance, down to VARIANCE_FLOOR;
+    the mean variance over axes is 1.
+    """
+    centre_C = mean_NC.mean(0, dtype=np.float64)
+    covariance_CC = np.cov(mean_NC.T.astype(np.float64), bias=True) + np.diag(variance_NC.mean(0, dtype=np.float64))
+    variance_C, axes_CC = np.linalg.eigh(covariance_CC)
+    std_C = np.sqrt(variance_C + VARIANCE_FLOOR * variance_C.mean())
+    std_C *= np.sqrt(np.mean(variance_C / std_C**2))
+    return {
+        "latent_mean": centre_C.astype(np.float32),
+        "latent_axes": axes_CC.astype(np.float32),
+        "latent_std": std_C.astype(np.float32),
+    }
 
 
 # The carried state of a stream: one past per convolution, in the order of their calls.
@@ -110,12 +141,16 @@ def unfold_up(x: Float[Array, "B t h w i"], fold: tuple[int, int, int]) -> Array
 
 
 class ResidualBlock(nnx.Module):
-    """norm, SiLU, causal conv, twice. Norms act on channels of one position: statistics over time would break causality."""
+    """norm, SiLU, convolution, twice: first in space, then in time, a full kernel in two factors (arXiv:1711.11248).
+
+    Norms act on channels of one position: statistics over time would break causality.
+    """
 
     def __init__(self, width: int, kernel: tuple[int, int, int], rngs: nnx.Rngs):
+        frames, height, across = kernel
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.conv1 = CausalConv(width, width, kernel, rngs=rngs)
-        self.conv2 = CausalConv(width, width, kernel, rngs=rngs, gain=0.0)
+        self.conv1 = CausalConv(width, width, (1, height, across), rngs=rngs)
+        self.conv2 = CausalConv(width, width, (frames, 1, 1), rngs=rngs, gain=0.0)
 
     def __call__(self, x: Array, pasts: tuple[Array | None, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         h, past1 = self.conv1(jax.nn.silu(self.norm1(x)), pasts[0])
@@ -203,6 +238,7 @@ class VAE(nnx.Module):
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
         self.latent_mean = LatentStatistic(jnp.zeros(config.channels))
+        self.latent_axes = LatentStatistic(jnp.eye(config.channels))
         self.latent_std = LatentStatistic(jnp.ones(config.channels))
 
     def encode_chunk(
@@ -235,12 +271,17 @@ class VAE(nnx.Module):
         return self.decode_chunk(latent, None)[0]
 
     def normalise(self, posterior: Posterior) -> tuple[Array, Array]:
-        """(mean, std) per latent value, scaled so that each channel has mean 0 and variance 1 over the training clips."""
-        std_c = self.latent_std[...]
-        return (posterior.mean - self.latent_mean[...]) / std_c, posterior.std / std_c
+        """(mean, std) per latent value along the latents' principal axes, scaled as latent_statistics says.
+
+        Along these axes the posterior's values are correlated; std keeps the deviation of each.
+        """
+        axes_CC, std_C = self.latent_axes[...], self.latent_std[...]
+        mean = jnp.dot(posterior.mean - self.latent_mean[...], axes_CC, precision="highest") / std_C
+        variance = jnp.dot(jnp.square(posterior.std), jnp.square(axes_CC), precision="highest")
+        return mean, jnp.sqrt(variance) / std_C
 
     def denormalise(self, latent: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
-        return latent * self.latent_std[...] + self.latent_mean[...]
+        return jnp.dot(latent * self.latent_std[...], self.latent_axes[...].T, precision="highest") + self.latent_mean[...]
 
 
 def split(vae: VAE) -> tuple[Any, Any, Any]:

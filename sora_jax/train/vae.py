@@ -121,17 +121,15 @@ class VAETask:
         files.write_image(path, files.contact_sheet([video for pair in pairs for video in pair], frames_per_video=5))
 
     def finish(self, state: TrainState) -> TrainState:
-        """Measure the latents' mean and deviation per channel, so that diffusion sees unit variance."""
+        """Measure the statistics that normalise the latents, so that diffusion sees unit variance along every axis."""
         data = self.run.data
         some = clips.clips(data.world, "train", range(min(STATISTICS_CLIPS, data.train_clips)))
-        plain = jax.tree.map(jnp.zeros_like, state.rest) | {"latent_std": jnp.ones_like(state.rest["latent_std"])}
+        # Encoded in the VAE's own units: as an untrained VAE normalises, which is not at all.
+        plain = self.init(jax.random.key(0))[1]
         encoded = codec.Codec(self.run.vae, state.ema, plain).encode([clip.frames_THWC for clip in some])
         means = np.concatenate([mean.reshape(-1, mean.shape[-1]) for mean, _ in encoded])
         variances = np.concatenate([std.reshape(-1, std.shape[-1]) ** 2 for _, std in encoded])
-        deviation = np.sqrt(means.var(0) + variances.mean(0))
-        # A channel that carries nothing would be blown up to unit variance.
-        deviation = np.maximum(deviation, 1e-2 * deviation.max())
-        rest = {"latent_mean": jnp.asarray(means.mean(0)), "latent_std": jnp.asarray(deviation)}
+        rest = vae.latent_statistics(means, variances)
         return state._replace(rest=jax.device_put(rest, jax.tree.map(lambda leaf: leaf.sharding, state.rest)))
 
 
