@@ -11,8 +11,8 @@ DIRECTIONS = ("left", "right", "up", "down")
 DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
-VAE_STEPS = 320
-DIT_STEPS = 1300
+VAE_STEPS = 550
+DIT_STEPS = 1700
 
 
 def compact_world() -> ConfigDict:
@@ -26,7 +26,7 @@ def compact_world() -> ConfigDict:
             backgrounds=("white", "gray", "black"),
             frame_sizes=((32, 32), (48, 32), (32, 48)),
             frame_counts=(1, 9, 17),
-            frame_count_weights=(1.0, 2.0, 3.0),
+            frame_count_weights=(),
             fps=(5.0,),
             two_things_fraction=0.0,
             holdout_fraction=0.15,
@@ -44,7 +44,6 @@ def full_world() -> ConfigDict:
     world.backgrounds = ("white", "light gray", "gray", "dark gray", "black", "gradient", "checkered")
     world.frame_sizes = ((32, 32), (48, 32), (32, 48), (48, 48), (64, 48), (48, 64), (64, 64), (96, 64), (64, 96))
     world.frame_counts = (1, 5, 9, 13, 17, 25, 33)
-    world.frame_count_weights = ()
     world.fps = (4.0, 8.0, 12.0, 16.0)
     world.two_things_fraction = 0.3
     return world
@@ -94,14 +93,14 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
     """A VAE at latent resolution for small pictures."""
     world = world.copy_and_resolve_references()
     # Shorter clips are beginnings of longer ones, and the network is causal: the longest teach all.
-    world.frame_counts, world.frame_count_weights = (17,), ()
+    world.frame_counts = (17,)
     return ConfigDict(
         dict(
             task="vae",
             seed=0,
             data=data(world, train_clips=4096, heldout_clips=128),
-            vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=32, remat=False),
-            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=5e-4),
+            vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=24, remat=False),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
             optimizer=muon(0.02, 2e-3),
             loop=loop(steps),
             mesh=mesh(),
@@ -129,15 +128,15 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 blocks=4,
                 heads=2,
                 patch=(1, 1, 1),
-                channels=32,
+                channels=24,
                 mlp_ratio=4,
                 text_width=384,
                 wavelengths=((0.6, 16.0), (16.0, 128.0), (16.0, 128.0)),
                 dtype="float32",
-                remat="full",
+                remat="none",
                 text=None,
             ),
-            pack=dict(rows=12, row_tokens=120, row_slots=8, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),
+            pack=dict(rows=10, row_tokens=144, row_slots=9, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),
             loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
             flow=dict(mean=0.4, std=1.0, shift=1.0),
             sampler=dict(steps=16, method="euler", guidance=4.0, shift=1.0),

@@ -9,7 +9,7 @@ from sora_jax.evaluate import adherence
 def test_real_clips_are_right_and_the_floor_is_chance():
     found = [clip for clip in clips.clips(world.COMPACT, "heldout", range(80)) if not clip.scene.is_image]
     videos, scenes = [clip.frames_THWC for clip in found], [clip.scene for clip in found]
-    scores, floor = adherence.judge(videos, scenes, world.COMPACT.motions, seed=0)
+    scores, floor = adherence.judge(videos, scenes, seed=0)
     assert scores["count"] == len(found) and all(scores[name] >= 0.98 for name in ("colour", "shape", "motion", "all"))
     assert floor["all"] < 0.1 and floor["shape"] < 0.5
 
@@ -19,16 +19,5 @@ def test_in_words():
         clip for clip in clips.clips(world.COMPACT, "train", range(40)) if clip.scene.things[0].motion == "left"
     )
     thing = found.scene.things[0]
-    assert adherence.in_words(found.frames_THWC, world.COMPACT.motions) == f"a {thing.colour} {thing.shape} moves left"
-    assert adherence.in_words(np.zeros((5, 32, 32, 3), np.uint8), world.COMPACT.motions) == "nothing"
-
-
-def test_an_unsteady_path_is_read_among_the_world_s_words():
-    found = next(
-        clip
-        for clip in clips.clips(world.FULL, "train", range(400))
-        if clip.scene.things[0].motion == "up-left" and len(clip.scene.things) == 1
-    )
-    assert "moves up and left" in adherence.in_words(found.frames_THWC, world.FULL.motions)
-    few = adherence.in_words(found.frames_THWC, ("left", "right"))
-    assert "moves left" in few
+    assert adherence.in_words(found.frames_THWC) == f"a {thing.colour} {thing.shape} moves left"
+    assert adherence.in_words(np.zeros((5, 32, 32, 3), np.uint8)) == "nothing"

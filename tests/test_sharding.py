@@ -88,12 +88,16 @@ def forward(model, here, noisy, time, layout):
         return jax.jit(jax.value_and_grad(loss))(placed)
 
 
-# Rows over two axes beside a split tensor axis come out wrong (1.2769 for 1.2726 with either partitioner; right without
-# constrain()): the cause is not found. Strict, so that a fix shows.
-WRONG = pytest.mark.xfail(
-    strict=True, reason="activations constrained over data, fsdp and tensor at once change the loss"
-)
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (1, 2, 1, 4), (1, 1, 2, 4), pytest.param((2, 2, 2, 1), marks=WRONG)]
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 4, 2, 1),
+    (1, 2, 1, 4),
+    (1, 1, 2, 4),
+    (2, 2, 2, 1),
+    (2, 1, 2, 2),
+    (2, 2, 1, 2),
+]
 
 
 @pytest.mark.parametrize("sizes", MESHES)

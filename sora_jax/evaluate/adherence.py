@@ -14,23 +14,21 @@ ATTRIBUTES = ("colour", "shape", "motion", "relation", "all")
 
 
 def judge(
-    videos: Sequence[np.ndarray], scenes: Sequence[Scene], motions: Sequence[str], seed: int
+    videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
-    motions are the words that motions are read among, see reader.read.
-
     "all" is colour, shape and motion of every thing and the relation; "count" is the number of videos.
     """
-    readings = reader.read_many(videos, motions)
+    readings = reader.read_many(videos)
     scores = reader.score_readings(readings, scenes), reader.shuffled_floor(readings, scenes, seed)
     adherence, floor = ({name: score[name] for name in ATTRIBUTES if name in score} for score in scores)
     return adherence | {"count": float(len(videos))}, floor
 
 
-def in_words(video: np.ndarray, motions: Sequence[str]) -> str:
+def in_words(video: np.ndarray) -> str:
     """What the reader sees, as a caption would say it; 'nothing' for a video without a thing in it."""
-    reading = reader.read(video, motions)
+    reading = reader.read(video)
     if reading is None:
         return "nothing"
     things = []

@@ -52,12 +52,8 @@ class Reading:
     background: str
 
 
-def read(frames_THWC: np.ndarray, motions: Sequence[str] = scenes.MOTIONS) -> Reading | None:
-    """Reads one video, or an image (T = 1): uint8, or floats in [-1, 1]. Raises ValueError for other shapes.
-
-    motions are the words that a motion is read among: in a world without orbits and bounces, an unsteady path is the
-    direction in which it leads.
-    """
+def read(frames_THWC: np.ndarray) -> Reading | None:
+    """Reads one video, or an image (T = 1): uint8, or floats in [-1, 1]. Raises ValueError for other shapes."""
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or 0 in frames_THWC.shape:
         raise ValueError(f"frames are of shape {frames_THWC.shape}; a video is (T, H, W, 3), an image has T = 1")
     level_THWC = _levels(frames_THWC)
@@ -81,23 +77,21 @@ def read(frames_THWC: np.ndarray, motions: Sequence[str] = scenes.MOTIONS) -> Re
                 colour=_read_colour(hue_THW, cover_THW),
                 shape=shape,
                 size=_read_size(radius, relation, height, width),
-                motion=None if num_frames == 1 else _read_motion(track, num_frames, min(height, width), motions),
+                motion=None if num_frames == 1 else _read_motion(track, num_frames, min(height, width)),
                 radius=radius,
             )
         )
     return Reading(tuple(things), relation, _read_background(level_THWC, smooth_THW))
 
 
-def read_many(videos: Sequence[np.ndarray], motions: Sequence[str] = scenes.MOTIONS) -> list[Reading | None]:
+def read_many(videos: Sequence[np.ndarray]) -> list[Reading | None]:
     """Reads videos of any shapes; see read."""
-    return [read(frames_THWC, motions) for frames_THWC in videos]
+    return [read(frames_THWC) for frames_THWC in videos]
 
 
-def score(
-    videos: Sequence[np.ndarray], wanted: Sequence[Scene], motions: Sequence[str] = scenes.MOTIONS
-) -> dict[str, float]:
+def score(videos: Sequence[np.ndarray], wanted: Sequence[Scene]) -> dict[str, float]:
     """How often videos show the scenes they should; see read and score_readings."""
-    return score_readings(read_many(videos, motions), wanted)
+    return score_readings(read_many(videos), wanted)
 
 
 def score_readings(readings: Sequence[Reading | None], wanted: Sequence[Scene]) -> dict[str, float]:
@@ -330,9 +324,8 @@ def _spread(size: int, blur: float) -> np.ndarray:
     return (kernel / np.exp(-0.5 * (np.arange(-size, size + 1) / blur) ** 2).sum()).astype(np.float32)
 
 
-def _read_motion(track: _Track, num_frames: int, side: float, motions: Sequence[str]) -> str | None:
+def _read_motion(track: _Track, num_frames: int, side: float) -> str | None:
     """The motion of a thing in a video; None where it shows in too few frames to move. side is the frame's shorter."""
-    directions = [name for name in scenes.DIRECTIONS if name in motions]
     if len(track.frames_F) < 3:
         return None
     time_F = track.frames_F / (num_frames - 1)
@@ -349,8 +342,8 @@ def _read_motion(track: _Track, num_frames: int, side: float, motions: Sequence[
     if abs(growth) / LEAST_GROWTH > travel / (LEAST_TRAVEL * side):
         return "grow" if growth > 0 else "shrink"
     straight = (step_y**2 + step_x**2) * time_F.var() > STRAIGHT * movement
-    if directions and (straight or not {"orbit", "bounce"} & set(motions)):
-        return max(directions, key=lambda name: np.dot(scenes.DIRECTIONS[name], (step_y, step_x)))
+    if straight:
+        return max(scenes.DIRECTIONS, key=lambda name: np.dot(scenes.DIRECTIONS[name], (step_y, step_x)))
     return "orbit" if path_F2[:, 1].var() > ROUND * movement else "bounce"
 
 

@@ -100,6 +100,15 @@ def axis_features(x: Float[Array, "... 3"], wavelengths: tuple[tuple[float, floa
     )
 
 
+def modulate(x_BND: Array, shift_BND: Array, scale_BND: Array) -> Array:
+    """Layer norm with scale and shift from the condition (adaLN).
+
+    Constrained, because a width that XLA's partitioner splits by itself, to suit the next weight, comes out wrong on a mesh
+    of data, fsdp and tensor.
+    """
+    return sharding.constrain(layer_norm(x_BND) * (1 + scale_BND) + shift_BND, "rows", "tokens", "width")
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention within segments, with QK-norm (arXiv:2302.05442) and rotary positions."""
 
@@ -145,13 +154,12 @@ class Block(nnx.Module):
         self.mlp = MLP(config.width, config.mlp_ratio * config.width, rngs=rngs, dtype=config.dtype)
 
     def __call__(self, x_BND: Array, context: Context) -> Array:
-        modulation_BN6D = context.spread(self.modulation(context.condition_BSD))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation_BN6D, 6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulations(self.modulation, 6)
         layout = context.layout
-        h_BND = layer_norm(x_BND) * (1 + scale1) + shift1
+        h_BND = modulate(x_BND, shift1, scale1)
         x_BND = x_BND + gate1 * self.attention(h_BND, context.turn, layout.segment_BN)
         x_BND = x_BND + self.cross(layer_norm(x_BND), context.text_BLD, layout.segment_BN, layout.text_segment_BL)
-        h_BND = layer_norm(x_BND) * (1 + scale2) + shift2
+        h_BND = modulate(x_BND, shift2, scale2)
         return sharding.constrain(x_BND + gate2 * self.mlp(h_BND), "rows", "tokens", "width")
 
 
@@ -165,9 +173,14 @@ class Context:
     text_BLD: Array
     slot_one_hot_BNS: Array
 
-    def spread(self, x_BSD: Array) -> Array:
-        """Hand a slot's vector to its tokens. A one-hot product: its gradient is a matmul, not a scatter."""
-        return jnp.einsum("bns,bsd->bnd", self.slot_one_hot_BNS, x_BSD)
+    def modulations(self, linear: Linear, count: int) -> list[Array]:
+        """`count` vectors (B, N, D) a token, made of its slot's condition by `linear`.
+
+        They are computed once a slot and handed to its tokens by a one-hot product, whose gradient is a matmul, not a scatter.
+        """
+        # Whole on every device, see modulate.
+        slots_BSX = sharding.constrain(linear(self.condition_BSD), "rows", "slots", "none")
+        return jnp.split(jnp.einsum("bns,bsx->bnx", self.slot_one_hot_BNS, slots_BSX), count, -1)
 
 
 class DiT(nnx.Module):
@@ -241,5 +254,5 @@ class DiT(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[config.remat])
         x_BND, _ = jax.lax.scan(body, x_BND, stacked)
 
-        shift_BND, scale_BND = jnp.split(context.spread(self.modulation(context.condition_BSD)), 2, -1)
-        return self.patch_out(layer_norm(x_BND) * (1 + scale_BND) + shift_BND)
+        shift_BND, scale_BND = context.modulations(self.modulation, 2)
+        return self.patch_out(modulate(x_BND, shift_BND, scale_BND))

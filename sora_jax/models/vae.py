@@ -2,7 +2,8 @@
 
 Every level folds a block of (frames, height, width) into channels and refines with residual causal convolutions, in space
 and then in time. The first frame is repeated to fill its temporal block, so it stands alone: an image is a video of one
-frame, and latent k sees no frame after its own. Sources: the VAE of arXiv:1312.6114, causal video tokenisers as in MAGVIT-v2 (arXiv:2310.05737).
+frame, and latent k sees no frame after its own. Sources: the VAE of arXiv:1312.6114, causal video tokenisers as in MAGVIT-v2
+(arXiv:2310.05737).
 """
 
 from __future__ import annotations
@@ -101,12 +102,12 @@ class LatentStatistic(nnx.Variable):
 
 # Variance, as a part of the mean variance of all axes, below which an axis of the latents is no longer raised to unit
 # variance: such an axis is mostly the posterior's own noise.
-VARIANCE_FLOOR = 0.02
+VARIANCE_FLOOR = 0.01
 
 
 def latent_statistics(
     mean_NC: Float[np.ndarray, "N C"], variance_NC: Float[np.ndarray, "N C"]
-) -> dict[str, Float[np.ndarray, "..."]]:
+) -> dict[str, np.ndarray]:
     """latent_mean (C), latent_axes (C, C) and latent_std (C) of posteriors given by mean and variance.
 
     The axes are the principal axes of the aggregate posterior, one per column. What an autoencoder finds large is not what
@@ -281,7 +282,9 @@ class VAE(nnx.Module):
         return mean, jnp.sqrt(variance) / std_C
 
     def denormalise(self, latent: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
-        return jnp.dot(latent * self.latent_std[...], self.latent_axes[...].T, precision="highest") + self.latent_mean[...]
+        return (
+            jnp.dot(latent * self.latent_std[...], self.latent_axes[...].T, precision="highest") + self.latent_mean[...]
+        )
 
 
 def split(vae: VAE) -> tuple[Any, Any, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from sora_jax import checkpoint
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import captions, clips
-from sora_jax.data.worlds.scene import MOTIONS, Scene
+from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import adherence
 from sora_jax.generate import pipeline
 from sora_jax.study import report
@@ -106,18 +106,17 @@ def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, 
     began = time.perf_counter()
     videos = made.sample(requests, made.run.sampler)
     logging.info("sampled %d held-out prompts in %.1f s", len(videos), time.perf_counter() - began)
-    scores, floor = adherence.judge(videos, scenes, world.motions, study.seed)
-    strict, _ = adherence.judge(videos, scenes, MOTIONS, study.seed)
+    scores, floor = adherence.judge(videos, scenes, study.seed)
     real = clips.render_mixed(scenes)
-    ceiling, _ = adherence.judge(reconstructed(made, real), scenes, world.motions, study.seed)
+    ceiling, _ = adherence.judge(reconstructed(made, real), scenes, study.seed)
     shown = [
         report.Video(
             video,
             scene.fps,
             prompt,
             seed,
-            expected=expected(scene, world.motions),
-            read=adherence.in_words(video, world.motions),
+            expected=expected(scene),
+            read=adherence.in_words(video),
         )
         for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=True)
     ][: study.shown]
@@ -125,14 +124,12 @@ def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, 
         "adherence": scores,
         "adherence_floor": floor,
         "adherence_ceiling": ceiling,
-        # The same videos read among all motions there are, not the world's alone: an unsteady path is then a bounce.
-        "adherence_among_all_motions": strict,
     }, shown
 
 
-def expected(scene: Scene, motions: Sequence[str]) -> str:
+def expected(scene: Scene) -> str:
     """The scene as adherence.in_words says it of a perfect video."""
-    return adherence.in_words(clips.render_mixed([scene])[0], motions)
+    return adherence.in_words(clips.render_mixed([scene])[0])
 
 
 def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:

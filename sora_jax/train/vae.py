@@ -105,7 +105,7 @@ class VAETask:
         """PSNR in dB and attributes read from reconstructions of held-out clips, whole and at native size."""
         decoded = self._reconstruct(state, self.heldout)
         original = [clip.frames_THWC for clip in self.heldout]
-        read = reader.score(decoded, [clip.scene for clip in self.heldout], self.run.data.world.motions)
+        read = reader.score(decoded, [clip.scene for clip in self.heldout])
         return {"psnr": reconstruction.psnr(original, decoded)} | {
             f"attributes/{name}": value for name, value in read.items()
         }
