@@ -12,7 +12,7 @@ DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
 VAE_STEPS = 550
-DIT_STEPS = 1700
+DIT_STEPS = 1400
 
 
 def compact_world() -> ConfigDict:
@@ -140,7 +140,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
             flow=dict(mean=0.4, std=1.0, shift=1.0),
             sampler=dict(steps=16, method="euler", guidance=4.0, shift=1.0),
-            optimizer=muon(0.03, 3e-3),
+            optimizer=muon(0.02, 3e-3),
             loop=loop(steps),
             mesh=mesh(),
         )
