@@ -11,7 +11,7 @@ DIRECTIONS = ("left", "right", "up", "down")
 DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
-VAE_STEPS = 550
+VAE_STEPS = 450
 DIT_STEPS = 1400
 
 
