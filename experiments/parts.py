@@ -12,7 +12,7 @@ DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
 VAE_STEPS = 450
-DIT_STEPS = 1800
+DIT_STEPS = 1700
 
 
 def compact_world() -> ConfigDict:

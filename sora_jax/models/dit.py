@@ -100,13 +100,18 @@ def axis_features(x: Float[Array, "... 3"], wavelengths: tuple[tuple[float, floa
     )
 
 
-def modulate(x_BND: Array, shift_BND: Array, scale_BND: Array) -> Array:
-    """Layer norm with scale and shift from the condition (adaLN).
+def whole(x_BND: Array) -> Array:
+    """Tokens with their whole width on one device.
 
-    Constrained, because a width that XLA's partitioner splits by itself, to suit the next weight, comes out wrong on a mesh
-    of data, fsdp and tensor.
+    Every activation of the residual stream is constrained, because a width that XLA's partitioner splits by itself, to suit
+    the next weight, comes out wrong on a mesh of data, fsdp and tensor (jax 0.10.2, with either partitioner).
     """
-    return sharding.constrain(layer_norm(x_BND) * (1 + scale_BND) + shift_BND, "rows", "tokens", "width")
+    return sharding.constrain(x_BND, "rows", "tokens", "width")
+
+
+def modulate(x_BND: Array, shift_BND: Array, scale_BND: Array) -> Array:
+    """Layer norm with scale and shift from the condition (adaLN)."""
+    return whole(layer_norm(x_BND) * (1 + scale_BND) + shift_BND)
 
 
 class SelfAttention(nnx.Module):
@@ -157,10 +162,11 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = context.modulations(self.modulation, 6)
         layout = context.layout
         h_BND = modulate(x_BND, shift1, scale1)
-        x_BND = x_BND + gate1 * self.attention(h_BND, context.turn, layout.segment_BN)
-        x_BND = x_BND + self.cross(layer_norm(x_BND), context.text_BLD, layout.segment_BN, layout.text_segment_BL)
+        x_BND = whole(x_BND + gate1 * self.attention(h_BND, context.turn, layout.segment_BN))
+        h_BND = whole(layer_norm(x_BND))
+        x_BND = whole(x_BND + self.cross(h_BND, context.text_BLD, layout.segment_BN, layout.text_segment_BL))
         h_BND = modulate(x_BND, shift2, scale2)
-        return sharding.constrain(x_BND + gate2 * self.mlp(h_BND), "rows", "tokens", "width")
+        return whole(x_BND + gate2 * self.mlp(h_BND))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +184,7 @@ class Context:
 
         They are computed once a slot and handed to its tokens by a one-hot product, whose gradient is a matmul, not a scatter.
         """
-        # Whole on every device, see modulate.
+        # For the same reason as in whole().
         slots_BSX = sharding.constrain(linear(self.condition_BSD), "rows", "slots", "none")
         return jnp.split(jnp.einsum("bns,bsx->bnx", self.slot_one_hot_BNS, slots_BSX), count, -1)
 
@@ -237,12 +243,12 @@ class DiT(nnx.Module):
         context = Context(
             layout=layout,
             turn=rope.angles(layout.position_BN3, frequency),
-            condition_BSD=self.condition(time_BS, text_BLM, layout),
-            text_BLD=layer_norm(self.text_in(text_BLM)),
+            condition_BSD=sharding.constrain(self.condition(time_BS, text_BLM, layout), "rows", "slots", "width"),
+            text_BLD=sharding.constrain(layer_norm(self.text_in(text_BLM)), "rows", "none", "width"),
             slot_one_hot_BNS=jax.nn.one_hot(layout.slot_BN, layout.slot_segment_BS.shape[1]),
         )
         x_BND = self.patch_in(noisy_BNP) + self.position_in(axis_features(layout.position_BN3, config.wavelengths, 8))
-        x_BND = sharding.constrain(x_BND, "rows", "tokens", "width")
+        x_BND = whole(x_BND)
 
         # The stacked blocks are one scan: compile time does not grow with depth.
         graphdef, stacked = nnx.split(self.blocks)
