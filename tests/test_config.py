@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(changes, words):
 def test_missing_keys_are_named():
     broken = tree()
     del broken["flow"]["shift"]
-    with pytest.raises(config.ConfigError, match="config.flow lacks the key 'shift'"):
+    with pytest.raises(config.ConfigError, match=r"config\.flow lacks the key 'shift'"):
         config.from_config_dict(broken)
 
 

@@ -82,7 +82,7 @@ def test_another_config_is_refused(trained_vae):
 
 
 def test_what_a_run_leaves(trained_dit):
-    workdir, state = trained_dit
+    workdir, _ = trained_dit
     assert config.from_config_dict(json.loads((workdir / "config.json").read_text())) == config.from_config_dict(
         checkpoint.read_meta(workdir)["config"]
     )

@@ -341,8 +341,7 @@ def _read_motion(track: _Track, num_frames: int, side: float) -> str | None:
         return "still"
     if abs(growth) / LEAST_GROWTH > travel / (LEAST_TRAVEL * side):
         return "grow" if growth > 0 else "shrink"
-    straight = (step_y**2 + step_x**2) * time_F.var() > STRAIGHT * movement
-    if straight:
+    if (step_y**2 + step_x**2) * time_F.var() > STRAIGHT * movement:
         return max(scenes.DIRECTIONS, key=lambda name: np.dot(scenes.DIRECTIONS[name], (step_y, step_x)))
     return "orbit" if path_F2[:, 1].var() > ROUND * movement else "bounce"
 

@@ -110,21 +110,10 @@ def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, 
     real = clips.render_mixed(scenes)
     ceiling, _ = adherence.judge(reconstructed(made, real), scenes, study.seed)
     shown = [
-        report.Video(
-            video,
-            scene.fps,
-            prompt,
-            seed,
-            expected=expected(scene),
-            read=adherence.in_words(video),
-        )
+        report.Video(video, scene.fps, prompt, seed, expected=expected(scene), read=adherence.in_words(video))
         for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=True)
     ][: study.shown]
-    return {
-        "adherence": scores,
-        "adherence_floor": floor,
-        "adherence_ceiling": ceiling,
-    }, shown
+    return {"adherence": scores, "adherence_floor": floor, "adherence_ceiling": ceiling}, shown
 
 
 def expected(scene: Scene) -> str:

@@ -73,13 +73,8 @@ class Reporter:
     """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed."""
 
     def __init__(self, workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> None:
-        self.workdir, self.steps, self.start, self.unit, self.units_per_step = (
-            workdir,
-            steps,
-            start,
-            unit,
-            units_per_step,
-        )
+        self.workdir, self.steps, self.start = workdir, steps, start
+        self.unit, self.units_per_step = unit, units_per_step
         self.began = time.perf_counter()
 
     def __enter__(self) -> Reporter:
