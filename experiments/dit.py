@@ -6,7 +6,9 @@ sora-jax train --config=experiments/dit.py:full --config.vae_checkpoint=runs/vae
 import parts
 from ml_collections import ConfigDict
 
-# Width, blocks, heads; "/2" halves the latent grid in height and width. The names and sizes of the DiT paper, and a 7B class.
+# Width, blocks, heads; "/2" halves the latent grid in height and width. Toy sizes for a CPU; those of Table 1 of the DiT
+# paper (arXiv:2212.09748); a 7B class.
+TOYS = {"XXS": (64, 4, 2), "XS": (128, 4, 4), "T": (192, 6, 6)}
 SIZES = {
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -14,11 +16,14 @@ SIZES = {
     "XL": (1152, 28, 16),
     "7B": (4096, 28, 32),
 }
-ARGUMENTS = ("compact", "full", *(f"{name}/{patch}" for name in SIZES for patch in (1, 2)))
+ARGUMENTS = ("compact", "full", *(f"{name}/{patch}" for name in (*TOYS, *SIZES) for patch in (1, 2)))
 
 
 def get_config(arg: str = "compact") -> ConfigDict:
-    """'compact' is the quickstart's, 'full' a small one for the whole world, 'S/2' ... '7B/1' sizes for accelerators."""
+    """'compact' is the quickstart's, 'full' a small one for the whole world.
+
+    'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to '7B/2' sizes for accelerators.
+    """
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     if arg == "compact":
@@ -33,8 +38,10 @@ def get_config(arg: str = "compact") -> ConfigDict:
         run.dit.width, run.dit.heads, run.dit.remat = 128, 2, "full"
         return run
     name, patch = arg.split("/")
-    run.dit.width, run.dit.blocks, run.dit.heads = SIZES[name]
+    run.dit.width, run.dit.blocks, run.dit.heads = (TOYS | SIZES)[name]
     run.dit.patch = (1, int(patch), int(patch))
+    if name in TOYS:
+        return run
     run.dit.dtype, run.dit.remat = "bfloat16", "full"
     run.pack.update(rows=64, row_tokens=1024, window=1024)
     run.loop.steps, run.loop.ema = 400_000, 0.9999

@@ -139,29 +139,8 @@ def test_missing_text_is_told(model, noisy, layout):
         model(noisy, TIME, layout._replace(text_BLM=None))
 
 
-@pytest.mark.parametrize(("name", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
-def test_sizes_are_those_of_the_paper(name, millions):
-    # The paper's counts, of models without cross-attention (4 D^2 a block) and our own inputs.
-    config = dit.sized(name)
-    shapes = nnx.state(nnx.eval_shape(lambda: dit.DiT(config, nnx.Rngs(0))), nnx.Param)
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    cross = config.blocks * 4 * config.width**2
-    assert (count - cross) / 1e6 == pytest.approx(millions, rel=0.03)
-
-
-def test_the_7b_class_has_seven_billion():
-    shapes = nnx.state(nnx.eval_shape(lambda: dit.DiT(dit.sized("7B/1"), nnx.Rngs(0))), nnx.Param)
-    assert 6.5e9 < sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 11e9
-
-
-@pytest.mark.parametrize("name", ["Q/2", "S", "S/two"])
-def test_unknown_sizes_are_told(name):
-    with pytest.raises(ValueError, match="use one of"):
-        dit.sized(name)
-
-
 def test_configs_check_themselves():
-    with pytest.raises(ValueError, match="multiple of dit.heads"):
+    with pytest.raises(ValueError, match=r"multiple of dit\.heads"):
         dataclasses.replace(CONFIG, heads=5)
     with pytest.raises(ValueError, match="use fewer heads"):
         dataclasses.replace(CONFIG, heads=8)

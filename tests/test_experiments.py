@@ -3,9 +3,17 @@
 import importlib
 from pathlib import Path
 
+import dit as dit_experiment
+import jax
+import numpy as np
 import pytest
+import quickstart
+from flax import nnx
 
 from sora_jax import config
+from sora_jax.data import latents, loader, pack
+from sora_jax.data.worlds import captions, world
+from sora_jax.models import dit
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "parts")
@@ -37,3 +45,43 @@ def test_the_table_names_every_experiment():
     for name in FILES:
         for arg in arguments(name):
             assert f"`{name}.py{':' + arg if arg else ''}`" in table, (name, arg)
+
+
+def num_parameters(shape):
+    shapes = nnx.state(nnx.eval_shape(lambda: dit.DiT(shape, nnx.Rngs(0))), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
+def test_sizes_are_those_of_the_paper(name, millions):
+    # The paper's counts, of models without cross-attention (4 D^2 a block) and our own inputs.
+    shape = config.from_config_dict(dit_experiment.get_config(name)).dit
+    cross = shape.blocks * 4 * shape.width**2
+    assert (num_parameters(shape) - cross) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def test_the_7b_class_has_seven_billion():
+    assert 6.5e9 < num_parameters(config.from_config_dict(dit_experiment.get_config("7B/1")).dit) < 11e9
+
+
+def test_the_quickstart_fills_its_rows(tmp_path):
+    run = config.from_config_dict(quickstart.get_config("dit"))
+    data, stride = run.data.world, (4, 8, 8)
+
+    def made():
+        for number in range(4 * run.pack.window):
+            scene = world.sample_scene(data, "train", number)
+            shape = (1 + (scene.num_frames - 1) // stride[0], scene.height // stride[1], scene.width // stride[2])
+            zeros = np.zeros((*shape, 1), np.float32)
+            yield latents.Latent(number, zeros, zeros, scene.fps, captions.captions(scene, len(data.sizes) > 1))
+
+    def states(caption):  # as MiniLM counts these captions: a word is a token, and there are two more
+        words = caption.replace(".", " .").replace(",", " ,").replace("-", " - ").split()
+        return np.zeros((len(words) + 2, 1), np.float32), None
+
+    store = latents.write(tmp_path / "latents", made(), {})
+    tokeniser = loader.Tokeniser(run.loader, run.pack, pack.Geometry(run.dit.patch, stride), states, run.seed)
+    source, count = loader.batches(store, tokeniser, 1), pack.Count()
+    for _ in range(len(store) // run.pack.window * 10):
+        count.add(next(source)[1])
+    assert count.fill >= 0.97 and count.too_long_clips == 0

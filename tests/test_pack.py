@@ -95,7 +95,7 @@ def test_too_long_clips_are_counted_not_lost(rng, clips):
 
 
 def test_fill_of_a_mix(rng):
-    # Three sizes and four durations in rows of 240; the quickstart's own rows of 120 are filled less (its report.json).
+    # Three sizes and four durations; the quickstart's own mix is in test_experiments.py.
     sizes = [(h, w) for h, w in [(4, 4), (6, 4), (4, 6)]]
     shapes = [(int(t), *sizes[rng.integers(3)]) for t in rng.choice([1, 3, 4, 5], 256, p=np.array([1, 2, 2, 4]) / 9)]
     clips = [make(rng, number, shape, words=2) for number, shape in enumerate(shapes)]

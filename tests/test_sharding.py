@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import vae as vae_experiment
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import sharding
+from sora_jax import config, sharding
 from sora_jax.models import dit, text_encoder, vae
 from sora_jax.structs import Layout
 
@@ -17,7 +18,7 @@ TEXT = text_encoder.TextEncoderConfig(
 )
 MODELS = {
     "vae": lambda: vae.VAE(vae.VAEConfig(widths=(16,), channels=4), nnx.Rngs(0)),
-    "video vae": lambda: vae.VAE(vae.SIZES["video"], nnx.Rngs(0)),
+    "video vae": lambda: vae.VAE(config.from_config_dict(vae_experiment.get_config("video")).vae, nnx.Rngs(0)),
     "dit": lambda: dit.DiT(dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16), nnx.Rngs(0)),
     "dit with text": lambda: dit.DiT(
         dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16, text=TEXT), nnx.Rngs(0)
@@ -54,7 +55,7 @@ def test_axes_used_twice_and_unknown_axes_are_told():
 
 def test_dimensions_that_do_not_divide_are_told():
     params = {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((12, 32), jnp.float32)}}}
-    with pytest.raises(ValueError, match="mlp/up/kernel .* 12 does not divide over 8"):
+    with pytest.raises(ValueError, match=r"mlp/up/kernel .* 12 does not divide over 8"):
         sharding.parameter_shardings(params, mesh(fsdp=8))
 
 

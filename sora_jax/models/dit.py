@@ -65,28 +65,6 @@ class DiTConfig:
         return math.prod(self.patch) * self.channels
 
 
-# Width, blocks, heads as in Table 1 of the DiT paper, then toy sizes and a 7B class. "/2" halves the grid in height and width.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "XXS": (64, 4, 2),
-    "XS": (128, 4, 4),
-    "T": (192, 6, 6),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-    "7B": (4096, 28, 32),
-}
-
-
-def sized(name: str, **other: Any) -> DiTConfig:
-    """DiTConfig from a name such as 'S/2' or 'XL/1'. Raises ValueError with the known names."""
-    size, _, patch = name.partition("/")
-    if size not in SIZES or not patch.isdigit():
-        raise ValueError(f"DiT size {name!r}: use one of {', '.join(SIZES)} with a patch size, such as 'S/2'")
-    width, blocks, heads = SIZES[size]
-    return DiTConfig(width=width, blocks=blocks, heads=heads, patch=(1, int(patch), int(patch)), **other)
-
-
 def fourier(x: Float[Array, ...], shortest: float, longest: float, count: int) -> Float[Array, "... features"]:
     """cos and sin of x at `count` wavelengths, spread geometrically."""
     angle = x[..., None] * (2 * jnp.pi / jnp.geomspace(shortest, longest, count))

@@ -67,20 +67,6 @@ class VAEConfig:
         return 1 + (frames - 1) // st, height // sh, width // sw, self.channels
 
 
-# Configs by name: "toy" works wholly at latent resolution, "video" is the usual three-level network for real footage.
-SIZES = {
-    "toy": VAEConfig(),
-    "video": VAEConfig(
-        folds=((1, 2, 2), (2, 2, 2), (2, 2, 2)),
-        widths=(128, 256, 512),
-        blocks=(2, 2, 4),
-        kernel=(3, 3, 3),
-        channels=16,
-        remat=True,
-    ),
-}
-
-
 class Posterior(NamedTuple):
     """Diagonal Gaussian over latents."""
 
@@ -250,7 +236,7 @@ class VAE(nnx.Module):
         pasts is None for the first chunk, which has 1 + 4k frames; every later chunk has 4k. Raises ValueError for other sizes.
         """
         st = self.config.stride[0]
-        batch, length, height, width, _ = frames.shape
+        _, length, height, width, _ = frames.shape
         if pasts is None:
             self.config.latent_shape(length, height, width)
             frames = jnp.concatenate([jnp.repeat(frames[:, :1], st - 1, axis=1), frames], axis=1)
