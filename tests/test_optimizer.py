@@ -1,0 +1,66 @@
+"""Laws of the optimizers: which leaves Muon takes, how rates run, and how far a step goes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.config import OptimizerConfig
+from sora_jax.train import optimizer
+
+MUON = OptimizerConfig("muon", 0.02, 1e-3, warmup_steps=4, decay="linear", weight_decay=0.0, clip_norm=1.0)
+PARAMS = {
+    "patch_in": {"kernel": jnp.ones((6, 8)), "bias": jnp.ones(8)},
+    "blocks": {"mlp": {"up": {"kernel": jnp.ones((3, 8, 16)), "bias": jnp.ones((3, 16))}}},
+    "stages": {"convolution": {"kernel": jnp.ones((3, 3, 8, 8))}},
+    "text": {"token": {"embedding": jnp.ones((5, 8))}, "blocks": {"up": {"kernel": jnp.ones((2, 8, 8))}}},
+}
+
+
+def first_update(config, params, rng):
+    tx = optimizer.make(dataclasses.replace(config, warmup_steps=0, decay="constant"), steps=10)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+def test_rates_rise_and_fall_with_the_run(decay, half):
+    rate = optimizer.rates(0.02, dataclasses.replace(MUON, decay=decay), steps=104)
+    values = np.array([rate(step) for step in range(105)])
+    assert values[0] > 0 and np.all(np.diff(values[:5]) > 0) and values[4] == pytest.approx(0.02)
+    assert values[54] == pytest.approx(0.02 * half, rel=1e-3)
+    assert values[104] == pytest.approx(0.02 if decay == "constant" else 0.0, abs=1e-8)
+
+
+def test_a_run_shorter_than_its_warm_up_still_decays():
+    values = [optimizer.rates(0.02, dataclasses.replace(MUON, warmup_steps=50), steps=3)(step) for step in range(4)]
+    assert max(values) == pytest.approx(0.02) and values[-1] == 0
+
+
+def test_muon_takes_hidden_matrices_alone():
+    taken = optimizer.matrix_axes(PARAMS)
+    assert taken["patch_in"]["kernel"] is None and taken["text"]["token"]["embedding"] is None
+    assert taken["blocks"]["mlp"]["up"]["bias"] is None
+    for kernel in (taken["blocks"]["mlp"]["up"]["kernel"], taken["text"]["blocks"]["up"]["kernel"]):
+        assert (kernel.reduction_axis, kernel.output_axis) == ((1,), (2,))
+    convolution = taken["stages"]["convolution"]["kernel"]
+    assert (convolution.reduction_axis, convolution.output_axis) == ((0, 1, 2), (3,))
+
+
+def test_every_layer_of_a_stack_moves_by_the_rate_in_every_direction(rng):
+    update = first_update(MUON, PARAMS, rng)["blocks"]["mlp"]["up"]["kernel"]
+    singular = np.linalg.svd(np.asarray(update), compute_uv=False)
+    # sqrt(outputs / inputs) more, as optax scales; Newton-Schulz leaves singular values within a third of one.
+    assert singular.shape == (3, 8) and np.all(np.abs(singular / (0.02 * 2**0.5) - 1) < 0.35)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_text_encoder_moves_slower(rng, name):
+    twice = {"blocks": PARAMS["blocks"], "text": {"blocks": PARAMS["blocks"]}}
+    tx = optimizer.make(dataclasses.replace(MUON, name=name, warmup_steps=0), steps=10)
+    grad = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), PARAMS["blocks"])
+    update, _ = tx.update({"blocks": grad, "text": {"blocks": grad}}, tx.init(twice), twice)
+    for own, text in zip(jax.tree.leaves(update["blocks"]), jax.tree.leaves(update["text"]), strict=True):
+        assert np.allclose(text, optimizer.TEXT_ENCODER_RATE * own, rtol=1e-5)
