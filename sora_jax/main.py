@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from sora_jax.config import DiTRun, Run, VAERun
+    from sora_jax.data.worlds.world import WorldConfig
     from sora_jax.diffusion.sampler import SamplerConfig
     from sora_jax.generate.pipeline import Pipeline
 
@@ -239,12 +240,21 @@ def _add_sample(verbs: Any) -> None:
         help="file to write (required): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
         "or .png, frames side by side, all videos on one sheet",
     )
-    parser.add_argument("--height", type=_count, default=32, metavar="PIXELS", help="height (default: %(default)s)")
-    parser.add_argument("--width", type=_count, default=32, metavar="PIXELS", help="width (default: %(default)s)")
     parser.add_argument(
-        "--frames", type=_count, default=17, metavar="N", help="number of frames, 1 for an image (default: %(default)s)"
+        "--height", type=_count, metavar="PIXELS", help="height (default: of the first size that was trained on)"
     )
-    parser.add_argument("--fps", type=_rate, default=8.0, metavar="X", help="frames per second (default: %(default)g)")
+    parser.add_argument(
+        "--width", type=_count, metavar="PIXELS", help="width (default: of the first size that was trained on)"
+    )
+    parser.add_argument(
+        "--frames",
+        type=_count,
+        metavar="N",
+        help="number of frames, 1 for an image (default: of the longest clips that were trained on)",
+    )
+    parser.add_argument(
+        "--fps", type=_rate, metavar="X", help="frames per second (default: the first rate that was trained on)"
+    )
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of a prompt's first sample (default: %(default)s)"
     )
@@ -608,25 +618,63 @@ class Video:
     path: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What all videos of a command share."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}" + f" at {self.fps:g} fps" * (self.frames > 1)
+
+
+def size_of(arguments: argparse.Namespace, world: WorldConfig) -> Size:
+    """The size of the flags, and where there is none, of the clips that were trained on."""
+    height, width = world.frame_sizes[0]
+    given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
+    return dataclasses.replace(
+        Size(height, width, max(world.frame_counts), world.fps[0]),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def warn_of(size: Size, world: WorldConfig) -> None:
+    """Warns of a size that can be made but was not trained on."""
+    known = (size.height, size.width) in world.frame_sizes and size.frames <= max(world.frame_counts)
+    if known and (size.frames == 1 or size.fps in world.fps):
+        return
+    sizes, rates = ", ".join(f"{h}x{w}" for h, w in world.frame_sizes), ", ".join(f"{rate:g}" for rate in world.fps)
+    logging.warning(
+        "%s is not what the checkpoint was trained on, expect less of it; that was %s, up to %d frames, at %s fps",
+        size, sizes, max(world.frame_counts), rates,
+    )  # fmt: skip
+
+
 def sample(arguments: argparse.Namespace) -> None:
     """Makes a video for every prompt and seed and writes them with a manifest."""
     # Everything that can be refused without the model is refused before it is loaded.
     videos = plan(_prompts(arguments), arguments.samples, arguments.seed, arguments.out)
     manifest = _manifest_path(arguments.out)
     pipeline, step = _load(arguments.checkpoint)
-    settings = _settings(pipeline, arguments)
+    size = size_of(arguments, pipeline.run.data.world)
+    settings = _settings(pipeline, arguments, size)
+    warn_of(size, pipeline.run.data.world)
     _make_folder(arguments.out.parent)
 
-    logging.info("sampling %d of %dx%dx%d", len(videos), arguments.frames, arguments.height, arguments.width)
+    logging.info("sampling %d of %s", len(videos), size)
     from sora_jax.generate.pipeline import Request
 
-    size = arguments.height, arguments.width, arguments.frames, arguments.fps
-    made = pipeline.sample([Request(video.prompt, *size, video.seed) for video in videos], settings)
-    scale = arguments.scale or math.ceil(SHOWN_WIDTH / arguments.width)
+    made = pipeline.sample(
+        [Request(video.prompt, **dataclasses.asdict(size), seed=video.seed) for video in videos], settings
+    )
+    scale = arguments.scale or math.ceil(SHOWN_WIDTH / size.width)
     try:
-        _write(videos, made, arguments.fps, scale)
+        _write(videos, made, size.fps, scale)
         manifest.write_text(
-            json.dumps(_manifest(arguments, videos, settings, step, scale), indent=2, ensure_ascii=False)
+            json.dumps(_manifest(arguments, videos, size, settings, step, scale), indent=2, ensure_ascii=False)
         )
     except OSError as error:
         raise Failure(f"cannot write {error.filename or arguments.out}: {error.strerror}", RUN_ERROR) from error
@@ -688,13 +736,13 @@ def _load(path: Path) -> tuple[Pipeline, int | None]:
     return loaded, checkpoint.latest_step(path) if step is None else step
 
 
-def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
-    """The run's sampler with the flags that were given. Raises Failure for bad ones, sizes of videos among them."""
+def _settings(pipeline: Pipeline, arguments: argparse.Namespace, size: Size) -> SamplerConfig:
+    """The run's sampler with the flags that were given. Raises Failure for bad ones, and for a size that cannot be made."""
     from sora_jax.data import pack
 
     given = {name: getattr(arguments, name) for name in ("guidance", "steps", "method")}
     with _errors_for_users(ValueError):
-        shape = pipeline.vae_config.latent_shape(arguments.frames, arguments.height, arguments.width)
+        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
         pack.grid_shape(shape, pipeline.run.dit.patch)
         return dataclasses.replace(
             pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
@@ -724,13 +772,18 @@ def _manifest_path(out: Path) -> Path:
 
 
 def _manifest(
-    arguments: argparse.Namespace, videos: Sequence[Video], settings: SamplerConfig, step: int | None, scale: int
+    arguments: argparse.Namespace,
+    videos: Sequence[Video],
+    size: Size,
+    settings: SamplerConfig,
+    step: int | None,
+    scale: int,
 ) -> dict[str, Any]:
     return {
         "sora_jax_sample": sora_jax.__version__,
         "checkpoint": str(arguments.checkpoint.absolute()),
         "step": step,
-        "size": {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")},
+        "size": dataclasses.asdict(size),
         "sampler": dataclasses.asdict(settings),
         "scale": scale,
         "videos": [{"file": video.path.name, "prompt": video.prompt, "seed": video.seed} for video in videos],

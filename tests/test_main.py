@@ -15,6 +15,7 @@ import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
+import quickstart
 
 from sora_jax import checkpoint, config, main
 from sora_jax.generate import pipeline
@@ -405,6 +406,24 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     height, width, _ = iio.imread(sheet).shape
     assert width >= 5 * 32 and height >= 4 * 16
     assert sorted(path.name for path in tmp_path.glob("sheet*")) == ["sheet.json", "sheet.png"]
+
+
+def test_sizes_come_from_what_was_trained_on(caplog):
+    world = config.from_config_dict(quickstart.get_config("dit")).data.world
+
+    def size_of(**given):
+        names = dict.fromkeys(("height", "width", "frames", "fps"))
+        return main.size_of(argparse.Namespace(**names | given), world)
+
+    assert size_of() == main.Size(32, 32, 17, 5.0)
+    assert size_of(height=48, frames=9) == main.Size(48, 32, 9, 5.0)
+    assert size_of(frames=1, fps=25.0) == main.Size(32, 32, 1, 25.0)
+    for usual in ({}, {"height": 48, "frames": 9}, {"frames": 1, "fps": 25.0}):  # an image has no rate
+        main.warn_of(size_of(**usual), world)
+    assert not caplog.records
+    for number, unusual in enumerate(({"height": 64}, {"frames": 33}, {"fps": 8.0}), 1):
+        main.warn_of(size_of(**unusual), world)
+        assert len(caplog.records) == number and "not what the checkpoint was trained on" in caplog.text
 
 
 def test_one_video_keeps_its_name_and_several_are_numbered():
