@@ -33,8 +33,8 @@ def matrix_axes(params: Any) -> Any:
     """Which leaves Muon takes (arXiv:2502.16982): kernels of stacked blocks and of convolutions, as (inputs, outputs) matrices.
 
     Stacked blocks (layers, in, out) keep their leading axis apart; a convolution (h, w, in, out) is one matrix. The maps of
-    text states into the model are taken too: what tells "left" from "right" is a small part of a state's variance. Whether
-    that helps is open (experiments/README.md).
+    text states into the model are taken too: what tells "left" from "right" is a small part of a state's variance, and a step
+    of Muon is as long in every direction (experiments/README.md).
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
