@@ -1,11 +1,15 @@
-"""Training FLOPs of a config, analytic: XLA's own count sees the body of a scan once. One multiply-add is 2 FLOPs.
+"""Training FLOPs of a config, analytic and by part: XLA's own count sees the body of a scan once.
 
-Matrix products, convolutions and attention are counted; elementwise work is not. Backward costs twice the forward.
+One multiply-add is 2 FLOPs. Matrix products, convolutions and attention are counted, elementwise work is not; products with
+the zeros around a picture are not, as XLA does not. Checked against XLA's count in tests/test_compute.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from sora_jax.data.pack import PackConfig
 from sora_jax.models.dit import DiTConfig
@@ -13,49 +17,144 @@ from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 
 
-def dit_forward(config: DiTConfig, rows: int, row_tokens: int, row_slots: int, row_text: int) -> float:
-    """FLOPs of one forward pass as executed, padding and masked attention included."""
-    D, blocks = config.width, config.blocks
-    N, S, L, P, M = row_tokens, row_slots, row_text, config.patch_dim, config.text_width
-    token = 2 * N * D * (3 * D + D) + 2 * N * D * (2 * D) + 2 * 2 * N * D * config.mlp_ratio * D
-    attend = 2 * 2 * N * N * D + 2 * 2 * N * L * D
-    text = 2 * L * D * 2 * D
-    slots = 2 * S * D * 6 * D + 2 * N * S * 6 * D
-    ends = 2 * N * D * (P + 48) + 2 * N * D * P + 2 * S * D * (2 * D) + 2 * N * S * 2 * D
-    heads = 2 * L * M * D + 2 * S * (64 * D + D * D + 48 * D + M * D + L * M)
-    encoder = 0.0 if config.text is None else text_encoder_forward(config.text, 1, row_text)
-    return rows * (blocks * (token + attend + text + slots) + ends + heads + encoder)
+class Product(NamedTuple):
+    """Matrix products of one forward pass that belong to one part of a model.
+
+    gradients: of how many of the two operands the backward pass needs one, at the price of a forward pass each.
+    recomputed: how many more times the forward pass is made for the backward pass, because its result was not kept.
+    """
+
+    part: str
+    flops: float
+    gradients: int = 2
+    recomputed: int = 0
 
 
-def text_encoder_forward(config: TextEncoderConfig, rows: int, row_tokens: int) -> float:
-    D = config.width
-    layer = 2 * row_tokens * D * (4 * D + 2 * config.mlp_width) + 2 * 2 * row_tokens**2 * D
-    return float(rows * config.layers * layer)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """FLOPs of a training step. total is the model's own work, which budgets are stated in; executed adds recomputation."""
+
+    products: tuple[Product, ...]
+
+    @property
+    def forward(self) -> float:
+        return sum(each.flops for each in self.products)
+
+    @property
+    def backward(self) -> float:
+        return sum(each.gradients * each.flops for each in self.products)
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    @property
+    def executed(self) -> float:
+        return self.total + sum(each.recomputed * each.flops for each in self.products)
+
+    def by_part(self) -> dict[str, float]:
+        """Forward and backward FLOPs of every part."""
+        parts: dict[str, float] = {}
+        for each in self.products:
+            parts[each.part] = parts.get(each.part, 0.0) + (1 + each.gradients) * each.flops
+        return parts
 
 
-def vae_forward(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> tuple[float, float]:
-    """(encoder, decoder) FLOPs of one forward pass over clips of one size."""
+def forward(products: Iterable[Product]) -> float:
+    return sum(each.flops for each in products)
+
+
+def dit(
+    config: DiTConfig,
+    rows: int,
+    row_tokens: int,
+    row_slots: int,
+    row_text: int,
+    pairs: float | None = None,
+    text_pairs: float | None = None,
+) -> list[Product]:
+    """Products of one forward pass over packed rows, padding included.
+
+    pairs and text_pairs are how many (query, key) pairs self- and cross-attention look at: all of a row's as dense attention
+    executes them, or, where given, those within segments that are of use (pack.Count).
+    """
+    D, P, M, S = config.width, config.patch_dim, config.text_width, rows * row_slots
+    N, L = rows * row_tokens, rows * row_text
+    pairs = rows * row_tokens**2 if pairs is None else pairs
+    text_pairs = rows * row_tokens * row_text if text_pairs is None else text_pairs
+    # Dots without a batch axis are kept by the policy "dots", attention's and the slots' are not.
+    plain, batched = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}[config.remat]
+    learned = int(config.text is not None)  # text states that need gradients
+
+    def block(part: str, flops: float, gradients: int = 2, again: int = plain) -> Product:
+        return Product(part, config.blocks * flops, gradients, again)
+
+    products = [
+        block("self-attention", 2 * N * D * (3 * D + D)),
+        block("self-attention", 2 * 2 * pairs * D, again=batched),
+        block("cross-attention", 2 * N * D * (D + D) + 2 * L * D * 2 * D),
+        block("cross-attention", 2 * 2 * text_pairs * D, again=batched),
+        block("mlp", 2 * 2 * N * D * config.mlp_ratio * D),
+        block("modulation", 2 * S * D * 6 * D),
+        block("modulation", 2 * N * row_slots * 6 * D, gradients=1, again=batched),
+        Product("modulation", 2 * S * D * 2 * D),
+        Product("modulation", 2 * N * row_slots * 2 * D, gradients=1),
+        Product("ends", 2 * N * D * (P + 48), gradients=1),
+        Product("ends", 2 * N * D * P),
+        Product("condition", 2 * S * D * (64 + 48), gradients=1),
+        Product("condition", 2 * S * D * D),
+        Product("condition", 2 * (L + S) * M * D, gradients=1 + learned),
+        Product("condition", 2 * S * row_text * M, gradients=learned),
+    ]
+    return products + ([] if config.text is None else text_encoder(config.text, rows, row_text))
+
+
+def text_encoder(config: TextEncoderConfig, rows: int, row_tokens: int) -> list[Product]:
+    """Products of one forward pass over rows of text, padding included."""
+    D, N = config.width, rows * row_tokens
+    layer = 2 * N * D * (4 * D + 2 * config.mlp_width) + 2 * 2 * N * row_tokens * D
+    return [Product("text encoder", float(config.layers * layer))]
+
+
+def taps(size: int, kernel: int) -> int:
+    """Products along one axis of a convolution that keeps its size: kernel a place, less those with what lies outside."""
+    before, after = (kernel - 1) // 2, kernel // 2
+    return size * kernel - sum(max(0, b - place) for b in (before, after) for place in range(min(b, size)))
+
+
+def vae(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> list[Product]:
+    """Products of encoding and decoding clips of one size, in parts 'encoder' and 'decoder'."""
     t, h, w, _ = config.latent_shape(frames, height, width)
-    frames = t * config.stride[0]
-    encoder, decoder = 0.0, 0.0
     kt, kh, kw = config.kernel
-    cells, below = frames * height * width, 3
-    for fold, size, blocks in zip(config.folds, config.widths, config.blocks, strict=True):
-        cells //= math.prod(fold)
-        convolutions = cells * blocks * 2 * (kh * kw + kt) * size * size
+    frames, below = t * config.stride[0], 3
+    encoder: list[Product] = []
+    decoder: list[Product] = []
+    for level, (fold, size, blocks) in enumerate(zip(config.folds, config.widths, config.blocks, strict=True)):
+        frames, height, width = frames // fold[0], height // fold[1], width // fold[2]
+        cells = clips * frames * height * width
         ends = cells * 2 * math.prod(fold) * below * size
-        encoder, decoder, below = encoder + convolutions + ends, decoder + convolutions + ends, size
-    latents = t * h * w
-    encoder += latents * 2 * config.widths[-1] * 2 * config.channels
-    decoder += latents * 2 * config.widths[-1] * config.channels
-    return clips * encoder, clips * decoder
+        encoder.append(Product("encoder", ends, gradients=2 if level else 1))
+        decoder.append(Product("decoder", ends))
+        spatial = clips * frames * taps(height, kh) * taps(width, kw)
+        for part, products in (("encoder", encoder), ("decoder", decoder)):
+            # A block's last convolution is added to its input: no gradient needs its result again.
+            products.append(Product(part, blocks * 2 * spatial * size * size, recomputed=int(config.remat)))
+            products.append(Product(part, blocks * 2 * cells * kt * size * size))
+        below = size
+    latents = clips * t * h * w
+    encoder.append(Product("encoder", latents * 2 * config.widths[-1] * 2 * config.channels))
+    decoder.append(Product("decoder", latents * 2 * config.widths[-1] * config.channels))
+    return encoder + decoder
 
 
-def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> float:
-    """FLOPs of one training step: forward and backward."""
-    return 3 * sum(vae_forward(config, batch, *crop))
+def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> Step:
+    """A training step on crops (frames, height, width)."""
+    return Step(tuple(vae(config, batch, *crop)))
 
 
-def dit_step(config: DiTConfig, packing: PackConfig) -> float:
-    """FLOPs of one training step: forward and backward; recomputed activations are not counted."""
-    return 3 * dit_forward(config, packing.rows, packing.row_tokens, packing.row_slots, packing.row_text)
+def dit_step(
+    config: DiTConfig, packing: PackConfig, pairs: float | None = None, text_pairs: float | None = None
+) -> Step:
+    """A training step on packed rows; pairs and text_pairs as for dit."""
+    sizes = packing.rows, packing.row_tokens, packing.row_slots, packing.row_text
+    return Step(tuple(dit(config, *sizes, pairs, text_pairs)))

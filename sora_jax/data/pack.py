@@ -86,6 +86,8 @@ class Count:
     dropped_tokens: int = 0
     dropped_repeats: int = 0
     too_long_clips: int = 0
+    pairs: int = 0  # of tokens that see each other in self-attention
+    text_pairs: int = 0  # of tokens and text tokens in cross-attention
 
     @property
     def fill(self) -> float:
@@ -211,6 +213,8 @@ def pack_rows(
         tokens=sum(size[0] for size in sizes),
         row_tokens=len(rows) * config.row_tokens,
         too_long_clips=len(clips) - len(good),
+        pairs=sum(size[0] ** 2 for size in sizes),
+        text_pairs=sum(size[0] * size[2] for size in sizes),
     )
     return [[good[i] for i in rows[r]] for r in rng.permutation(len(rows))], count
 

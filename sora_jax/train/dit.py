@@ -63,7 +63,7 @@ class DiTTask:
             )
         self.unit = "tokens"
         self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
-        self.flops_per_step = compute.dit_step(run.dit, run.pack)
+        self.flops_per_step = compute.dit_step(run.dit, run.pack).total
         self.flops_before = float(read_meta(source)["total_flops"])
         self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
         self.geometry = pack.Geometry(run.dit.patch, self.vae_config.stride)

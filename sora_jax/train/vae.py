@@ -56,7 +56,7 @@ class VAETask:
         settings = self.run.vae_train
         self.unit = "clips"
         self.units_per_step = float(settings.batch)
-        self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop)
+        self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop).total
         self.flops_before = 0.0
         self.graphdef = vae.split(nnx.eval_shape(lambda: vae.VAE(self.run.vae, nnx.Rngs(0))))[0]
 
