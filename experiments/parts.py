@@ -142,6 +142,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             sampler=dict(steps=16, method="euler", guidance=5.0, shift=1.0),
             optimizer=muon(0.014, 3e-3),
             loop=loop(steps),
+            compute=dict(budget=0.0, multiplier=1.0, along="steps", exponent=0.5),
             mesh=mesh(),
         )
     )

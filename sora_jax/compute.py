@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from sora_jax.config import ComputeConfig, ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
@@ -158,3 +159,45 @@ def dit_step(
     """A training step on packed rows; pairs and text_pairs as for dit."""
     sizes = packing.rows, packing.row_tokens, packing.row_slots, packing.row_text
     return Step(tuple(dit(config, *sizes, pairs, text_pairs)))
+
+
+def scaled(run: DiTRun) -> DiTRun:
+    """The run whose training steps cost compute.multiplier times its base; its steps follow, and its model if it may grow.
+
+    The result states its own cost as its budget, so that scaling it again changes nothing. Its schedule is that of its own
+    steps: a run of 1x is a finished run, not the beginning of a longer one. Raises ConfigError for a budget that is not met
+    within 1 %, as when it buys too few steps.
+    """
+    settings = run.compute
+    base = dit_step(run.dit, run.pack).total
+    budget = settings.multiplier * (settings.budget or run.loop.steps * base)
+    growth = {"steps": 0.0, "model": 1.0, "frontier": settings.exponent}[settings.along]
+    model = run.dit if settings.multiplier == 1 or not growth else grown(run, settings.multiplier**growth)
+    cost = dit_step(model, run.pack).total
+    steps = round(budget / cost)
+    if steps < 1 or abs(steps * cost / budget - 1) > 0.01:
+        raise ConfigError(
+            f"a budget of {budget:.3g} FLOPs is {budget / cost:.3g} steps of a model of width {model.width} and "
+            f"{model.blocks} blocks; raise compute.budget or compute.multiplier"
+        )
+    settings = ComputeConfig(budget, 1.0, settings.along, settings.exponent)
+    return dataclasses.replace(run, dit=model, loop=dataclasses.replace(run.loop, steps=steps), compute=settings)
+
+
+def grown(run: DiTRun, factor: float) -> DiTConfig:
+    """The model whose step costs `factor` times that of run.dit: wider and deeper in proportion, with heads of the same size."""
+    model, base = run.dit, dit_step(run.dit, run.pack).total
+    head = model.width // model.heads
+
+    def distance(candidate: DiTConfig) -> float:
+        shape = (candidate.blocks / model.blocks) / (candidate.width / model.width)
+        cost = dit_step(candidate, run.pack).total / base / factor
+        return abs(math.log(cost)) + 0.25 * abs(math.log(shape))
+
+    candidates = [
+        dataclasses.replace(model, width=heads * head, heads=heads, blocks=blocks)
+        for heads in range(1, 4 * math.ceil(model.heads * max(1.0, factor)))
+        for blocks in range(1, 4 * math.ceil(model.blocks * max(1.0, factor)))
+        if abs(blocks - model.blocks * heads / model.heads) < 2
+    ]
+    return min(candidates, key=distance)

@@ -131,6 +131,29 @@ class TextConfig:
             )
 
 
+ALONG = ("steps", "model", "frontier")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """What a DiT's training steps may cost in all: `multiplier` times `budget` FLOPs; compute.scaled turns it into a run.
+
+    budget 0 is what loop.steps of the model as written cost. The multiplier is spent along 'steps' (the model as written,
+    longer), 'model' (as many steps, wider and deeper) or 'frontier' (both: the model's FLOPs grow as multiplier ** exponent).
+    """
+
+    budget: float
+    multiplier: float
+    along: str
+    exponent: float
+
+    def __post_init__(self) -> None:
+        if self.along not in ALONG:
+            raise ValueError(f"compute.along {self.along!r} is none of {', '.join(ALONG)}")
+        if self.budget < 0 or self.multiplier <= 0 or not 0 <= self.exponent <= 1:
+            raise ValueError("compute: budget must not be negative, multiplier positive and exponent in [0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class VAERun:
     """Training the video VAE. shape is its architecture."""
@@ -166,6 +189,7 @@ class DiTRun:
     sampler: SamplerConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
+    compute: ComputeConfig
     mesh: MeshConfig
 
     def __post_init__(self) -> None:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quickstart
 from flax import nnx
 
-from sora_jax import compute
+from sora_jax import compute, config
 from sora_jax.data import pack
 from sora_jax.models import dit, text_encoder, vae
 from sora_jax.structs import Layout
@@ -116,3 +117,43 @@ def test_useful_attention_is_that_within_segments(rng):
     useful = compute.dit_step(DIT, packing, count.pairs, count.text_pairs)
     saved = 3 * 2 * 2 * 512 * (32 * 32 - count.pairs + 32 * 16 - count.text_pairs)
     assert executed.total - useful.total == pytest.approx(saved)
+
+
+def quickstart_run(**settings):
+    run = config.from_config_dict(quickstart.get_config("dit"))
+    return dataclasses.replace(run, compute=config.ComputeConfig(**{**dataclasses.asdict(run.compute), **settings}))
+
+
+def cost(run):
+    return run.loop.steps * compute.dit_step(run.dit, run.pack).total
+
+
+@pytest.mark.parametrize("along", config.ALONG)
+@pytest.mark.parametrize("multiplier", [0.25, 1.0, 4.0, 32.0])
+def test_every_run_spends_its_budget(along, multiplier):
+    base = quickstart_run()
+    run = compute.scaled(quickstart_run(multiplier=multiplier, along=along))
+    assert cost(run) == pytest.approx(multiplier * cost(base), rel=0.01)
+    assert compute.scaled(run) == run
+    assert run.dit.width // run.dit.heads == base.dit.width // base.dit.heads
+
+
+def test_what_grows_is_what_was_asked_for():
+    base = quickstart_run()
+    steps, model, frontier = (
+        compute.scaled(quickstart_run(multiplier=32.0, along=along)) for along in ("steps", "model", "frontier")
+    )
+    assert steps.dit == base.dit and steps.loop.steps == pytest.approx(32 * base.loop.steps, abs=1)
+    assert model.loop.steps == pytest.approx(base.loop.steps, rel=0.25)
+    assert model.dit.width > base.dit.width and model.dit.blocks > base.dit.blocks
+    assert (
+        base.loop.steps < frontier.loop.steps < steps.loop.steps
+        and base.dit.width < frontier.dit.width < model.dit.width
+    )
+
+
+def test_a_budget_is_an_amount_of_flops():
+    assert cost(compute.scaled(quickstart_run(budget=1e13))) == pytest.approx(1e13, rel=0.01)
+    assert cost(compute.scaled(quickstart_run(budget=1e13, multiplier=4.0))) == pytest.approx(4e13, rel=0.01)
+    with pytest.raises(config.ConfigError, match=r"raise compute\.budget"):
+        compute.scaled(quickstart_run(budget=1e9))

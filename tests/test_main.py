@@ -53,6 +53,7 @@ def vae():
 def dit():
     return ConfigDict(dict(
         task="dit", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH, vae_checkpoint="nowhere",
+        compute=dict(budget=0.0, multiplier=1.0, along="steps", exponent=0.5),
         text=dict(encoder="scratch", max_tokens=16, scratch=TEXT),
         dit=dict(
             width=16, blocks=1, heads=1, patch=(1, 1, 1), channels=4, mlp_ratio=1, text_width=16, dtype="float32",

@@ -39,7 +39,7 @@ def run(study: StudyRun, workdir: Path, command: str) -> Path:
     for name in study.order:
         with clock.measure(name):
             logging.info("stage %s", name)
-            loop.fit(make_task(stage_run(study, name, workdir), workdir / name), workdir / name)
+            loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
     with clock.measure("evaluation"):
         page = judge(study, workdir, command)
     numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
@@ -55,9 +55,9 @@ def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
     return stage
 
 
-def make_task(run: VAERun | DiTRun, workdir: Path) -> Any:
-    """The task that trains a run."""
-    return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, workdir)
+def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
+    """The task that trains a run; encoded clips and captions are shared by the stages of a study."""
+    return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, encoded)
 
 
 def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:

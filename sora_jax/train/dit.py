@@ -35,7 +35,11 @@ GOLDEN = 0.6180339887
 
 
 def resolve(run: DiTRun) -> DiTRun:
-    """The run with its text encoder decided: 'auto' becomes what is installed, and the model takes its states."""
+    """The run with everything decided that the config leaves open.
+
+    The text encoder 'auto' becomes what is installed, and the model takes its states; then the compute budget gives steps
+    and model (compute.scaled).
+    """
     encoder = text_encode.resolve(run.text.encoder)
     scratch = encoder == "scratch"
     model = dataclasses.replace(
@@ -43,15 +47,15 @@ def resolve(run: DiTRun) -> DiTRun:
         text=run.text.scratch if scratch else None,
         text_width=run.text.scratch.width if scratch else text_encode.text_encoder.MINILM.width,
     )
-    return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
+    return compute.scaled(dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model))
 
 
 @dataclasses.dataclass
 class DiTTask:
-    """loop.Task of a DiTRun. Encodes the world's clips into workdir before the first step."""
+    """loop.Task of a DiTRun. Encodes the world's clips and captions into `encoded` before the first step."""
 
     run: DiTRun
-    workdir: Path
+    encoded: Path
 
     def __post_init__(self) -> None:
         self.run = run = resolve(self.run)
@@ -83,12 +87,12 @@ class DiTTask:
         )
         name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
         return {
-            split: encode_split(self.workdir, self.run.data, split, network, name) for split in ("train", "heldout")
+            split: encode_split(self.encoded, self.run.data, split, network, name) for split in ("train", "heldout")
         }
 
     @functools.cached_property
     def text(self) -> CaptionText:
-        text = CaptionText(self.run.text, self.run.text.encoder, self.workdir / "captions.npz")
+        text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
         text.prepare(["", *latents.unique_captions(list(self.stores.values()))])
         return text
 
@@ -171,7 +175,7 @@ class DiTTask:
 
     def pipeline(self, state: TrainState) -> pipeline.Pipeline:
         weights = state.rest["vae"]
-        text = CaptionText(self.run.text, self.run.text.encoder, self.workdir / "captions.npz")
+        text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
         return pipeline.Pipeline(self.run, self.vae_config, state.ema, (weights["params"], weights["rest"]), text)
 
     def finish(self, state: TrainState) -> TrainState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -19,16 +20,14 @@ AT_ONCE = 1024
 
 
 def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:
-    """The store of a split at folder/latents-SPLIT; made anew unless one with the same data and VAE is there."""
+    """The store of a split in folder, under a name of its data and VAE: runs that train on the same share it."""
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
     meta = json.loads(
         json.dumps({"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint})
     )
-    path = folder / f"latents-{split}"
+    path = folder / f"latents-{split}-{hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:12]}"
     if (path / "store.json").exists():
-        store = latents.LatentStore(path)
-        if store.meta == meta:
-            return store
+        return latents.LatentStore(path)
     logging.info("encoding %d %s clips to %s", count, split, path)
 
     def encoded() -> Iterator[latents.Latent]:
