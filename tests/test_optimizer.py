@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sora_jax.config import OptimizerConfig
+from sora_jax.models import dit
+from sora_jax.structs import Layout
 from sora_jax.train import optimizer
 
 MUON = OptimizerConfig("muon", 0.02, 1e-3, warmup_steps=4, decay="linear", weight_decay=0.0, clip_norm=1.0)
@@ -64,3 +67,43 @@ def test_the_text_encoder_moves_slower(rng, name):
     update, _ = tx.update({"blocks": grad, "text": {"blocks": grad}}, tx.init(twice), twice)
     for own, text in zip(jax.tree.leaves(update["blocks"]), jax.tree.leaves(update["text"]), strict=True):
         assert np.allclose(text, optimizer.TEXT_ENCODER_RATE * own, rtol=1e-5)
+
+
+def change_of_output(width, steps=4):
+    """How much training steps move the output of a DiT of this width, by part of the network (root mean square)."""
+    shape = dit.DiTConfig(width=width, blocks=2, heads=width // 16, channels=8, text_width=24)
+    rng = np.random.default_rng(0)
+    B, N, S, L = 2, 24, 2, 6
+    segment = np.repeat([[1, 2]], N // 2, axis=1).repeat(B, axis=0)
+    layout = Layout(
+        segment, segment - 1, rng.uniform(0, 32, (B, N, 3)).astype(np.float32), np.array([[1, 2]] * B),
+        np.ones((B, S, 3), np.float32), np.repeat([[1, 2]], L // 2, axis=1).repeat(B, axis=0),
+        rng.standard_normal((B, L, 24)).astype(np.float32),
+    )  # fmt: skip
+    layout = jax.tree.map(jnp.asarray, layout)
+    noisy, target = (jnp.asarray(rng.standard_normal((B, N, 8)), jnp.float32) for _ in range(2))
+    time = jnp.asarray(rng.uniform(0, 1, (B, S)), jnp.float32)
+    graphdef, params = nnx.split(dit.DiT(shape, nnx.Rngs(1)), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    tx = optimizer.make(dataclasses.replace(MUON, warmup_steps=0, decay="constant"), steps=10)
+
+    def out(p):
+        return nnx.merge(graphdef, p)(noisy, time, layout)
+
+    @jax.jit
+    def step(p, state):
+        updates, state = tx.update(jax.grad(lambda p: jnp.mean(jnp.square(out(p) - target)))(p), state, p)
+        return jax.tree.map(jnp.add, p, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return float(jnp.sqrt(jnp.mean(jnp.square(out(params)))))
+
+
+def test_a_step_moves_wide_and_narrow_models_alike():
+    # The coordinate check of muP: at one rate the output, which starts at zero, moves as far at every width.
+    widths = [64, 128, 256, 512]
+    moved = [change_of_output(width) for width in widths]
+    slope = np.polyfit(np.log(widths), np.log(moved), 1)[0]
+    assert abs(slope) < 0.15, (slope, moved)

@@ -14,6 +14,11 @@ from sora_jax.config import OptimizerConfig
 # Rate of a text encoder that is trained with the DiT, as a part of the DiT's own: what a word means must hold still while
 # the DiT learns to act on it. At the full rate the words of motion were not told apart (experiments/README.md).
 TEXT_ENCODER_RATE = 0.1
+# Adam's step has the same size whatever the fan-in, so what it adds to the output of a map grows with the fan-in: hidden and
+# output maps that Muon does not take move by the rate times BASE_WIDTH / fan-in (muP, arXiv:2203.03466, table 3). Muon's
+# step has a fixed spectral norm and needs no such factor (arXiv:2310.17813).
+BASE_WIDTH = 96
+WIDE_INPUTS = ("time_out/kernel", "modulation/kernel", "patch_out/kernel")
 
 
 def rates(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -50,9 +55,16 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def of_text_encoder(params: Any) -> Any:
-    """Whether each leaf belongs to the text encoder inside the DiT."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: sharding.path_name(path).startswith("text/"), params)
+def rate_factors(params: Any) -> Any:
+    """By how much each leaf's step is multiplied, so that one rate serves every width of the DiT."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> float:
+        name = sharding.path_name(path)
+        if name.startswith("text/"):
+            return TEXT_ENCODER_RATE
+        return BASE_WIDTH / leaf.shape[0] if name in WIDE_INPUTS else 1.0
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -67,5 +79,5 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=matrix_axes,
         )
-    slower = optax.masked(optax.scale(TEXT_ENCODER_RATE), of_text_encoder)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step, slower)
+    scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, rate_factors(updates)))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), step, scale)
