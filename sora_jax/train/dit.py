@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.scipy.special import ndtri
@@ -21,6 +22,7 @@ from sora_jax.config import DiTRun
 from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
 from sora_jax.diffusion import flow
+from sora_jax.evaluate import validation
 from sora_jax.generate import files, pipeline
 from sora_jax.models import dit
 from sora_jax.structs import PackedBatch, TrainState
@@ -117,11 +119,11 @@ class DiTTask:
         """
         root = jax.random.key(self.run.seed)
         normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
-        return self._flow_loss(params, batch, flow.times(normal_BS, self.run.flow), root)
+        loss, _, weight_BN = self._flow_loss(params, batch, flow.times(normal_BS, self.run.flow), root)
+        return loss, {"weight": weight_BN.sum()}
 
-    def _flow_loss(
-        self, params: Any, batch: PackedBatch, time_BS: Array, root: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    def _flow_loss(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, Array, Array]:
+        """(loss, weighted squared error of each token, weights)."""
         model, layout = nnx.merge(self.graphdef, params), batch.layout
         clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
         draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
@@ -136,19 +138,24 @@ class DiTTask:
         known_BN = pipeline.spread_slots(batch.known_BS, layout.slot_BN)
         predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
         weight_BN = ((layout.segment_BN > 0) & ~known_BN).astype(jnp.float32)
-        loss, _ = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
-        return loss, {"weight": weight_BN.sum()}
+        loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
+        return loss, error_BN * weight_BN, weight_BN
 
     # Judgement -------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _validation_loss(self) -> Any:
-        def one(params: Any, batch: PackedBatch) -> tuple[Array, Array]:
+    def _slot_errors(self) -> Any:
+        """(squared error, tokens, time) of every slot of a batch."""
+
+        def one(params: Any, batch: PackedBatch) -> tuple[Array, Array, Array]:
             # Stratified: clip ids walk through the quantiles of the training times.
             quantile_BS = ((batch.clip_BS + 0.5) * GOLDEN) % 1.0
             root = jax.random.fold_in(jax.random.key(0), VALIDATION)
-            loss, metrics = self._flow_loss(params, batch, flow.times(ndtri(quantile_BS), self.run.flow), root)
-            return loss * metrics["weight"], metrics["weight"]
+            time_BS = flow.times(ndtri(quantile_BS), self.run.flow)
+            _, error_BN, weight_BN = self._flow_loss(params, batch, time_BS, root)
+            slots_BNS = jax.nn.one_hot(batch.layout.slot_BN, batch.clip_BS.shape[1])
+            error_BS, tokens_BS = (jnp.einsum("bn,bns->bs", x_BN, slots_BNS) for x_BN in (error_BN, weight_BN))
+            return error_BS, tokens_BS, time_BS
 
         return jax.jit(one)
 
@@ -156,11 +163,23 @@ class DiTTask:
         """Flow loss of the averaged weights on held-out clips: fixed noise, stratified times, prompts always given."""
         plain = loader.LoaderConfig(long_captions=0.0, caption_dropout=0.0, known_frames=0.0)
         packing = dataclasses.replace(self.run.pack, drop_rate=0.0, drop_repeats=0.0)
-        total, weight = 0.0, 0.0
-        for batch, _ in loader.fixed_batches(self.stores["heldout"], self._tokeniser(packing, plain), self.text.width):
-            loss, tokens = self._validation_loss(state.ema, batch)
-            total, weight = total + float(loss), weight + float(tokens)
-        return {"val_loss": total / weight}
+        store, (st, sh, sw) = self.stores["heldout"], self.vae_config.stride
+        shapes = dict(zip(store.ids.tolist(), store.shapes.tolist(), strict=True))
+        found: list[tuple[float, float, float]] = []
+        sizes: list[tuple[int, ...]] = []
+        for batch, _ in loader.fixed_batches(store, self._tokeniser(packing, plain), self.text.width):
+            slots = zip(
+                batch.clip_BS.ravel().tolist(),
+                *(np.ravel(x).tolist() for x in jax.device_get(self._slot_errors(state.ema, batch))),
+                strict=True,
+            )
+            for clip, error, tokens, time in slots:
+                if tokens:
+                    t, h, w = shapes[clip]
+                    found.append((error, tokens, time))
+                    sizes.append((1 + (t - 1) * st, h * sh, w * sw))
+        error_n, tokens_n, time_n = np.array(found, np.float64).T
+        return validation.scores(validation.Errors(error_n, tokens_n, time_n, sizes))
 
     def sample(self, state: TrainState, path: Path) -> None:
         """A contact sheet of held-out prompts, always the same prompts and seeds."""
