@@ -200,9 +200,16 @@ def _add_study(verbs: Any) -> None:
         "The same command again resumes.",
         """examples:
   sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
-  sora-jax study --config=experiments/quickstart.py --config.stages.dit.loop.steps=400 --workdir=runs/short""",
+  sora-jax study --config=experiments/quickstart.py --config.stages.dit.loop.steps=400 --workdir=runs/short
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart --dry_run""",
     )
     _add_run_flags(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print size, steps, FLOPs and about the time of every stage, refuse what cannot work, and train nothing "
+        "(default: train)",
+    )
 
 
 def _add_sample(verbs: Any) -> None:
@@ -596,9 +603,14 @@ def study(arguments: argparse.Namespace) -> None:
     with _errors_for_users(ValueError):
         for stage in run.stages.values():
             sharding.make_mesh(stage.mesh)
-    _make_folder(arguments.workdir)
-    from sora_jax.study import runner
+    from sora_jax.study import plan, runner
 
+    with _errors_for_users():
+        stages = plan.plan(run)
+    if arguments.dry_run:
+        print(plan.table(stages, plan.matmul_speed()))
+        return
+    _make_folder(arguments.workdir)
     try:
         with _errors_for_users():
             runner.run(run, arguments.workdir, arguments.command)

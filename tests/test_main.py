@@ -74,6 +74,7 @@ def get_config(arg=""):
     stages = {"vae": parts.vae(), "dit": parts.dit()}
     if arg:
         return stages[arg]
+    stages["dit"].vae_checkpoint = "vae"
     return ConfigDict(dict(task="study", title="tiny", order=("vae", "dit"), stages=stages, prompts=2, shown=1, seed=0))
 """
 
@@ -326,6 +327,15 @@ def test_study_runs_the_config_in_the_workdir_and_knows_its_command(tiny, tmp_pa
     ((run, folder, words),) = [call.args for call in start.call_args_list]
     assert (run.prompts, folder) == (3, tmp_path / "a b")
     assert shlex.split(words) == ["sora-jax", *command]
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path, capsys):
+    command = ["study", f"--config={tiny}", f"--workdir={tmp_path / 'new'}", "--dry_run"]
+    assert main.run(command) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:4] == ["stage", "vae", "dit", "all"]
+    assert not (tmp_path / "new").exists()
+    sentence = refusal(capsys, *command, "--config.stages.dit.pack.row_tokens=8")
+    assert "raise pack.row_tokens" in sentence
 
 
 @pytest.mark.parametrize(

@@ -193,17 +193,20 @@ def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> t
     return nnx.to_pure_dict(params), rest
 
 
-def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
-    """(config, averaged params, rest) of a VAE's work dir. Raises FileNotFoundError or ConfigError."""
-    meta = checkpoint.read_meta(path)
-    run = config.from_config_dict(meta.get("config", {}))
+def load_vae_config(path: Path) -> vae.VAEConfig:
+    """The architecture of the VAE in a work dir. Raises FileNotFoundError or ConfigError."""
+    run = config.from_config_dict(checkpoint.read_meta(path).get("config", {}))
     if not isinstance(run, config.VAERun):
         raise config.ConfigError(f"{path} holds no VAE checkpoint; give the work dir of a trained VAE")
-    like = jax.eval_shape(
-        lambda: tuple(nnx.to_pure_dict(part) for part in vae.split(vae.VAE(run.vae, nnx.Rngs(0)))[1:])
-    )
+    return run.vae
+
+
+def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
+    """(config, averaged params, rest) of a VAE's work dir. Raises FileNotFoundError or ConfigError."""
+    shape = load_vae_config(path)
+    like = jax.eval_shape(lambda: tuple(nnx.to_pure_dict(part) for part in vae.split(vae.VAE(shape, nnx.Rngs(0)))[1:]))
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}).items
-    return run.vae, jax.device_get(items["ema"]), jax.device_get(items["rest"])
+    return shape, jax.device_get(items["ema"]), jax.device_get(items["rest"])
 
 
 def _up(value: int, step: int) -> int:

@@ -1,0 +1,138 @@
+"""What a study would run, before it runs: size, steps and FLOPs of every stage and about how long it trains.
+
+A plan that cannot work is refused here, not after an hour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sora_jax import checkpoint, compute
+from sora_jax.config import ConfigError, DiTRun, StudyRun, VAERun
+from sora_jax.data import pack
+from sora_jax.generate import pipeline
+from sora_jax.models import dit as dit_model
+from sora_jax.models import vae as vae_model
+from sora_jax.train import dit, progress
+
+# Training reaches about this part of the speed of a large float32 matrix product (experiments/README.md).
+SHARE_OF_MATMUL = 0.25
+MATMUL_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage: units are clips for a VAE and tokens, padding included, for a DiT."""
+
+    name: str
+    parameters: int
+    steps: int
+    units: float
+    unit: str
+    flops: float
+
+
+def plan(study: StudyRun) -> list[StagePlan]:
+    """The stages in order. Raises ConfigError for what cannot work: budgets, sizes, stages that need a later one."""
+    plans, vaes = [], {}
+    for name in study.order:
+        stage = study.stages[name]
+        if isinstance(stage, VAERun):
+            vaes[name] = stage.vae
+            plans.append(_vae_plan(name, stage))
+        else:
+            plans.append(_dit_plan(name, stage, vaes, study))
+    return plans
+
+
+def _vae_plan(name: str, run: VAERun) -> StagePlan:
+    shapes = nnx.eval_shape(lambda: vae_model.VAE(run.vae, nnx.Rngs(0)))
+    flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
+    return StagePlan(name, _size(shapes), run.loop.steps, run.loop.steps * run.vae_train.batch, "clips", flops)
+
+
+def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun) -> StagePlan:
+    source = stage.vae_checkpoint
+    if source in study.stages and source not in vaes:
+        raise ConfigError(f"stage {name} works with the VAE of stage {source}; put {source} before it in order")
+    if source not in study.stages and not checkpoint.exists(source):
+        raise ConfigError(f"stage {name}: vae_checkpoint {source!r} is neither a stage nor a checkpoint")
+    network = vaes[source] if source in vaes else pipeline.load_vae_config(Path(source))
+    try:
+        run = dit.resolve(stage)
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from error
+    if network.channels != run.dit.channels:
+        raise ConfigError(f"stage {name}: dit.channels is {run.dit.channels}, its VAE has {network.channels}")
+    world = run.data.world
+    try:
+        longest = max(
+            _tokens(network, run, frames, *size) for frames in world.frame_counts for size in world.frame_sizes
+        )
+    except ValueError as error:
+        raise ConfigError(f"stage {name}: {error}") from error
+    if longest > run.pack.row_tokens:
+        raise ConfigError(
+            f"stage {name}: the world's longest clip has {longest} tokens and would be left out; "
+            f"raise pack.row_tokens ({run.pack.row_tokens}) or make clips shorter or smaller"
+        )
+    tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens
+    shapes = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
+    flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
+    return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops)
+
+
+def _tokens(network: vae_model.VAEConfig, run: DiTRun, frames: int, height: int, width: int) -> int:
+    t, h, w = pack.grid_shape(network.latent_shape(frames, height, width), run.dit.patch)
+    return t * h * w
+
+
+def _size(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def matmul_speed() -> float:
+    """FLOP/s of a large float32 matrix product on one device, the best of three."""
+    x = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
+    multiply = jax.jit(jnp.dot)
+    multiply(x, x).block_until_ready()
+    best = min(_seconds(lambda: multiply(x, x).block_until_ready()) for _ in range(3))
+    return 2 * MATMUL_SIZE**3 / best
+
+
+def _seconds(action: Any) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def table(plans: Sequence[StagePlan], speed: float) -> str:
+    """The plan as lines of text, with times at `speed` FLOP/s of matrix products."""
+    rows = [("stage", "parameters", "steps", "consumes", "FLOPs", "trains about")]
+    for each in plans:
+        seconds = progress.clock(each.flops / (speed * SHARE_OF_MATMUL))
+        units = f"{progress.si(each.units)}{each.unit}"
+        rows.append((each.name, f"{each.parameters:,}", f"{each.steps:,}", units, f"{each.flops:.3g}", seconds))
+    flops = sum(each.flops for each in plans)
+    rows.append(("all", "", "", "", f"{flops:.3g}", progress.clock(flops / (speed * SHARE_OF_MATMUL))))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    note = (
+        f"Times: training alone, at {SHARE_OF_MATMUL:.0%} of a large matrix product's speed here, "
+        f"{progress.si(speed)}FLOP/s; encoding and judging come on top."
+    )
+    return "\n".join([*lines, note])

@@ -1,0 +1,59 @@
+"""A plan says what its stages cost, and refuses what could only fail later."""
+
+import dataclasses
+
+import pytest
+import quickstart
+
+from sora_jax import compute, config
+from sora_jax.study import plan
+
+
+@pytest.fixture(scope="module")
+def study():
+    run = config.from_config_dict(quickstart.get_config())
+    scratch = dataclasses.replace(run.stages["dit"].text, encoder="scratch")
+    return with_dit(run, text=scratch)
+
+
+def with_dit(study, **changes):
+    dit = dataclasses.replace(study.stages["dit"], **changes)
+    return dataclasses.replace(study, stages=study.stages | {"dit": dit})
+
+
+def test_stages_cost_what_they_train_for(study):
+    vae, dit = plan.plan(study)
+    run = study.stages["vae"]
+    assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
+    assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
+    assert (dit.steps, dit.units, dit.unit) == (1700, 1700 * 10 * 144, "tokens")
+    assert 5e5 < vae.parameters < 2e6 and 5e5 < dit.parameters < 3e6
+
+
+def test_a_multiplied_budget_shows(study):
+    settings = dataclasses.replace(study.stages["dit"].compute, multiplier=4.0)
+    dit, larger = plan.plan(study)[1], plan.plan(with_dit(study, compute=settings))[1]
+    assert larger.flops == pytest.approx(4 * dit.flops, rel=0.01) and larger.steps == 4 * dit.steps
+
+
+def test_the_table_has_a_line_a_stage(study):
+    lines = plan.table(plan.plan(study), speed=160e9).splitlines()
+    assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
+    total = sum(stage.flops for stage in plan.plan(study))
+    assert f"{total:.3g}" in lines[3] and plan.progress.clock(total / 40e9) in lines[3]
+
+
+def test_what_cannot_work_is_refused(study):
+    dit = study.stages["dit"]
+    cases = {
+        "its VAE has 24": {"dit": dataclasses.replace(dit.dit, channels=8)},
+        "neither a stage nor a checkpoint": {"vae_checkpoint": "nowhere"},
+        r"raise pack\.row_tokens": {"pack": dataclasses.replace(dit.pack, row_tokens=64)},
+        "not a multiple of the patch": {"dit": dataclasses.replace(dit.dit, patch=(1, 4, 4))},
+        r"raise compute\.budget": {"compute": dataclasses.replace(dit.compute, budget=1e8)},
+    }
+    for message, changes in cases.items():
+        with pytest.raises(config.ConfigError, match=message):
+            plan.plan(with_dit(study, **changes))
+    with pytest.raises(config.ConfigError, match="put vae before it in order"):
+        plan.plan(dataclasses.replace(study, order=("dit", "vae")))
