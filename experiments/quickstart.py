@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
             title="sora_jax quickstart",
             order=("vae", "dit"),
             stages=stages,
+            groups=dict(),
             prompts=256,
             shown=24,
             seed=0,

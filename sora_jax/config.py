@@ -199,24 +199,38 @@ class DiTRun:
             )
 
 
+GROUPS = ("ladder", "isoflop")
+
+
 @dataclasses.dataclass(frozen=True)
 class StudyRun:
     """Several stages (VAERun or DiTRun), trained in `order`, and what is measured at the end.
 
-    The DiT is judged on `prompts` held-out prompts, of which the report shows `shown`. A DiT whose vae_checkpoint is the
-    name of a stage works with that stage's VAE.
+    A DiT whose vae_checkpoint is the name of a stage works with that stage's VAE. groups names the DiT stages that belong
+    together: 'ladder', the same with more and more compute, of which all are sampled and shown side by side, and 'isoflop',
+    models of several sizes at several budgets, to which the laws of study/laws.py are fitted. Without a ladder the last DiT is
+    sampled: on `prompts` held-out prompts, of which the report shows `shown`.
     """
 
     title: str
     order: tuple[str, ...]
     stages: dict[str, Any]
+    groups: dict[str, Any]
     prompts: int
     shown: int
     seed: int
 
     def __post_init__(self) -> None:
+        # JSON gives lists.
+        object.__setattr__(self, "groups", {name: tuple(members) for name, members in self.groups.items()})
         if not self.stages or sorted(self.order) != sorted(self.stages):
             raise ValueError(f"order {self.order} must name each of the stages once: {', '.join(self.stages)}")
+        for name, members in self.groups.items():
+            if name not in GROUPS:
+                raise ValueError(f"groups has no key {name!r}; its keys are {', '.join(GROUPS)}")
+            strangers = [each for each in members if not isinstance(self.stages.get(each), DiTRun)]
+            if strangers or not members:
+                raise ValueError(f"groups.{name} must name DiT stages, not {', '.join(strangers) or 'nothing'}")
         if self.prompts < 1 or not 0 <= self.shown <= self.prompts:
             raise ValueError(f"prompts {self.prompts} must be positive and shown {self.shown} no more than that")
 

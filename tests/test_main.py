@@ -75,7 +75,8 @@ def get_config(arg=""):
     if arg:
         return stages[arg]
     stages["dit"].vae_checkpoint = "vae"
-    return ConfigDict(dict(task="study", title="tiny", order=("vae", "dit"), stages=stages, prompts=2, shown=1, seed=0))
+    return ConfigDict(dict(task="study", title="tiny", order=("vae", "dit"), stages=stages, groups={}, prompts=2,
+                           shown=1, seed=0))
 """
 
 

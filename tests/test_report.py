@@ -251,3 +251,27 @@ def test_a_full_page_is_small():
     without = len(report.render(make_page(**EMPTY)))
     media = len(report.render(make_page(**EMPTY | {"samples": samples, "pairs": pairs}))) - without
     assert 8 * media + without + 100_000 < 3e6  # with room for curves
+
+
+def make_ladder(*names, seeds=(3, 4)):
+    return [
+        report.Rung(name, [report.Video(make_video(), 8.0, NASTY, seed, "a circle", f"a {name}") for seed in seeds])
+        for name in names
+    ]
+
+
+def test_a_ladder_shows_every_prompt_on_every_rung():
+    runs = {"1x": {"flops": 2e12, "adherence": {"all": 0.25}}, "32x <b>": {"flops": 64e12}}
+    page = make_page(rungs=make_ladder(*runs), numbers={"runs": runs})
+    reader = Reader(report.render(page))
+    assert reader.tags["video"] == 2 * 2 + 1  # and the pair
+    text = report.render(page)
+    assert text.index(">1x<") < text.index("32x &lt;b&gt;") and "25\u00a0% show all that was asked" in text
+    assert "2 TFLOP" in text and "64 TFLOP" in text
+
+
+def test_rungs_of_other_seeds_are_refused():
+    one, _ = make_ladder("1x", "4x")
+    (other,) = make_ladder("4x", seeds=(3, 5))
+    with pytest.raises(ValueError, match="the same prompts and seeds"):
+        report.render(make_page(rungs=[one, other]))

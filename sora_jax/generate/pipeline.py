@@ -162,18 +162,24 @@ def spread_slots(x_BS: Any, slot_BN: Any) -> Any:
     return jnp.take_along_axis(x_BS, slot_BN, axis=1)
 
 
-def load(path: Path, step: int | None = None) -> Pipeline:
-    """The pipeline of a DiT's work dir, from its averaged weights; the VAE's weights are in the same checkpoint.
-
-    Raises FileNotFoundError if there is no checkpoint and ConfigError if it is not one of a DiT.
-    """
+def load_run(path: Path, step: int | None = None) -> DiTRun:
+    """The resolved config of a DiT's work dir. Raises FileNotFoundError or ConfigError."""
     meta = checkpoint.read_meta(path, step)
     run = config.from_config_dict(meta.get("config", {}))
     if not isinstance(run, DiTRun):
         raise config.ConfigError(
             f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT"
         )
-    vae_config = config.vae_config(meta["vae"])
+    return run
+
+
+def load(path: Path, step: int | None = None) -> Pipeline:
+    """The pipeline of a DiT's work dir, from its averaged weights; the VAE's weights are in the same checkpoint.
+
+    Raises FileNotFoundError if there is no checkpoint and ConfigError if it is not one of a DiT.
+    """
+    run = load_run(path, step)
+    vae_config = config.vae_config(checkpoint.read_meta(path, step)["vae"])
     like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     whole = sharding.replicated(mesh)

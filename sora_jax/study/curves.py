@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ SMOOTHING = 1 / 50  # of the curve, the deviation of the mean that smooths it
 LOG_X_RATIO, LOG_Y_RATIO = 20.0, 4.0  # from this ratio of largest to smallest on, an axis is logarithmic
 
 # Colours that stand in the SVG for the page's own, so that one picture serves light and dark.
-_INK, _GRID, _LINE, _POINT = "#010101", "#020202", "#030303", "#040404"
-_PAGE_COLOURS = {_INK: "var(--quiet)", _GRID: "var(--rule)", _LINE: "var(--accent)", _POINT: "var(--warm)"}
+INK, GRID, LINE, POINT = "#010101", "#020202", "#030303", "#040404"
+_PAGE_COLOURS = {INK: "var(--quiet)", GRID: "var(--rule)", LINE: "var(--accent)", POINT: "var(--warm)"}
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -71,6 +71,16 @@ def _series(lines: Lines, x: str, y: str) -> np.ndarray:
 
 
 def _svg(panel: Panel, line: np.ndarray, points: np.ndarray, prefix: str) -> str:
+    def plot(axes: Any) -> None:
+        _scale(axes, np.concatenate([line, points]))
+        _plot(axes, line, points)
+        dress(axes, _X_NAMES[panel.x], panel.x == "total_flops")
+
+    return picture(plot, prefix)
+
+
+def picture(plot: Callable[[Any], None], prefix: str) -> str:
+    """The SVG of what `plot` draws on matplotlib axes; ids start with prefix, so that pictures share a page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -83,10 +93,7 @@ def _svg(panel: Panel, line: np.ndarray, points: np.ndarray, prefix: str) -> str
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        _scale(axes, np.concatenate([line, points]))
-        _plot(axes, line, points)
-        _dress(axes, panel)
+        plot(figure.add_subplot())
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -96,12 +103,12 @@ def _svg(panel: Panel, line: np.ndarray, points: np.ndarray, prefix: str) -> str
 def _plot(axes: Any, line: np.ndarray, points: np.ndarray) -> None:
     if len(line):
         raw = line[:: max(1, len(line) // RAW_POINTS)]
-        axes.plot(*raw.T, color=_LINE, linewidth=0.8, alpha=0.3)
+        axes.plot(*raw.T, color=LINE, linewidth=0.8, alpha=0.3)
         fewer = _means(line, RAW_POINTS)
         fewer[:, 1] = smoothed(fewer[:, 1], SMOOTHING * len(fewer))
-        axes.plot(*fewer.T, color=_LINE, linewidth=1.8, solid_capstyle="round", label="training")
+        axes.plot(*fewer.T, color=LINE, linewidth=1.8, solid_capstyle="round", label="training")
     if len(points):
-        axes.plot(*points.T, "o", color=_POINT, markersize=4.5, markeredgewidth=0, label="held out")
+        axes.plot(*points.T, "o", color=POINT, markersize=4.5, markeredgewidth=0, label="held out")
 
 
 def _means(line: np.ndarray, most: int) -> np.ndarray:
@@ -119,19 +126,20 @@ def _scale(axes: Any, data: np.ndarray) -> None:
         axes.set_yscale("log")
 
 
-def _dress(axes: Any, panel: Panel) -> None:
-    axes.set_xlabel(_X_NAMES[panel.x], color=_INK)
+def dress(axes: Any, x_name: str, is_flops: bool) -> None:
+    """Quiet axes in the page's colours, with a legend."""
+    axes.set_xlabel(x_name, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, colors=_INK)
+    axes.tick_params(which="both", length=0, colors=INK)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             _sparse_ticks(axis)
         else:
-            _prefixed_ticks(axis, panel.x == "total_flops" and axis is axes.xaxis)
-    axes.legend(frameon=False, labelcolor=_INK, loc="best", handlelength=1.2)
+            _prefixed_ticks(axis, is_flops and axis is axes.xaxis)
+    axes.legend(frameon=False, labelcolor=INK, loc="best", handlelength=1.2)
 
 
 def _sparse_ticks(axis: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.generate import files
-from sora_jax.study import curves
+from sora_jax.study import curves, scaling_curves
 from sora_jax.train import progress
 
 # Small videos are enlarged by the first of these whole numbers that keeps them within the pixels and the bytes.
@@ -81,6 +81,14 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rung:
+    """Samples of one run of a ladder; every rung has the same prompts and seeds in the same order."""
+
+    name: str
+    samples: Sequence[Video]
+
+
+@dataclasses.dataclass(frozen=True)
 class Page:
     """What a study has to show. numbers is what report.json says; any part may be missing.
 
@@ -94,6 +102,7 @@ class Page:
     curves: Mapping[str, Sequence[Mapping[str, Any]]]
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
     commands: Sequence[str]
+    rungs: Sequence[Rung] = ()
 
 
 def write(workdir: str | os.PathLike[str], page: Page) -> Path:
@@ -118,7 +127,8 @@ def render(page: Page) -> str:
     """The page as HTML."""
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     sections = (
-        _samples(page.samples),
+        _ladder(page.rungs, page.numbers) if page.rungs else _samples(page.samples),
+        _scaling(page.numbers),
         _cards(page.numbers),
         _pairs(page.pairs),
         _curves(page.curves, page.evaluations),
@@ -185,12 +195,55 @@ def _samples(samples: Sequence[Video]) -> str:
     return _section("Samples", f'<div class="videos">\n{grid}\n</div>', words, button)
 
 
-def _sample(sample: Video, aspect: float) -> str:
-    under = f'<span class="quiet">seed {sample.seed}</span>'
+def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:
+    """A row a prompt, a column a rung, all playing in step. Raises ValueError for rungs of different prompts or seeds."""
+    asked = [[(sample.prompt, sample.seed) for sample in rung.samples] for rung in rungs]
+    if any(each != asked[0] for each in asked):
+        raise ValueError("the rungs of a ladder must show the same prompts and seeds")
+    heads = "".join(f"<p><b>{html.escape(rung.name)}</b>{_cost(numbers, rung.name)}</p>" for rung in rungs)
+    parts = [f'<div class="rungs">{heads}</div>']
+    for number, (prompt, seed) in enumerate(asked[0]):
+        row = [rung.samples[number] for rung in rungs]
+        aspect = _mat_aspect([sample.frames_THWC for sample in row])
+        figures = "".join(_sample(sample, aspect, "") for sample in row)
+        title = f'{html.escape(prompt)} <span class="quiet">seed {seed}</span>'
+        parts.append(f'<h3 class="prompt">{title}</h3><div class="rungs">{figures}</div>')
+    words = "The same prompt and seed, with more and more compute from left to right."
+    button = '<button id="toggle" type="button" hidden>Pause</button>'
+    style = f' style="--rungs:{len(rungs)}"'
+    return _section("More compute, better videos", f"<div{style}>" + "\n".join(parts) + "</div>", words, button)
+
+
+def _cost(numbers: Mapping[str, Any], name: str) -> str:
+    runs = numbers.get("runs")
+    run = runs.get(name) if isinstance(runs, Mapping) else None
+    if not isinstance(run, Mapping) or not _is_number(run.get("flops")):
+        return ""
+    words = [f"{progress.si(float(run['flops']))}FLOP"]
+    if _is_number(_get(run, "adherence.all")):
+        words.append(f"{100 * run['adherence']['all']:.0f}\u00a0% show all that was asked")
+    return f'<span class="quiet"> {html.escape(", ".join(words))}</span>'
+
+
+def _scaling(numbers: Mapping[str, Any]) -> str:
+    """IsoFLOP curves and the law of the loss, where runs fix them."""
+    runs, found = numbers.get("runs"), numbers.get("scaling")
+    if not isinstance(runs, Mapping) or not isinstance(found, Mapping):
+        return ""
+    try:
+        drawn = scaling_curves.draw(runs, found)
+    except ImportError:  # _curves says so
+        return ""
+    figures = "".join(f'<figure><p class="quiet">{title}</p>{svg}</figure>' for title, svg in drawn)
+    return _section("Laws", f'<div class="curves">{figures}</div>') if figures else ""
+
+
+def _sample(sample: Video, aspect: float, words: str | None = None) -> str:
+    under = f'<span class="quiet">seed {sample.seed}</span>' if words is None else ""
     if sample.judged and not sample.as_asked:
         under += f'<span class="misread">seen: {_marked(sample.read, sample.expected)}</span>'
     media = _media(sample.frames_THWC, sample.fps, sample.prompt)
-    caption = f"<figcaption>{html.escape(sample.prompt)}{under}</figcaption>"
+    caption = f"<figcaption>{html.escape(sample.prompt if words is None else words)}{under}</figcaption>"
     return f"<figure>{_mat(media, sample.frames_THWC, aspect)}{caption}</figure>"
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sora_jax import checkpoint
+from sora_jax import checkpoint, compute
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import adherence
 from sora_jax.generate import pipeline
-from sora_jax.study import report
+from sora_jax.study import report, scaling
 from sora_jax.train import dit, loop, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
@@ -49,10 +49,46 @@ def run(study: StudyRun, workdir: Path, command: str) -> Path:
 
 
 def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
+    """A stage as it is trained: with the VAE of another stage, and along the frontier that earlier stages found."""
     stage = study.stages[name]
-    if isinstance(stage, DiTRun) and stage.vae_checkpoint in study.stages:
-        return dataclasses.replace(stage, vae_checkpoint=str(workdir / stage.vae_checkpoint))
-    return stage
+    if isinstance(stage, VAERun):
+        return stage
+    if stage.vae_checkpoint in study.stages:
+        stage = dataclasses.replace(stage, vae_checkpoint=str(workdir / stage.vae_checkpoint))
+    trained = {
+        each: run_numbers(workdir / each) for each in study.groups.get("isoflop", ()) if trained_dit(workdir / each)
+    }
+    return scaling.along_frontier(stage, trained, study)
+
+
+def trained_dit(directory: Path) -> bool:
+    """Whether a DiT's run in a work dir has come to its end."""
+    return checkpoint.exists(directory) and bool(progress.read_metrics(directory, "eval"))
+
+
+def run_numbers(directory: Path) -> dict[str, Any]:
+    """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips."""
+    meta = checkpoint.read_meta(directory)
+    run = pipeline.load_run(directory)
+    steps, packing = run.loop.steps, packing_totals(directory)
+    step = compute.dit_step(run.dit, run.pack)
+    # The packer counts a window when its first row is drawn: of all rows that it packed, those of the steps were used.
+    used = steps * run.pack.rows * run.pack.row_tokens / max(1.0, packing["row_tokens"])
+    pairs = {name: packing[name] * used / steps for name in ("pairs", "text_pairs")}
+    return (
+        {
+            "width": run.dit.width,
+            "blocks": run.dit.blocks,
+            "patch": list(run.dit.patch),
+            "steps": steps,
+            "seconds": meta["seconds"],
+            "flops": steps * step.total,
+            "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
+            "fill": packing["fill"],
+        }
+        | parameters(directory)
+        | {name: value for name, value in last_evaluation(directory).items() if name.startswith("val_loss")}
+    )
 
 
 def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
@@ -76,19 +112,29 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         scores = last_evaluation(workdir / names[VAERun])
         read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
         numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
-    if DiTRun in names:
-        directory = workdir / names[DiTRun]
-        made = pipeline.load(directory)
-        numbers["dit"] = {"val_loss": last_evaluation(directory)["val_loss"]} | parameters(directory)
+    rungs: list[report.Rung] = []
+    dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
+    if dits:
+        runs = {name: run_numbers(workdir / name) for name in dits}
+        ladder = study.groups.get("ladder", ())
+        for name in ladder or dits[-1:]:
+            made = pipeline.load(workdir / name)
+            scores, samples = sample_prompts(study, made)
+            runs[name] |= scores
+            rungs.append(report.Rung(name, samples))
+        numbers["dit"] = {"val_loss": runs[name]["val_loss"], "parameters": runs[name]["parameters"]}
         numbers["text_encoder"] = made.run.text.encoder
-        numbers["packing"] = packing_totals(directory)
-        scores, samples = sample_prompts(study, made)
+        numbers["packing"] = packing_totals(workdir / name)
         numbers |= scores
         pairs = reconstruct(made)
+        if len(dits) > 1:
+            numbers["runs"] = runs
+            numbers["scaling"] = scaling.fitted(runs, ladder, study.groups.get("isoflop", ()))
     return report.Page(
         title=study.title,
         numbers=numbers,
         samples=samples,
+        rungs=rungs if len(rungs) > 1 else (),
         pairs=pairs,
         curves={name: progress.read_metrics(workdir / name, "train") for name in study.stages},
         evaluations={name: progress.read_metrics(workdir / name, "eval") for name in study.stages},

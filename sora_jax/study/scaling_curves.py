@@ -1,0 +1,71 @@
+"""Pictures of scaling: loss against model size at equal compute, and loss against compute with its law."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sora_jax.study import curves, laws, scaling
+
+POINTS = 60  # of a law's line
+
+
+def draw(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(title, svg) of what the runs show. Raises ImportError without matplotlib."""
+    known = {name: run for name, run in runs.items() if run.get("val_loss") is not None}
+    drawn = []
+    if found.get("optima"):
+        drawn.append(("loss over parameters, one line a budget", curves.picture(_isoflop(known, found), "isoflop-")))
+    if found.get("law"):
+        drawn.append(("loss over compute, with its law", curves.picture(_law(known, found), "law-")))
+    return drawn
+
+
+def _isoflop(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> Any:
+    def plot(axes: Any) -> None:
+        axes.set_xscale("log")
+        groups = [names for names in scaling.budgets(runs) if len(names) >= 3]
+        for number, names in enumerate(groups):
+            ordered = sorted(names, key=lambda name: runs[name]["parameters"])
+            shade = 0.35 + 0.65 * (number + 1) / len(groups)
+            line = [(runs[name]["parameters"], runs[name]["val_loss"]) for name in ordered]
+            label = f"{runs[names[0]]['flops']:.2g} FLOP"
+            axes.plot(*np.array(line).T, "o-", color=curves.LINE, alpha=shade, markersize=4, label=label)
+        best = [(each["parameters"], each["loss"]) for each in found["optima"]]
+        axes.plot(*np.array(best).T, "*", color=curves.POINT, markersize=9, label="best")
+        curves.dress(axes, "parameters", False)
+
+    return plot
+
+
+def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> Any:
+    def plot(axes: Any) -> None:
+        axes.set_xscale("log")
+        constants = {name: found["law"][name] for name in ("irreducible", "scale", "exponent", "unit")}
+        law, fitted_up_to = laws.Law(**constants), found["law"]["fitted_up_to"]
+        costs = [run["flops"] for run in runs.values()]
+        line = np.geomspace(min(costs), max(costs), POINTS)
+        axes.plot(line, law(line), color=curves.LINE, linewidth=1.4, label="law")
+        axes.plot(
+            costs,
+            [run["val_loss"] for run in runs.values()],
+            "o",
+            color=curves.LINE,
+            markersize=3.5,
+            alpha=0.5,
+            label="runs",
+        )
+        rungs = list(found.get("rungs", {}).values())
+        if rungs:
+            x = np.array([rung["flops"] for rung in rungs])
+            below, above = ([abs(rung["law"] - rung[end]) for rung in rungs] for end in ("low", "high"))
+            axes.errorbar(x, [rung["law"] for rung in rungs], [below, above], fmt="none", ecolor=curves.LINE, capsize=3)
+            axes.plot(x, [rung["val_loss"] for rung in rungs], "o", color=curves.POINT, markersize=5, label="ladder")
+        if math.isfinite(fitted_up_to):
+            axes.axvline(fitted_up_to, color=curves.GRID, linewidth=0.8)
+        curves.dress(axes, "training FLOPs", True)
+
+    return plot
