@@ -34,7 +34,7 @@ PROJECTION_SEED, SPLIT_SEED = 0, 0
 # Features ------------------------------------------------------------------------------------------------------------
 
 
-def features(videos: Sequence[ndarray]) -> Float[ndarray, "V {WIDTH}"]:
+def features(videos: Sequence[ndarray]) -> Float[ndarray, "V 256"]:
     """One row for each uint8 video (T, H, W, 3), float32; sizes and lengths may differ, and an image has T = 1.
 
     A row is a random projection, the same for ever, of MobileNetV2's features averaged over time, and another of the

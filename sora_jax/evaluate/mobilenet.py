@@ -62,8 +62,8 @@ class Weights(NamedTuple):
     head: Conv
 
 
-def network(weights: Weights, frames: Float[Array, "N {SIZE} {SIZE} 3"]) -> Float[Array, "N {WIDTH}"]:
-    """Pooled features, float32, of frames with values in [0, 1]."""
+def network(weights: Weights, frames: Float[Array, "N H W 3"]) -> Float[Array, "N 1280"]:
+    """Pooled features of frames with values in [0, 1]."""
     x_NHWC = (frames - jnp.array(MEAN)) / jnp.array(DEVIATION)
     x_NHWC = jax.lax.conv_general_dilated(
         x_NHWC, weights.stem.kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -185,6 +185,11 @@ def load() -> Weights:
     file = find_weights()
     if file is None:
         raise FileNotFoundError(f"MobileNetV2 lacks its weights (package {PACKAGE.replace('_', '-')}); {REMEDY}")
+    return _load(file)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(file: Path) -> Weights:
     if hashlib.sha256(file.read_bytes()).hexdigest() != WEIGHTS_SHA256:
         raise ValueError(f"{file} is not the known file of MobileNetV2's weights; {REMEDY}")
     return from_torch(torch_file.read_state_dict(file))
