@@ -150,7 +150,7 @@ def test_auto_says_what_it_chose(monkeypatch, caplog):
     monkeypatch.setattr(encode, "missing_for_minilm", lambda: "its weights")
     assert encode.resolve("auto") == "scratch"
     assert "auto -> scratch (MiniLM lacks its weights)" in caplog.text
-    with pytest.raises(FileNotFoundError, match="tools/install_text_encoder"):
+    with pytest.raises(FileNotFoundError, match="tools/install_weights"):
         encode.resolve("minilm")
     monkeypatch.setattr(encode, "missing_for_minilm", lambda: "")
     assert encode.resolve("auto") == "minilm"

