@@ -1,0 +1,108 @@
+"""Videos as VBench reads them (Huang et al., arXiv:2311.17982), for users who have it: five samples of every prompt.
+
+    folder/videos/{prompt}-{index}.mp4     and nothing else: VBench takes any file there for a video
+    folder/prompts.json                    {file name: prompt}, VBench's --prompt_file
+    folder/manifest.json                   seeds and sizes, and whether VBench's own prompt suite finds a file
+
+Then, with VBench installed, for prompts of its suite (prompts/all_dimension.txt) and for any others:
+
+    vbench evaluate --videos_path folder/videos --dimension $DIMENSION
+    vbench evaluate --videos_path folder/videos --dimension $DIMENSION --mode=custom_input --prompt_file folder/prompts.json
+
+VBench judges videos under 5 seconds; from 5 seconds on it asks for VBench-Long, which reads the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES_PER_PROMPT = 5
+# Filesystems take 255; a writer puts up to 13 more around the name of a file that is not whole yet.
+MAX_NAME_BYTES = 240
+_SUFFIX = ".mp4"
+# Separators, control characters, halves of characters, and what makes a name hidden or looks like a flag.
+_UNSAFE = re.compile("[/\\\\\x00-\x1f\x7f\ud800-\udfff]|^[.-]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The five videos of a prompt, uint8 (T, H, W, 3), with the seed of each.
+
+    VBench asks for seeds that are random, not picked, and on record. Raises ValueError for another number of either, or
+    an empty prompt.
+    """
+
+    prompt: str
+    videos: Sequence[np.ndarray]
+    seeds: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("a prompt is empty; VBench names videos by their prompts: leave it out")
+        for name, found in (("videos", len(self.videos)), ("seeds", len(self.seeds))):
+            if found != SAMPLES_PER_PROMPT:
+                raise ValueError(f"{found} {name} of {self.prompt!r}; VBench needs {SAMPLES_PER_PROMPT} a prompt")
+
+
+def export(
+    folder: str | Path, samples: Iterable[Samples], fps: float, write_video: Callable[[Path, np.ndarray, float], None]
+) -> Path:
+    """Writes the videos of all prompts with prompts.json and, last, manifest.json; returns the folder of the videos.
+
+    samples may be a generator: one prompt's videos are held at a time. write_video(path, frames_THWC, fps) writes an
+    .mp4; generate.files.write_video does. Raises FileExistsError if the folder of the videos holds anything, as VBench
+    would read that too, and ValueError if a prompt comes twice or none comes.
+    """
+    folder = Path(folder)
+    videos = folder / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    if any(videos.iterdir()):
+        raise FileExistsError(f"{videos} is not empty, and VBench would judge what it holds; give a new folder")
+    prompts: dict[str, str] = {}
+    entries = []
+    for each in samples:
+        stem = file_stem(each.prompt)
+        for index, (frames_THWC, seed) in enumerate(zip(each.videos, each.seeds, strict=True)):
+            name = f"{stem}-{index}{_SUFFIX}"
+            if name in prompts:
+                raise ValueError(f"prompt {each.prompt!r} comes twice; give each its five samples once")
+            write_video(videos / name, frames_THWC, fps)
+            prompts[name] = each.prompt
+            entries.append(
+                {
+                    "file": name,
+                    "prompt": each.prompt,
+                    "index": index,
+                    "seed": int(seed),
+                    "shape": list(frames_THWC.shape),
+                    "found_by_suite": stem == each.prompt,
+                }
+            )
+    if not entries:
+        raise ValueError("there are no samples to export; give at least one prompt")
+    # Plain ASCII: VBench reads the file in whatever encoding its machine has.
+    (folder / "prompts.json").write_text(json.dumps(prompts, indent=2), encoding="ascii")
+    manifest = {"samples_per_prompt": SAMPLES_PER_PROMPT, "fps": fps, "videos": entries}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="ascii")
+    return videos
+
+
+def file_stem(prompt: str) -> str:
+    """The prompt itself if {prompt}-{index}.mp4 is a safe file name, for VBench's suite looks for exactly that.
+
+    Else, a stem that stays in its folder and fits a filesystem, with eight digits of the prompt's hash, so that no two
+    prompts share it; VBench reads such a prompt from prompts.json.
+    """
+    longest = MAX_NAME_BYTES - len(f"-{SAMPLES_PER_PROMPT - 1}{_SUFFIX}")
+    safe = _UNSAFE.sub("_", prompt)
+    if safe == prompt and len(safe.encode()) <= longest:
+        return prompt
+    mark = f"~{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return safe.encode()[: longest - len(mark)].decode(errors="ignore") + mark
