@@ -3,7 +3,7 @@
 A pure function of params, a dict from the names of units in the weight files to their arrays; x_BthwD is a grid of D
 channels. The weights are the user's: `load_weights` reads the state dicts of the PyTorch port of I3D. Two are common.
 i3d_pretrained_400.pt was converted from TensorFlow Hub's i3d-kinetics-400, the module that FVD was published with;
-rgb_imagenet.pt is another training of the same network, so its distances are on a scale of their own.
+rgb_imagenet.pt is the training that began with ImageNet, so its distances are on a scale of their own.
 """
 
 from __future__ import annotations
