@@ -20,11 +20,13 @@ from sora_jax import checkpoint, compute
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
-from sora_jax.evaluate import adherence
+from sora_jax.evaluate import adherence, frechet, mobilenet
 from sora_jax.generate import pipeline
 from sora_jax.study import report, scaling
 from sora_jax.train import dit, loop, progress, vae
 
+# Scenes of real clips that samples are held against as a set: other ones than those that were asked for.
+REAL_SCENES = 1_000_000
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
 
@@ -117,9 +119,10 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
     if dits:
         runs = {name: run_numbers(workdir / name) for name in dits}
         ladder = study.groups.get("ladder", ())
+        real_features = features_of_real(study, pipeline.load_run(workdir / dits[-1])) if ladder else None
         for name in ladder or dits[-1:]:
             made = pipeline.load(workdir / name)
-            scores, samples = sample_prompts(study, made)
+            scores, samples = sample_prompts(study, made, real_features)
             runs[name] |= scores
             rungs.append(report.Rung(name, samples))
         numbers["dit"] = {"val_loss": runs[name]["val_loss"], "parameters": runs[name]["parameters"]}
@@ -142,8 +145,13 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
     )
 
 
-def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, Any], list[report.Video]]:
-    """Adherence on held-out prompts with its floor (shuffled captions) and ceiling (real clips through the VAE)."""
+def sample_prompts(
+    study: StudyRun, made: pipeline.Pipeline, real_features: np.ndarray | None
+) -> tuple[dict[str, Any], list[report.Video]]:
+    """Adherence on held-out prompts with its floor (shuffled captions) and ceiling (real clips through the VAE).
+
+    With features of real clips (of the same world, twice as many), their Frechet distance too, with its floor.
+    """
     world = made.run.data.world
     scenes = dit.heldout_videos(world, study.prompts)
     prompts = [captions.prompt(scene, len(world.sizes) > 1) for scene in scenes]
@@ -159,7 +167,20 @@ def sample_prompts(study: StudyRun, made: pipeline.Pipeline) -> tuple[dict[str, 
         report.Video(video, scene.fps, prompt, seed, expected=expected(scene), read=adherence.in_words(video))
         for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=True)
     ][: study.shown]
-    return {"adherence": scores, "adherence_floor": floor, "adherence_ceiling": ceiling}, shown
+    numbers: dict[str, Any] = {"adherence": scores, "adherence_floor": floor, "adherence_ceiling": ceiling}
+    if real_features is not None:
+        found = frechet.compare(real_features, frechet.features(videos))
+        numbers["frechet"] = {"metric": frechet.NAME} | dataclasses.asdict(found)
+    return numbers, shown
+
+
+def features_of_real(study: StudyRun, run: DiTRun) -> np.ndarray | None:
+    """Features of twice as many held-out clips as are sampled; None, told, if the network's weights are not installed."""
+    if not mobilenet.available():
+        logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
+        return None
+    scenes = dit.heldout_videos(run.data.world, 2 * study.prompts, start=REAL_SCENES)
+    return frechet.features(clips.render_mixed(scenes))
 
 
 def expected(scene: Scene) -> str:
@@ -180,7 +201,7 @@ def reconstruct(made: pipeline.Pipeline) -> list[report.Pair]:
     ]
 
 
-def last_evaluation(directory: Path) -> dict[str, float]:
+def last_evaluation(directory: Path) -> dict[str, Any]:
     return progress.read_metrics(directory, "eval")[-1]
 
 

@@ -104,7 +104,9 @@ class Reporter:
         self._write("train", step, line)
 
     def evaluation(self, step: int, line: dict[str, float]) -> None:
-        words = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "total_flops")
+        # The losses of parts and the counts behind attributes are for metrics.jsonl.
+        shown = [name for name in line if name != "total_flops" and not name.startswith("val_loss_")]
+        words = "  ".join(f"{name} {line[name]:.4g}" for name in shown if not name.endswith("_count"))
         self._bar.clear()
         print(f"step {step}/{self.steps}  {words}", file=sys.stderr, flush=True)
         self._bar.refresh()
@@ -117,7 +119,7 @@ class Reporter:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
 
-def read_metrics(workdir: Path, kind: str) -> list[dict[str, float]]:
+def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind of metrics.jsonl; a step that was run again after a resume counts as last written."""
     path = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
