@@ -16,18 +16,24 @@ SIZES = {
     "XL": (1152, 28, 16),
     "7B": (4096, 28, 32),
 }
-ARGUMENTS = ("compact", "full", *(f"{name}/{patch}" for name in (*TOYS, *SIZES) for patch in (1, 2)))
+LADDER = {f"{multiplier}x": multiplier for multiplier in parts.RUNGS}
+ARGUMENTS = ("compact", "full", *LADDER, *(f"{name}/{patch}" for name in (*TOYS, *SIZES) for patch in (1, 2)))
 
 
 def get_config(arg: str = "compact") -> ConfigDict:
     """'compact' is the quickstart's, 'full' a small one for the whole world.
 
+    '1x', '4x' and '32x' spend multiples of one budget on the compact world, along the frontier (see scaling.py).
     'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to '7B/2' sizes for accelerators.
     """
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     if arg == "compact":
         return parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="runs/vae")
+    if arg in LADDER:
+        run = parts.rung(LADDER[arg], "frontier")
+        run.vae_checkpoint = "runs/vae"
+        return run
     run = parts.dit_run(parts.full_world(), steps=6000, vae_checkpoint="runs/vae-full")
     run.data.train_clips, run.data.heldout_clips = 16384, 512
     # The longest clip: 33 frames of 96x64 are 9 x 12 x 8 tokens; known first frames teach to extend and to animate.

@@ -14,6 +14,10 @@ DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 VAE_STEPS = 450
 DIT_STEPS = 1700
 
+# The ladder: FLOPs of the training steps of its first rung, and its rungs as multiples.
+BASE_FLOPS = 2.0e12
+RUNGS = (1, 4, 32)
+
 
 def compact_world() -> ConfigDict:
     """What a small model learns in minutes: one large thing, four directions, three backgrounds, three sizes."""
@@ -146,3 +150,12 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             mesh=mesh(),
         )
     )
+
+
+def rung(multiplier: float, along: str, width: int = 96, blocks: int = 4, heads: int = 2) -> ConfigDict:
+    """The compact world's DiT with a budget in FLOPs, from which its steps follow."""
+    run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
+    run.data.heldout_clips = 512
+    run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
+    run.compute = ConfigDict(dict(budget=BASE_FLOPS, multiplier=float(multiplier), along=along, exponent=0.5))
+    return run

@@ -7,20 +7,9 @@ sora-jax study --config=experiments/scaling.py --workdir=runs/scaling --dry_run
 import parts
 from ml_collections import ConfigDict
 
-BASE = 2.0e12  # FLOPs of 1x, training steps of the DiT alone
-RUNGS = (1, 4, 32)
-# Width, blocks and heads of the isoflop sweep, and its budgets as multiples of BASE: none beyond 4x.
+# Width, blocks and heads of the isoflop sweep, and its budgets as multiples of 1x: none beyond 4x.
 SIZES = ((48, 2, 1), (72, 3, 2), (96, 4, 2), (144, 6, 3))
 SWEPT = (0.5, 1, 2, 4)
-
-
-def dit(multiplier: float, width: int, blocks: int, heads: int, along: str) -> ConfigDict:
-    run = parts.dit_run(parts.compact_world(), steps=1, vae_checkpoint="vae")
-    # Steps follow from the budget.
-    run.data.heldout_clips = 512
-    run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
-    run.compute = ConfigDict(dict(budget=BASE, multiplier=float(multiplier), along=along, exponent=0.5))
-    return run
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -28,11 +17,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"{arg!r} is none of the arguments: there are none")
     sweep = {
-        f"iso_{width}x{blocks}_{number}": dit(multiplier, width, blocks, heads, "steps")
+        f"iso_{width}x{blocks}_{number}": parts.rung(multiplier, "steps", width, blocks, heads)
         for number, multiplier in enumerate(SWEPT)
         for width, blocks, heads in SIZES
     }
-    ladder = {f"{rung}x": dit(rung, 96, 4, 2, "frontier") for rung in RUNGS}
+    ladder = {f"{multiplier}x": parts.rung(multiplier, "frontier") for multiplier in parts.RUNGS}
     stages = dict(vae=parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)) | sweep | ladder
     return ConfigDict(
         dict(
