@@ -156,6 +156,7 @@ def rung(multiplier: float, along: str, width: int = 96, blocks: int = 4, heads:
     """The compact world's DiT with a budget in FLOPs, from which its steps follow."""
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
     run.data.heldout_clips = 512
+    run.loop.save_every = 200
     run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
     run.compute = ConfigDict(dict(budget=BASE_FLOPS, multiplier=float(multiplier), along=along, exponent=0.5))
     return run

@@ -114,6 +114,9 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         scores = last_evaluation(workdir / names[VAERun])
         read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
         numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
+    # A sweep has a picture of its own.
+    swept = set(study.groups.get("isoflop", ())) - set(study.groups.get("ladder", ()))
+    drawn = [name for name in study.order if name not in swept]
     rungs: list[report.Rung] = []
     dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
     if dits:
@@ -139,8 +142,8 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         samples=samples,
         rungs=rungs if len(rungs) > 1 else (),
         pairs=pairs,
-        curves={name: progress.read_metrics(workdir / name, "train") for name in study.stages},
-        evaluations={name: progress.read_metrics(workdir / name, "eval") for name in study.stages},
+        curves={name: progress.read_metrics(workdir / name, "train") for name in drawn},
+        evaluations={name: progress.read_metrics(workdir / name, "eval") for name in drawn},
         commands=[command, *sample_commands(workdir, names, samples)],
     )
 
