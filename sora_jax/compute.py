@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from sora_jax.config import ComputeConfig, ConfigError, DiTRun
@@ -59,10 +58,6 @@ class Step:
         for each in self.products:
             parts[each.part] = parts.get(each.part, 0.0) + (1 + each.gradients) * each.flops
         return parts
-
-
-def forward(products: Iterable[Product]) -> float:
-    return sum(each.flops for each in products)
 
 
 def dit(

@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from weights import needs_mobilenet
 
 from sora_jax.data.worlds import clips, world
-from sora_jax.evaluate import frechet, mobilenet
-
-needs_weights = pytest.mark.skipif(not mobilenet.available(), reason=f"no weights; {mobilenet.REMEDY}")
+from sora_jax.evaluate import frechet
 
 
 def gaussian(rng, width, rank):
@@ -86,7 +85,7 @@ def test_distance_and_floor_are_of_as_many_videos(rng):
     real, generated = rng.normal(0, 1, (100, 8)), rng.normal(0, 1, (30, 8))
     comparison = frechet.compare(real, generated)
     assert comparison.num_videos == 30
-    assert comparison.floor == frechet.real_floor(real, 30) != frechet.real_floor(real)
+    assert comparison.floor == frechet.compare(real, real[:30]).floor != frechet.compare(real, real[:50]).floor
     assert frechet.compare(real[:40], generated).num_videos == 20
     assert frechet.compare(real, real[50:]).num_videos == 50
     assert str(comparison).startswith("FD-MobileNetV2 ") and "30 videos each" in str(comparison)
@@ -111,10 +110,6 @@ def test_the_floor_is_of_two_sets_that_share_no_video():
     one, other = frechet._halves(features, 32)
     assert sorted([*one[:, 0], *other[:, 0]]) == list(range(64))
     assert abs(one[:, 0].mean() - other[:, 0].mean()) < 16
-    assert frechet.real_floor(features) > 0
-    for too_many in (33, 1):
-        with pytest.raises(ValueError, match=f"no two sets of {too_many}"):
-            frechet.real_floor(features, too_many)
     with pytest.raises(ValueError, match="give more real ones"):
         frechet.compare(features[:3], features)
 
@@ -148,7 +143,7 @@ def real_features(videos):
     return frechet.features(videos)
 
 
-@needs_weights
+@needs_mobilenet
 def test_worse_videos_are_farther_than_the_floor(videos, real_features, rng):
     real, more = real_features[:48], videos[48:]
     good = frechet.compare(real, real_features[48:])
@@ -166,7 +161,7 @@ def test_worse_videos_are_farther_than_the_floor(videos, real_features, rng):
     assert far["noise"] > 5 * good.floor
 
 
-@needs_weights
+@needs_mobilenet
 def test_features_are_of_each_video_alone(videos, real_features, rng):
     mixed = [rng.integers(0, 256, (3, 40, 24, 3), np.uint8), videos[5], videos[6][:1], videos[7][::-1]]
     rows = frechet.features(mixed)
@@ -177,15 +172,7 @@ def test_features_are_of_each_video_alone(videos, real_features, rng):
     assert frechet.features([]).shape == (0, 256)
 
 
-@needs_weights
-def test_fd_mobilenet_is_the_distance_of_features(videos, real_features):
-    one, other = real_features[:4], real_features[4:8]
-    wanted = frechet.distance(frechet.statistics(one), frechet.statistics(other))
-    assert frechet.fd_mobilenet(videos[:4], videos[4:8]) == pytest.approx(wanted, rel=1e-3)
-    assert frechet.fd_mobilenet(videos[:3], videos[:3]) < 1e-3
-
-
-@needs_weights
+@needs_mobilenet
 def test_videos_of_floats_are_refused(videos):
     with pytest.raises(ValueError, match="give uint8"):
         frechet.features([videos[0], videos[1] / 127.5 - 1])

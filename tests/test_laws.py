@@ -64,7 +64,3 @@ def test_the_frontier_goes_through_the_optima():
     assert found.exponent == pytest.approx(0.6) and found(128e12) == pytest.approx(2e5 * 128**0.6)
     with pytest.raises(ValueError, match="two budgets"):
         laws.frontier(optima[:1])
-
-
-def test_correlation_is_with_the_logarithm():
-    assert laws.correlation([1e9, 1e10, 1e11, 1e12], [40, 30, 20, 10]) == pytest.approx(-1)

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import needs_mobilenet
 
 from sora_jax.evaluate import mobilenet, torch_file
-
-needs_weights = pytest.mark.skipif(not mobilenet.available(), reason=f"no weights; {mobilenet.REMEDY}")
 
 
 @pytest.fixture(scope="module")
 def weights():
     return mobilenet.load()
+
+
+def features_of(weights, frames_NHWC):
+    return np.stack(list(mobilenet.stream(weights, [frames_NHWC])))
 
 
 def frames_of(rng, num_frames, height, width):
@@ -85,7 +88,7 @@ def test_equals_torch_with_random_weights(rng):
     np.testing.assert_allclose(jax.jit(mobilenet.network)(weights, frames), wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-@needs_weights
+@needs_mobilenet
 def test_equals_torch_with_the_published_weights(weights, rng):
     torch = pytest.importorskip("torch")
     network = torch_network(torch)
@@ -94,17 +97,15 @@ def test_equals_torch_with_the_published_weights(weights, rng):
     frames_NHWC = frames_of(rng, 20, 64, 48)
     resized = jax.image.resize(frames_NHWC / np.float32(255), (20, 96, 96, 3), "linear", antialias=True)
     wanted = torch_features(torch, network, resized)
-    np.testing.assert_allclose(
-        mobilenet.features(weights, frames_NHWC), wanted, atol=1e-4 * np.abs(wanted).max(), rtol=1e-3
-    )
+    np.testing.assert_allclose(features_of(weights, frames_NHWC), wanted, atol=1e-4 * np.abs(wanted).max(), rtol=1e-3)
 
 
-@needs_weights
+@needs_mobilenet
 def test_numbers_of_torchvision(weights):
     """Of torchvision 0.28's own mobilenet_v2 with these weights, on a pattern anyone can make again."""
     y, x = np.mgrid[:96, :96]
     frame_HWC = np.stack([x * 5 % 256, y * 3 % 256, x * y // 7 % 256], -1).astype(np.uint8)
-    (features,) = mobilenet.features(weights, frame_HWC[None])
+    (features,) = features_of(weights, frame_HWC[None])
     wanted = {1107: 5.05845, 539: 3.89153, 1147: 3.88238, 501: 3.669, 1211: 3.66688, 314: 3.5965}
     assert set(np.argsort(-features)[:6].tolist()) == set(wanted)
     np.testing.assert_allclose(features[list(wanted)], list(wanted.values()), rtol=1e-4)
@@ -143,13 +144,13 @@ def test_resize_equals_jax(size, rng):
     np.testing.assert_allclose(mobilenet.resize(frames_NHWC), wanted, atol=1e-5)
 
 
-@needs_weights
+@needs_mobilenet
 def test_frames_of_many_videos_equal_frames_alone(weights, rng):
     """Whatever shares their batch, and wherever a batch ends."""
     videos = [frames_of(rng, num_frames, height, 40) for num_frames, height in [(1, 32), (19, 48), (3, 32)]]
     together = list(mobilenet.stream(weights, videos))
-    alone = [frame for video in videos for frame in mobilenet.features(weights, video)]
-    one_by_one = [mobilenet.features(weights, frame[None])[0] for video in videos for frame in video]
+    alone = [frame for video in videos for frame in features_of(weights, video)]
+    one_by_one = [features_of(weights, frame[None])[0] for video in videos for frame in video]
     assert len(together) == 23
     np.testing.assert_allclose(together, alone, atol=1e-4)
     np.testing.assert_allclose(together[::5], one_by_one[::5], atol=1e-4)
@@ -196,7 +197,7 @@ def test_other_weights_are_refused(monkeypatch, tmp_path):
         mobilenet.load()
 
 
-@needs_weights
+@needs_mobilenet
 def test_a_state_dict_of_another_network_is_refused():
     tensors = torch_file.read_state_dict(mobilenet.find_weights())
     wrong = {name: each for name, each in tensors.items() if name != "features.3.conv.2.weight"}
@@ -206,7 +207,7 @@ def test_a_state_dict_of_another_network_is_refused():
         mobilenet.from_torch(wrong | {"features.3.conv.2.weight": np.zeros((24, 7, 1, 1), np.float32)})
 
 
-@needs_weights
+@needs_mobilenet
 def test_neither_torch_nor_the_package_is_imported():
     code = (
         "import sys, json; from sora_jax.evaluate import mobilenet; mobilenet.load(); print(json.dumps([*sys.modules]))"

@@ -57,3 +57,29 @@ def test_what_cannot_work_is_refused(study):
             plan.plan(with_dit(study, **changes))
     with pytest.raises(config.ConfigError, match="put vae before it in order"):
         plan.plan(dataclasses.replace(study, order=("dit", "vae")))
+
+
+def test_a_frontier_is_found_before_it_is_followed(study):
+    dit = study.stages["dit"]
+    sweep = {
+        f"{width}_{number}": dataclasses.replace(
+            dit,
+            dit=dataclasses.replace(dit.dit, width=width),
+            compute=config.ComputeConfig(budget, 1.0, "steps", 0.5),
+        )
+        for number, budget in enumerate((1e13, 2e13))
+        for width in (48, 96, 144)
+    }
+    rung = {"4x": dataclasses.replace(dit, compute=config.ComputeConfig(1e13, 4.0, "frontier", 0.5))}
+    vae = {"vae": study.stages["vae"]}
+
+    def planned(*parts, isoflop=tuple(sweep)):
+        stages = {name: stage for part in parts for name, stage in part.items()}
+        groups = {"isoflop": isoflop, "ladder": ("4x",)}
+        return plan.plan(dataclasses.replace(study, order=tuple(stages), stages=stages, groups=groups))
+
+    assert planned(vae, sweep, rung)[-1].flops == pytest.approx(4e13, rel=0.01)
+    with pytest.raises(config.ConfigError, match="before it in order"):
+        planned(vae, rung, sweep)
+    with pytest.raises(config.ConfigError, match="two budgets with three sizes"):
+        planned(vae, sweep, rung, isoflop=("48_0", "96_0", "144_0", "96_1"))

@@ -268,6 +268,8 @@ def test_a_ladder_shows_every_prompt_on_every_rung():
     text = report.render(page)
     assert text.index(">1x<") < text.index("32x &lt;b&gt;") and "25\u00a0% show all that was asked" in text
     assert "2 TFLOP" in text and "64 TFLOP" in text
+    table = text[text.index(">Runs<") :]
+    assert "<th>32x &lt;b&gt;</th><td>64 T</td><td></td>" in table  # no adherence is no number
 
 
 def test_rungs_of_other_seeds_are_refused():

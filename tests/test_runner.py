@@ -5,9 +5,10 @@ import json
 
 import pytest
 import tiny
+from weights import needs_mobilenet
 
 from sora_jax import config
-from sora_jax.evaluate import frechet, mobilenet
+from sora_jax.evaluate import frechet
 from sora_jax.study import runner
 
 LADDER = {"1x": 1.0, "4x": 4.0}
@@ -42,6 +43,7 @@ def test_every_rung_is_told_with_its_cost(done):
         assert run["val_loss"] > 0 and any(name.startswith("val_loss_time/") for name in run)
         assert set(run["adherence"]) >= {"colour", "shape", "motion", "all"} and run["adherence"]["count"] == 4
     assert numbers["adherence"] == four["adherence"]
+    assert sum(four["flops_by_part"].values()) == pytest.approx(four["flops"])
 
 
 def test_one_pass_over_the_clips_serves_all_stages(done):
@@ -67,7 +69,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(done, study, monkeypatch)
     assert {k: v for k, v in after.items() if k not in timings} == {k: v for k, v in before.items() if k not in timings}
 
 
-@pytest.mark.skipif(not mobilenet.available(), reason="MobileNetV2's weights are not installed")
+@needs_mobilenet
 def test_a_ladder_has_frechet_distances_with_their_floor(done):
     for run in done[1]["runs"].values():
         assert run["frechet"]["metric"] == frechet.NAME and run["frechet"]["num_videos"] == 4

@@ -64,15 +64,12 @@ def test_two_budgets_give_a_frontier_but_no_law(runs):
 
 
 def test_a_stage_grows_along_the_frontier_that_was_found(runs):
-    study = config.from_config_dict(quickstart.get_config())
-    dit = study.stages["dit"]
+    dit = config.from_config_dict(quickstart.get_config("dit"))
     iso = {name: each for name, each in runs.items() if name.startswith("iso")}
-    study = dataclasses.replace(study, stages=study.stages | dict.fromkeys(iso, dit), order=(*study.order, *iso))
-    study = dataclasses.replace(study, groups={"isoflop": tuple(iso)})
     along = dataclasses.replace(dit, compute=config.ComputeConfig(1e13, 4.0, "frontier", 0.2))
-    assert scaling.along_frontier(along, iso, study).compute.exponent == pytest.approx(0.5, abs=0.01)
-    assert scaling.along_frontier(along, {}, study) == along  # not yet run
-    assert scaling.along_frontier(dit, iso, study) == dit  # along steps
+    assert scaling.along_frontier(along, iso).compute.exponent == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="at least two budgets"):
+        scaling.along_frontier(along, {})
 
 
 def test_groups_name_dit_stages():

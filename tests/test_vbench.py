@@ -14,7 +14,7 @@ from sora_jax.generate import files
 PLAIN = "A 3D model of a 1800s victorian house."
 UGLY = [
     "../../etc/passwd",
-    "/root/x",
+    "/absolute",
     "..",
     ".hidden",
     "-rf *",

@@ -109,11 +109,6 @@ def _root(covariance: ndarray) -> ndarray:
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
-def fd_mobilenet(videos: Sequence[ndarray], others: Sequence[ndarray]) -> float:
-    """FD-MobileNetV2 of two sets of uint8 videos (T, H, W, 3) of any sizes and lengths; see features and distance."""
-    return distance(statistics(features(videos)), statistics(features(others)))
-
-
 # With its floor ------------------------------------------------------------------------------------------------------
 
 
@@ -143,15 +138,6 @@ def compare(real: Float[ndarray, "R F"], generated: Float[ndarray, "G F"]) -> Co
         floor=distance(statistics(rest), statistics(reference)),
         num_videos=num_videos,
     )
-
-
-def real_floor(real: Float[ndarray, "R F"], num_videos: int | None = None) -> float:
-    """The distance of num_videos real videos from as many others, half of all if not told, from their features.
-
-    It is the floor that compare() gives for as many generated videos. Raises ValueError if there are not enough.
-    """
-    one, other = _halves(real, len(real) // 2 if num_videos is None else num_videos)
-    return distance(statistics(other), statistics(one))
 
 
 def _halves(real: ndarray, num_videos: int) -> tuple[ndarray, ndarray]:

@@ -110,11 +110,6 @@ _network = jax.jit(network)
 # Frames --------------------------------------------------------------------------------------------------------------
 
 
-def features(weights: Weights, frames_NHWC: np.ndarray) -> np.ndarray:
-    """Pooled features (N, 1280), float32, of uint8 frames (N, H, W, 3) of any size. Raises ValueError as resize does."""
-    return np.stack(list(stream(weights, [frames_NHWC])))
-
-
 def stream(weights: Weights, videos: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The features (1280,) of frame after frame of uint8 videos (T, H, W, 3) of any sizes and lengths.
 

@@ -137,10 +137,3 @@ def frontier(optima: Sequence[Optimum]) -> Frontier:
     x = np.log([each.flops for each in optima])
     exponent, level = np.polyfit(x - x.mean(), np.log([each.parameters for each in optima]), 1)
     return Frontier(float(np.exp(level)), float(exponent), float(np.exp(x.mean())))
-
-
-def correlation(flops: Numbers, scores: Numbers) -> float:
-    """Pearson's correlation of log FLOPs and a score, as figure 8 of the DiT paper has it (arXiv:2212.09748)."""
-    if len(flops) < 3:
-        raise ValueError(f"{len(flops)} runs have no correlation worth the name; give 3 or more")
-    return float(np.corrcoef(np.log(np.asarray(flops, float)), np.asarray(scores, float))[0, 1])

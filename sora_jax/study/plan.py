@@ -21,6 +21,7 @@ from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
+from sora_jax.study import scaling
 from sora_jax.train import dit, progress
 
 # Training reaches about this part of the speed of a large float32 matrix product (experiments/README.md).
@@ -41,16 +42,38 @@ class StagePlan:
 
 
 def plan(study: StudyRun) -> list[StagePlan]:
-    """The stages in order. Raises ConfigError for what cannot work: budgets, sizes, stages that need a later one."""
-    plans, vaes = [], {}
+    """The stages in order. Raises ConfigError for what cannot work: budgets, sizes, stages that need a later one.
+
+    A stage along a frontier that is yet to be found is planned with the config's exponent.
+    """
+    plans: list[StagePlan] = []
+    vaes: dict[str, Any] = {}
     for name in study.order:
         stage = study.stages[name]
+        late = set(study.groups.get("isoflop", ())) - {each.name for each in plans}
+        if isinstance(stage, DiTRun) and stage.compute.along == "frontier" and late:
+            raise ConfigError(
+                f"stage {name} grows along the frontier that the isoflop group finds; put {min(late)} before it in order"
+            )
         if isinstance(stage, VAERun):
             vaes[name] = stage.vae
             plans.append(_vae_plan(name, stage))
         else:
             plans.append(_dit_plan(name, stage, vaes, study))
+    along = [
+        name for name, stage in study.stages.items() if isinstance(stage, DiTRun) and stage.compute.along == "frontier"
+    ]
+    if along and "isoflop" in study.groups:
+        _check_sweep({each.name: each for each in plans if each.name in study.groups["isoflop"]}, along[0])
     return plans
+
+
+def _check_sweep(swept: dict[str, StagePlan], name: str) -> None:
+    groups = scaling.budgets({each: {"flops": plan.flops} for each, plan in swept.items()})
+    if sum(len({swept[each].parameters for each in group}) >= 3 for group in groups) < 2:
+        raise ConfigError(
+            f"stage {name} grows along a frontier; the isoflop group needs two budgets with three sizes each"
+        )
 
 
 def _vae_plan(name: str, run: VAERun) -> StagePlan:

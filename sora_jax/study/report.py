@@ -29,7 +29,7 @@ MOST_BYTES = 60_000  # of a video or picture: 32 of them make a page of less tha
 SHARP_SIDE = 192  # pixels; what is smaller would look blurred when the browser enlarges it
 DIVIDER = 2  # pixels, even, between an original and its reconstruction
 # Keys of numbers that have a place of their own, beside the tables.
-_ELSEWHERE = ("title", "created", "machine", "versions")
+_ELSEWHERE = ("title", "created", "machine", "versions", "runs", "scaling")
 _TITLES = {
     "adherence": "Does the video show its prompt?",
     "dit": "Diffusion transformer",
@@ -129,6 +129,7 @@ def render(page: Page) -> str:
     sections = (
         _ladder(page.rungs, page.numbers) if page.rungs else _samples(page.samples),
         _scaling(page.numbers),
+        _runs(page.numbers),
         _cards(page.numbers),
         _pairs(page.pairs),
         _curves(page.curves, page.evaluations),
@@ -205,7 +206,7 @@ def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:
     for number, (prompt, seed) in enumerate(asked[0]):
         row = [rung.samples[number] for rung in rungs]
         aspect = _mat_aspect([sample.frames_THWC for sample in row])
-        figures = "".join(_sample(sample, aspect, "") for sample in row)
+        figures = "".join(_sample(sample, aspect, labelled=False) for sample in row)
         title = f'{html.escape(prompt)} <span class="quiet">seed {seed}</span>'
         parts.append(f'<h3 class="prompt">{title}</h3><div class="rungs">{figures}</div>')
     words = "The same prompt and seed, with more and more compute from left to right."
@@ -238,13 +239,46 @@ def _scaling(numbers: Mapping[str, Any]) -> str:
     return _section("Laws", f'<div class="curves">{figures}</div>') if figures else ""
 
 
-def _sample(sample: Video, aspect: float, words: str | None = None) -> str:
-    under = f'<span class="quiet">seed {sample.seed}</span>' if words is None else ""
+# Columns of the table of runs: title, where a run's numbers have it, and how it is shown.
+_RUN_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("parameters", "parameters", lambda value: f"{value:,.0f}"),
+    ("steps", "steps", lambda value: f"{value:,.0f}"),
+    ("FLOP", "flops", lambda value: progress.si(float(value)).strip()),
+    ("time", "seconds", lambda value: progress.clock(float(value))),
+    ("held-out loss", "val_loss", lambda value: f"{value:.4f}"),
+    *(
+        (_JUDGED[name].removeprefix("Right "), f"adherence.{name}", lambda value: f"{100 * value:.0f}\u00a0%")
+        for name in _JUDGED
+    ),
+    ("Frechet distance", "frechet.distance", lambda value: f"{value:.1f}"),
+    ("its floor", "frechet.floor", lambda value: f"{value:.1f}"),
+)
+
+
+def _runs(numbers: Mapping[str, Any]) -> str:
+    """A row a run; columns that no run has a number for are left out."""
+    runs = numbers.get("runs")
+    if not isinstance(runs, Mapping):
+        return ""
+    found = [(title, [_get(run, path) for run in runs.values()], show) for title, path, show in _RUN_COLUMNS]
+    columns = [(title, values, show) for title, values, show in found if any(map(_is_number, values))]
+    head = "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in columns)
+    rows = []
+    for number, name in enumerate(runs):
+        cells = [(show(values[number]) if _is_number(values[number]) else "") for _, values, show in columns]
+        rows.append(f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    table = (
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    return _section("Runs", table)
+
+
+def _sample(sample: Video, aspect: float, labelled: bool = True) -> str:
+    words = f'{html.escape(sample.prompt)}<span class="quiet">seed {sample.seed}</span>' if labelled else ""
     if sample.judged and not sample.as_asked:
-        under += f'<span class="misread">seen: {_marked(sample.read, sample.expected)}</span>'
+        words += f'<span class="misread">seen: {_marked(sample.read, sample.expected)}</span>'
     media = _media(sample.frames_THWC, sample.fps, sample.prompt)
-    caption = f"<figcaption>{html.escape(sample.prompt if words is None else words)}{under}</figcaption>"
-    return f"<figure>{_mat(media, sample.frames_THWC, aspect)}{caption}</figure>"
+    return f"<figure>{_mat(media, sample.frames_THWC, aspect)}<figcaption>{words}</figcaption></figure>"
 
 
 def _marked(read: str, expected: str) -> str:

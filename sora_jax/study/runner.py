@@ -57,15 +57,16 @@ def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
         return stage
     if stage.vae_checkpoint in study.stages:
         stage = dataclasses.replace(stage, vae_checkpoint=str(workdir / stage.vae_checkpoint))
-    trained = {
-        each: run_numbers(workdir / each) for each in study.groups.get("isoflop", ()) if trained_dit(workdir / each)
-    }
-    return scaling.along_frontier(stage, trained, study)
+    isoflop = study.groups.get("isoflop", ())
+    if stage.compute.along == "frontier" and isoflop:
+        return scaling.along_frontier(stage, {each: run_numbers(workdir / each) for each in isoflop})
+    return stage
 
 
-def trained_dit(directory: Path) -> bool:
-    """Whether a DiT's run in a work dir has come to its end."""
-    return checkpoint.exists(directory) and bool(progress.read_metrics(directory, "eval"))
+def own_flops(directory: Path) -> float:
+    """What the training in a work dir cost, without what it builds on."""
+    meta = checkpoint.read_meta(directory)
+    return meta["total_flops"] - meta["flops_before"]
 
 
 def run_numbers(directory: Path) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
             "steps": steps,
             "seconds": meta["seconds"],
             "flops": steps * step.total,
+            "flops_by_part": {part: steps * flops for part, flops in step.by_part().items()},
             "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
             "fill": packing["fill"],
         }
@@ -106,7 +108,7 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": loop.versions(),
-        "total_flops": max(checkpoint.read_meta(workdir / name)["total_flops"] for name in study.stages),
+        "total_flops": sum(own_flops(workdir / name) for name in study.stages),
     }
     samples: Sequence[report.Video] = ()
     pairs: Sequence[report.Pair] = ()
@@ -126,9 +128,10 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         for name in ladder or dits[-1:]:
             made = pipeline.load(workdir / name)
             scores, samples = sample_prompts(study, made, real_features)
-            runs[name] |= scores
+            numbers["dit"] = runs[name]
+            runs[name] = runs[name] | scores
             rungs.append(report.Rung(name, samples))
-        numbers["dit"] = {"val_loss": runs[name]["val_loss"], "parameters": runs[name]["parameters"]}
+        names[DiTRun] = name
         numbers["text_encoder"] = made.run.text.encoder
         numbers["packing"] = packing_totals(workdir / name)
         numbers |= scores

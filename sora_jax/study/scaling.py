@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.config import DiTRun, StudyRun
+from sora_jax.config import DiTRun
 from sora_jax.study import laws
 
 # Runs whose costs differ by less than this ratio have one budget.
@@ -71,13 +71,10 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
     return numbers
 
 
-def along_frontier(stage: DiTRun, runs: Mapping[str, Mapping[str, Any]], study: StudyRun) -> DiTRun:
-    """A stage that grows along the frontier, with the exponent fitted to the isoflop runs in place of the config's."""
-    members = study.groups.get("isoflop", ())
-    if stage.compute.along != "frontier" or any(name not in runs for name in members):
-        return stage
-    best = optima({name: runs[name] for name in members})
-    if len(best) < 2:
-        return stage
-    exponent = round(min(max(laws.frontier(best).exponent, 0.0), 1.0), 3)
+def along_frontier(stage: DiTRun, runs: Mapping[str, Mapping[str, Any]]) -> DiTRun:
+    """A stage that grows along the frontier, with the exponent fitted to isoflop runs in place of the config's.
+
+    Raises ValueError if they fix no frontier.
+    """
+    exponent = round(min(max(laws.frontier(optima(runs)).exponent, 0.0), 1.0), 3)
     return dataclasses.replace(stage, compute=dataclasses.replace(stage.compute, exponent=exponent))

@@ -188,6 +188,7 @@ def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: fl
     meta = {
         "config": config.to_dict(task.run),
         "total_flops": task.flops_before + number * task.flops_per_step,
+        "flops_before": task.flops_before,
         "seconds": seconds,
         "loader": source.get_state(),
         "versions": versions(),
