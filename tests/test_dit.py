@@ -146,3 +146,22 @@ def test_configs_check_themselves():
         dataclasses.replace(CONFIG, heads=8)
     with pytest.raises(ValueError, match="remat"):
         dataclasses.replace(CONFIG, remat="some")
+
+
+def test_velocity_of_clean_patches(layout, noisy):
+    time = jnp.asarray([[0.05, 0.6, 0.3, 0.0]] * B)
+    clean = randomised(CONFIG)(noisy, time, layout)
+    velocity = randomised(dataclasses.replace(CONFIG, predict="clean"))(noisy, time, layout)
+    time_BN1 = jnp.take_along_axis(time, layout.slot_BN, axis=1)[..., None]
+    # The same weights: what one gives as velocity the other means as the end of the path at time 0.
+    assert np.allclose(noisy - time_BN1 * velocity, clean, atol=1e-5)
+
+
+def test_velocity_of_clean_patches_is_finite_where_nothing_is_noise(layout, noisy):
+    model = randomised(dataclasses.replace(CONFIG, predict="clean"))
+    assert jnp.isfinite(model(noisy, jnp.zeros((B, S)), layout)).all()
+
+
+def test_unknown_prediction():
+    with pytest.raises(ValueError, match="neither velocity nor clean"):
+        dataclasses.replace(CONFIG, predict="noise")

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 WORLD = dict(
     colours=("red", "blue"), shapes=("circle", "square"), sizes=("large",), motions=("left", "right"),
-    backgrounds=("white",), frame_sizes=((32, 32),), frame_counts=(5,), frame_count_weights=(), fps=(8.0,),
+    backgrounds=("white",), frame_sizes=((32, 32),), frame_counts=(5,), frame_size_weights=(), frame_count_weights=(), fps=(8.0,),
     two_things_fraction=0.0, holdout_fraction=0.2, seed=0,
 )
 DATA = dict(world=WORLD, train_clips=8, heldout_clips=2)
@@ -57,7 +57,7 @@ def dit():
         text=dict(encoder="scratch", max_tokens=16, scratch=TEXT),
         dit=dict(
             width=16, blocks=1, heads=1, patch=(1, 1, 1), channels=4, mlp_ratio=1, text_width=16, dtype="float32",
-            wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", text=TEXT,
+            wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", predict="velocity", text=TEXT,
         ),
         pack=dict(rows=2, row_tokens=32, row_slots=8, row_text=64, window=8, drop_rate=0.0, drop_repeats=0.0),
         loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),

@@ -177,6 +177,15 @@ def test_captions_tell_scenes_apart():
             assert meaning.setdefault((number, text), attributes) == attributes
 
 
+def test_weights_of_sizes_are_for_training_alone():
+    weighted = dataclasses.replace(world.COMPACT, frame_size_weights=(0.0, 0.25, 0.75))
+    for split, expected in (("train", (0, 0.25, 0.75)), ("heldout", (1 / 3,) * 3)):
+        scenes = [world.sample_scene(weighted, split, index) for index in range(600)]
+        sizes = [(scene.height, scene.width) for scene in scenes]
+        shares = [sizes.count(size) / len(sizes) for size in weighted.frame_sizes]
+        assert np.allclose(shares, expected, atol=0.06), split
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +194,7 @@ def test_captions_tell_scenes_apart():
         ({"motions": ("left", "right"), "holdout_fraction": 0.0}, "still"),
         ({"frame_sizes": ((16, 16),)}, "32"),
         ({"frame_count_weights": (1.0,)}, "frame_count_weights"),
+        ({"frame_size_weights": (0.0, 0.0, 0.0)}, "not all zero"),
         ({"holdout_fraction": 0.01}, "raise it to"),
         ({"two_things_fraction": 1.5}, "two_things_fraction"),
     ],

@@ -24,6 +24,8 @@ from sora_jax.nn import rope
 from sora_jax.nn.attention import attention
 from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm
 
+# Below it the velocity of a predicted clean patch is held, as it would grow without bound.
+LEAST_TIME = 0.05
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -33,7 +35,12 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Shape of the transformer. patch is (frames, height, width) in latent cells; wavelengths are in seconds and pixels."""
+    """Shape of the transformer. patch is (frames, height, width) in latent cells; wavelengths are in seconds and pixels.
+
+    predict is what the last layer gives: the 'velocity', or the 'clean' patches, from which the velocity follows. A velocity
+    holds all of the noise, which a model cannot pass on if its patches have nearly as many values as it is wide; what is
+    clean lies in fewer directions (arXiv:2511.13720).
+    """
 
     width: int
     blocks: int
@@ -45,6 +52,7 @@ class DiTConfig:
     wavelengths: tuple[tuple[float, float], ...] = ((0.5, 32.0), (16.0, 1024.0), (16.0, 1024.0))
     dtype: str = "float32"
     remat: str = "none"
+    predict: str = "velocity"
     text: text_encoder.TextEncoderConfig | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +62,8 @@ class DiTConfig:
             raise ValueError(f"dit.remat {self.remat!r} is none of {', '.join(REMAT)}")
         if min(self.width, self.blocks, self.heads, *self.patch, self.channels) < 1:
             raise ValueError("dit: width, blocks, heads, patch and channels must be positive")
+        if self.predict not in ("velocity", "clean"):
+            raise ValueError(f"dit.predict {self.predict!r} is neither velocity nor clean")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dit.dtype {self.dtype!r} is neither float32 nor bfloat16")
         if self.text is not None and self.text.width != self.text_width:
@@ -239,4 +249,8 @@ class DiT(nnx.Module):
         x_BND, _ = jax.lax.scan(body, x_BND, stacked)
 
         shift_BND, scale_BND = context.modulations(self.modulation, 2)
-        return self.patch_out(modulate(x_BND, shift_BND, scale_BND))
+        out_BNP = self.patch_out(modulate(x_BND, shift_BND, scale_BND))
+        if config.predict == "velocity":
+            return out_BNP
+        time_BN = jnp.einsum("bns,bs->bn", context.slot_one_hot_BNS, time_BS)
+        return (noisy_BNP - out_BNP) / jnp.maximum(time_BN, LEAST_TIME)[..., None]

@@ -30,11 +30,13 @@ ACROSS = 0.6
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-    """The scenes of a world. Every choice is uniform, except frame counts where weights are given.
+    """The scenes of a world. Every choice is uniform, except frame sizes and frame counts where weights are given.
 
-    frame_sizes are (height, width) pairs. frame_counts are 4k + 1, where 1 is an image. frame_count_weights is empty
-    or one weight per count. two_things_fraction of the scenes hold two things. holdout_fraction of all combinations
-    (colour, shape, motion) never occur in training. Raises ValueError if a world cannot be drawn from these.
+    frame_sizes are (height, width) pairs; frame_size_weights, empty or one a size, are of training scenes alone: small
+    frames teach much for few tokens, but what is held out shows all sizes alike. frame_counts are 4k + 1, where 1 is an
+    image; frame_count_weights is empty or one weight per count. two_things_fraction of the scenes hold two things.
+    holdout_fraction of all combinations (colour, shape, motion) never occur in training. Raises ValueError if a world
+    cannot be drawn from these.
     """
 
     colours: tuple[str, ...]
@@ -43,6 +45,7 @@ class WorldConfig:
     motions: tuple[str, ...]
     backgrounds: tuple[str, ...]
     frame_sizes: tuple[tuple[int, int], ...]
+    frame_size_weights: tuple[float, ...]
     frame_counts: tuple[int, ...]
     frame_count_weights: tuple[float, ...]
     fps: tuple[float, ...]
@@ -104,8 +107,8 @@ def sample_scene(config: WorldConfig, split: Split, index: int) -> Scene:
     if split == "heldout" and not config.holdout_fraction:
         raise ValueError("this world holds nothing out; set holdout_fraction above 0")
     rng = np.random.default_rng((config.seed, get_args(Split).index(split), index))
-    height, width = _pick(rng, config.frame_sizes)
-    num_frames = _pick_frame_count(rng, config)
+    height, width = _weighted(rng, config.frame_sizes, config.frame_size_weights if split == "train" else ())
+    num_frames = _weighted(rng, config.frame_counts, config.frame_count_weights)
     relation = _pick(rng, tuple(scenes.RELATIONS)) if rng.random() < config.two_things_fraction else None
     blank = Scene(
         things=(),
@@ -225,11 +228,11 @@ def _pick(rng: np.random.Generator, choices):
     return choices[int(rng.integers(len(choices)))]
 
 
-def _pick_frame_count(rng: np.random.Generator, config: WorldConfig) -> int:
-    if not config.frame_count_weights:
-        return _pick(rng, config.frame_counts)
-    share = np.cumsum(config.frame_count_weights) / sum(config.frame_count_weights)
-    return config.frame_counts[int(np.searchsorted(share, rng.random(), side="right"))]
+def _weighted(rng: np.random.Generator, choices, weights: tuple[float, ...]):
+    if not weights:
+        return _pick(rng, choices)
+    share = np.cumsum(weights) / sum(weights)
+    return choices[int(np.searchsorted(share, rng.random(), side="right"))]
 
 
 def _combinations(config: WorldConfig) -> tuple[Combination, ...]:
@@ -261,9 +264,14 @@ def _check_frames(config: WorldConfig) -> None:
         raise ValueError(
             "images (frame count 1) show things at rest; add 'still' to motions or drop 1 from frame_counts"
         )
-    weights = config.frame_count_weights
-    if weights and (len(weights) != len(config.frame_counts) or min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(f"frame_count_weights is {weights}; leave it empty or give one weight per count, not all zero")
+    for name, weights, choices in (
+        ("frame_size_weights", config.frame_size_weights, config.frame_sizes),
+        ("frame_count_weights", config.frame_count_weights, config.frame_counts),
+    ):
+        if weights and (len(weights) != len(choices) or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"{name} is {weights}; leave it empty or give one weight for each of the {len(choices)} choices, not all zero"
+            )
     if not config.fps or min(config.fps) <= 0:
         raise ValueError(f"fps is {config.fps}; give at least one positive rate")
 
@@ -288,6 +296,7 @@ COMPACT = WorldConfig(
     motions=("still", "left", "right", "up", "down", "grow", "shrink"),
     backgrounds=("white", "gray", "black"),
     frame_sizes=((32, 32), (48, 32), (32, 48)),
+    frame_size_weights=(),
     frame_counts=(1, 9, 13, 17),
     frame_count_weights=(),
     fps=(8.0,),
@@ -302,6 +311,7 @@ FULL = WorldConfig(
     motions=scenes.MOTIONS,
     backgrounds=tuple(scenes.BACKGROUNDS),
     frame_sizes=((32, 32), (48, 32), (32, 48), (48, 48), (64, 48), (48, 64), (64, 64), (96, 64), (64, 96)),
+    frame_size_weights=(),
     frame_counts=(1, 5, 9, 13, 17, 25, 33),
     frame_count_weights=(),
     fps=(4.0, 8.0, 12.0, 16.0),
