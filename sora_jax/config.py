@@ -199,7 +199,7 @@ class DiTRun:
             )
 
 
-GROUPS = ("ladder", "isoflop")
+GROUPS = ("ladder", "isoflop", "models", "rates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +207,10 @@ class StudyRun:
     """Several stages (VAERun or DiTRun), trained in `order`, and what is measured at the end.
 
     A DiT whose vae_checkpoint is the name of a stage works with that stage's VAE. groups names the DiT stages that belong
-    together: 'ladder', the same with more and more compute, of which all are sampled and shown side by side, and 'isoflop',
-    models of several sizes at several budgets, to which the laws of study/laws.py are fitted. Without a ladder the last DiT is
-    sampled: on `prompts` held-out prompts, of which the report shows `shown`.
+    together: 'ladder', the same with more and more compute, shown side by side, where runs that differ in nothing but their
+    seed are one rung; 'isoflop', models of several sizes at several budgets, to which the laws of study/laws.py are fitted;
+    'models', several sizes and patches at equal steps; 'rates', several widths, each at several rates. Of the ladder and the
+    models all are sampled, without either the last DiT: on `prompts` held-out prompts, of which the report shows `shown`.
     """
 
     title: str

@@ -1,29 +1,42 @@
 """A study of several DiTs from end to end: what the report says, and that running it again changes no number."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
 from weights import needs_mobilenet
 
-from sora_jax import config
 from sora_jax.evaluate import frechet
-from sora_jax.study import runner
+from sora_jax.study import judgement, runner
 
-LADDER = {"1x": 1.0, "4x": 4.0}
+LADDER = ("1x", "4x")
+# Runs a tiny study in the work dir that is its argument.
+PROGRAM = """
+import sys, pathlib, tiny
+from sora_jax.study import runner
+runner.run(tiny.study(save_every=2), pathlib.Path(sys.argv[1]), "sora-jax study")
+"""
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
 def study():
-    dit = tiny.dit_run("vae")
-    rungs = {
-        name: dataclasses.replace(dit, compute=config.ComputeConfig(0.0, multiplier, "steps", 0.5))
-        for name, multiplier in LADDER.items()
-    }
-    stages = {"vae": tiny.vae_run()} | rungs
-    groups = {"ladder": tuple(rungs), "isoflop": tuple(rungs)}
-    return config.StudyRun("tiny", tuple(stages), stages, groups, prompts=4, shown=2, seed=3)
+    return tiny.study()
+
+
+def but_timings(numbers):
+    """The numbers of a report without what the clock says."""
+    if isinstance(numbers, dict):
+        return {key: but_timings(value) for key, value in numbers.items() if key not in ("created", "seconds")}
+    return numbers
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +48,7 @@ def done(study, tmp_path_factory):
 
 def test_every_rung_is_told_with_its_cost(done):
     _, numbers = done
-    assert list(numbers["runs"]) == list(LADDER)
+    assert tuple(numbers["runs"]) == LADDER
     one, four = numbers["runs"].values()
     assert (one["steps"], four["steps"]) == (4, 16) and four["flops"] == 4 * one["flops"]
     assert 0 < one["useful_flops"] < one["flops"]
@@ -65,8 +78,54 @@ def test_a_second_run_trains_nothing_and_says_the_same(done, study, monkeypatch)
     monkeypatch.setattr(runner.loop, "make_step", None)
     runner.run(study, workdir, "sora-jax study")
     after = json.loads((workdir / "report.json").read_text())
-    timings = ("created", "seconds")
-    assert {k: v for k, v in after.items() if k not in timings} == {k: v for k, v in before.items() if k not in timings}
+    assert but_timings(after) == but_timings(before)
+
+
+def test_what_was_judged_is_not_judged_again(done, study, monkeypatch):
+    workdir, before = done
+    monkeypatch.setattr(judgement.Judge, "_judge", None)
+    runner.run(study, workdir, "sora-jax study")
+    assert json.loads((workdir / "report.json").read_text())["runs"].keys() == before["runs"].keys()
+    with pytest.raises(TypeError, match="not callable"):
+        runner.run(dataclasses.replace(study, seed=4), workdir, "sora-jax study")
+
+
+def start(workdir, cache):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "experiments")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(workdir)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process):
+    _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
+
+
+def test_a_study_that_is_killed_at_any_moment_ends_with_the_same_numbers(tmp_path):
+    cache = tmp_path / "cache"
+    began = time.monotonic()
+    finish(start(tmp_path / "straight", cache))
+    seconds = time.monotonic() - began
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        process = start(tmp_path / "killed", cache)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0.2, 0.9) * seconds)
+        process.kill()
+        process.communicate()
+    finish(start(tmp_path / "killed", cache))
+    one, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("straight", "killed"))
+    assert but_timings(one) == but_timings(other)
 
 
 @needs_mobilenet

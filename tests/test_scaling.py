@@ -81,3 +81,71 @@ def test_groups_name_dit_stages():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(study, groups=groups)
+
+
+def rung(seed, loss, everything):
+    return {"seed": seed, "val_loss": loss, "adherence": {"all": everything}}
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_rung():
+    dit = config.from_config_dict(quickstart.get_config("dit"))
+    longer = dataclasses.replace(dit, compute=dataclasses.replace(dit.compute, multiplier=4.0))
+    stages = {"1x": dit, "4x": longer, "4x_1": dataclasses.replace(longer, seed=1)}
+    study = config.StudyRun("", tuple(stages), stages, {"ladder": tuple(stages)}, prompts=1, shown=0, seed=0)
+    assert scaling.repeats(study) == {"1x": ["1x"], "4x": ["4x", "4x_1"]}
+
+
+def test_steps_of_the_ladder_are_measured_in_deviations():
+    runs = {
+        "1x": rung(0, 0.6, 0.2), "1x_1": rung(1, 0.62, 0.3), "1x_2": rung(2, 0.64, 0.1),
+        "4x": rung(0, 0.5, 0.5), "4x_1": rung(1, 0.5, 0.5), "4x_2": rung(2, 0.5, 0.5),
+    }  # fmt: skip
+    found = scaling.climbed(runs, {"1x": ["1x", "1x_1", "1x_2"], "4x": ["4x", "4x_1", "4x_2"]})
+    assert found["rungs"]["1x"]["val_loss"] == pytest.approx({"mean": 0.62, "deviation": 0.02})
+    step = found["steps"]["1x to 4x"]
+    assert step["val_loss"] == pytest.approx({"gain": 0.12, "in_deviations": 6.0})
+    assert step["adherence.all"] == pytest.approx({"gain": 0.3, "in_deviations": 3.0})
+    assert "frechet.distance" not in step
+
+
+def test_one_seed_has_no_deviation():
+    found = scaling.climbed({"1x": rung(0, 0.6, 0.2), "4x": rung(0, 0.7, 0.5)}, {"1x": ["1x"], "4x": ["4x"]})
+    assert found["rungs"]["1x"]["val_loss"]["deviation"] is None
+    assert found["steps"]["1x to 4x"]["val_loss"] == {"gain": pytest.approx(-0.1), "in_deviations": None}
+
+
+def test_more_flops_and_a_smaller_distance_are_a_negative_correlation():
+    runs = {str(n): {"flops": 10.0**n, "frechet": {"distance": 50.0 - 3 * n}} for n in range(9)}
+    assert scaling.compared(runs) == {"count": 9, "correlation": pytest.approx(-1)}
+    assert scaling.compared(runs | {"none": {"flops": 1.0}})["count"] == 9
+    assert scaling.compared({"0": runs["0"]}) == {"count": 1}
+
+
+def test_the_best_rate_of_every_width():
+    def loss(rate, best):
+        return 0.5 + 0.1 * np.log(rate / best) ** 2
+
+    runs = {
+        f"{width}_{rate}": {"width": width, "rate": rate, "val_loss": loss(rate, best)}
+        for width, best in ((48, 0.01), (96, 0.01), (192, 0.015))
+        for rate in (0.003, 0.01, 0.03)
+    }
+    found = scaling.best_rates(runs)
+    assert found["best"] == pytest.approx({"48": 0.01, "96": 0.01, "192": 0.015})
+    assert found["apart"] == pytest.approx(1.5) and all(found["inside"].values())
+    assert "apart" not in scaling.best_rates({"48_0.01": runs["48_0.01"]})
+
+
+def test_pictures_of_models_and_rates():
+    models = {
+        f"m{n}": {"flops": 10.0**n, "patch": [1, n % 2 + 1, 1], "frechet": {"distance": 9.0 - n}} for n in range(1, 7)
+    }
+    rates = {f"r{n}": {"flops": 1.0, "width": 48, "rate": 0.01 * n, "val_loss": 0.5 + n} for n in (1, 2, 3)}
+    found = {
+        "groups": {"models": list(models), "rates": list(rates)},
+        "models": scaling.compared(models),
+        "rates": scaling.best_rates(rates),
+    }
+    drawn = scaling_curves.draw(models | rates, found)
+    assert [title.split(",")[0] for title, _ in drawn] == ["Frechet distance over compute", "loss over rate"]
+    assert all(svg.startswith("<svg") for _, svg in drawn)

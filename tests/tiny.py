@@ -43,6 +43,18 @@ def dit_run(vae_checkpoint, **loop):
     return config.from_config_dict(tree)
 
 
+def study(**loop):
+    """A VAE and a ladder of two rungs."""
+    dit = dit_run("vae", **loop)
+    rungs = {
+        name: dataclasses.replace(dit, compute=config.ComputeConfig(0.0, multiplier, "steps", 0.5))
+        for name, multiplier in {"1x": 1.0, "4x": 4.0}.items()
+    }
+    stages = {"vae": vae_run(**loop)} | rungs
+    groups = {"ladder": tuple(rungs), "isoflop": tuple(rungs), "models": tuple(rungs), "rates": tuple(rungs)}
+    return config.StudyRun("tiny", tuple(stages), stages, groups, prompts=4, shown=2, seed=3)
+
+
 def with_loop(run, **changes):
     return dataclasses.replace(run, loop=dataclasses.replace(run.loop, **changes))
 

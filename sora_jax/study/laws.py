@@ -99,23 +99,34 @@ class Optimum:
 
 
 def optimum(flops: float, parameters: Numbers, losses: Numbers) -> Optimum:
-    """The lowest point of a parabola through (log parameters, loss) of runs that cost the same.
+    """The best model of runs that cost the same, see lowest. Raises ValueError for fewer than three sizes."""
+    x, loss, inside = lowest(parameters, losses)
+    return Optimum(flops, x, loss, inside)
 
-    Where the parabola has no lowest point between the smallest and the largest model, the best run itself.
-    Raises ValueError for fewer than three sizes.
+
+def lowest(x: Numbers, losses: Numbers) -> tuple[float, float, bool]:
+    """(x, loss, True) at the lowest point of a parabola through (log x, loss).
+
+    Where it has no lowest point between the smallest and the largest x, the best run itself and False.
+    Raises ValueError for fewer than three different x.
     """
-    x, loss = np.log(np.asarray(parameters, float)), np.asarray(losses, float)
-    if len(np.unique(x)) < 3:
-        raise ValueError(
-            f"{len(np.unique(x))} sizes of model do not fix a parabola; run at least 3 at {flops:.3g} FLOPs"
-        )
-    middle = x.mean()
-    curve, slope, level = np.polyfit(x - middle, loss, 2)
-    lowest = -slope / (2 * curve) if curve > 0 else np.inf
-    if curve > 0 and x.min() < middle + lowest < x.max():
-        return Optimum(flops, float(np.exp(middle + lowest)), float(level - slope**2 / (4 * curve)), True)
+    log, loss = np.log(np.asarray(x, float)), np.asarray(losses, float)
+    if len(np.unique(log)) < 3:
+        raise ValueError(f"{len(np.unique(log))} different values do not fix a parabola; run at least 3")
+    middle = log.mean()
+    curve, slope, level = np.polyfit(log - middle, loss, 2)
+    bottom = -slope / (2 * curve) if curve > 0 else np.inf
+    if curve > 0 and log.min() < middle + bottom < log.max():
+        return float(np.exp(middle + bottom)), float(level - slope**2 / (4 * curve)), True
     best = int(np.argmin(loss))
-    return Optimum(flops, float(np.exp(x[best])), float(loss[best]), False)
+    return float(np.exp(log[best])), float(loss[best]), False
+
+
+def correlation(x: Numbers, y: Numbers) -> float:
+    """Pearson's, of two sequences of equal length. Raises ValueError for fewer than three points."""
+    if len(x) < 3:
+        raise ValueError(f"{len(x)} points have no correlation to speak of; give 3 or more")
+    return float(np.corrcoef(np.asarray(x, float), np.asarray(y, float))[0, 1])
 
 
 @dataclasses.dataclass(frozen=True)

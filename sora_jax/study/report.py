@@ -129,6 +129,7 @@ def render(page: Page) -> str:
     sections = (
         _ladder(page.rungs, page.numbers) if page.rungs else _samples(page.samples),
         _scaling(page.numbers),
+        _gains(page.numbers),
         _runs(page.numbers),
         _cards(page.numbers),
         _pairs(page.pairs),
@@ -237,6 +238,40 @@ def _scaling(numbers: Mapping[str, Any]) -> str:
         return ""
     figures = "".join(f'<figure><p class="quiet">{title}</p>{svg}</figure>' for title, svg in drawn)
     return _section("Laws", f'<div class="curves">{figures}</div>') if figures else ""
+
+
+def _gains(numbers: Mapping[str, Any]) -> str:
+    """Rungs with mean and deviation over seeds, and between two rungs how many deviations the step is."""
+    found = _get(numbers, "scaling.ladder")
+    if not isinstance(found, Mapping) or len(found["rungs"]) < 2:
+        return ""
+    metrics = [each for each in _RUN_COLUMNS if any(each[1] in rung for rung in found["rungs"].values())]
+
+    def spread(value: Any, show: Callable[[Any], str]) -> str:
+        if not isinstance(value, Mapping):
+            return ""
+        deviation = value.get("deviation")
+        return show(value["mean"]) + (f" \u00b1 {show(deviation)}" if _is_number(deviation) else "")
+
+    def step(value: Any, show: Callable[[Any], str]) -> str:
+        if not isinstance(value, Mapping):
+            return ""
+        sign, many = "+" if value["gain"] >= 0 else "\u2212", value.get("in_deviations")
+        return f"{sign}{show(abs(value['gain']))}" + (f" ({many:.1f} deviations)" if _is_number(many) else "")
+
+    rows = []
+    steps = iter(found["steps"].items())
+    for name, rung in found["rungs"].items():
+        cells = "".join(f"<td>{spread(rung.get(path), show)}</td>" for _, path, show in metrics)
+        rows.append(f"<tr><th>{html.escape(name)}</th><td>{rung['seeds']}</td>{cells}</tr>")
+        if following := next(steps, None):
+            title, gains = following
+            cells = "".join(f"<td>{step(gains.get(path), show)}</td>" for _, path, show in metrics)
+            rows.append(f'<tr class="quiet"><th>{html.escape(title)}</th><td></td>{cells}</tr>')
+    head = "<th></th><th>seeds</th>" + "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in metrics)
+    words = "Mean over seeds \u00b1 standard deviation; a step is better where it is positive."
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _section("Rungs", table, words)
 
 
 # Columns of the table of runs: title, where a run's numbers have it, and how it is shown.

@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from sora_jax import checkpoint, compute
 from sora_jax.config import DiTRun, StudyRun, VAERun
-from sora_jax.data.worlds import captions, clips
-from sora_jax.data.worlds.scene import Scene
-from sora_jax.evaluate import adherence, frechet, mobilenet
+from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
-from sora_jax.study import report, scaling
+from sora_jax.study import judgement, report, scaling
 from sora_jax.train import dit, loop, progress, vae
 
-# Scenes of real clips that samples are held against as a set: other ones than those that were asked for.
-REAL_SCENES = 1_000_000
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
 
@@ -42,8 +37,7 @@ def run(study: StudyRun, workdir: Path, command: str) -> Path:
         with clock.measure(name):
             logging.info("stage %s", name)
             loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
-    with clock.measure("evaluation"):
-        page = judge(study, workdir, command)
+    page = judge(study, workdir, command, clock)
     numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
     path = report.write(workdir, dataclasses.replace(page, numbers=numbers))
     logging.info("report: %s", path)
@@ -80,6 +74,8 @@ def run_numbers(directory: Path) -> dict[str, Any]:
     pairs = {name: packing[name] * used / steps for name in ("pairs", "text_pairs")}
     return (
         {
+            "seed": run.seed,
+            "rate": run.optimizer.rate,
             "width": run.dit.width,
             "blocks": run.dit.blocks,
             "patch": list(run.dit.patch),
@@ -100,7 +96,7 @@ def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
     return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, encoded)
 
 
-def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
+def judge(study: StudyRun, workdir: Path, command: str, clock: Clock) -> report.Page:
     """Everything the report says, from the last checkpoints of the stages."""
     names = {kind: name for name, stage in study.stages.items() for kind in (VAERun, DiTRun) if isinstance(stage, kind)}
     numbers: dict[str, Any] = {
@@ -116,29 +112,30 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
         scores = last_evaluation(workdir / names[VAERun])
         read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
         numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
-    # A sweep has a picture of its own.
-    swept = set(study.groups.get("isoflop", ())) - set(study.groups.get("ladder", ()))
-    drawn = [name for name in study.order if name not in swept]
     rungs: list[report.Rung] = []
     dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
     if dits:
         runs = {name: run_numbers(workdir / name) for name in dits}
-        ladder = study.groups.get("ladder", ())
-        real_features = features_of_real(study, pipeline.load_run(workdir / dits[-1])) if ladder else None
-        for name in ladder or dits[-1:]:
-            made = pipeline.load(workdir / name)
-            scores, samples = sample_prompts(study, made, real_features)
-            numbers["dit"] = runs[name]
-            runs[name] = runs[name] | scores
-            rungs.append(report.Rung(name, samples))
-        names[DiTRun] = name
-        numbers["text_encoder"] = made.run.text.encoder
-        numbers["packing"] = packing_totals(workdir / name)
+        ladder, models = (study.groups.get(group, ()) for group in ("ladder", "models"))
+        judged = [name for name in study.order if name in (*ladder, *models)] or dits[-1:]
+        best = max(scaling.repeats(study), key=lambda name: runs[name]["flops"]) if ladder else judged[-1]
+        judge_of = judgement.Judge(study, workdir, frechets=bool(ladder or models))
+        found: dict[str, tuple[dict[str, Any], list[report.Video]]] = {}
+        for name in judged:
+            with clock.measure(f"{name} judged"):
+                found[name] = judge_of.of(name)
+        made = pipeline.load(workdir / best)
+        numbers |= {"dit": runs[best], "text_encoder": made.run.text.encoder, "packing": packing_totals(workdir / best)}
+        names[DiTRun] = best
+        scores, samples = found[best]
         numbers |= scores
+        rungs = [report.Rung(name, found[name][1]) for name in scaling.repeats(study)]
         pairs = reconstruct(made)
         if len(dits) > 1:
-            numbers["runs"] = runs
-            numbers["scaling"] = scaling.fitted(runs, ladder, study.groups.get("isoflop", ()))
+            numbers["runs"] = {name: run | (found[name][0] if name in found else {}) for name, run in runs.items()}
+            numbers["scaling"] = scaling.findings(numbers["runs"], study)
+    # Sweeps have pictures of their own, and of several seeds one is enough.
+    drawn = [name for name in study.order if name in (*names.values(), *(rung.name for rung in rungs))]
     return report.Page(
         title=study.title,
         numbers=numbers,
@@ -151,56 +148,9 @@ def judge(study: StudyRun, workdir: Path, command: str) -> report.Page:
     )
 
 
-def sample_prompts(
-    study: StudyRun, made: pipeline.Pipeline, real_features: np.ndarray | None
-) -> tuple[dict[str, Any], list[report.Video]]:
-    """Adherence on held-out prompts with its floor (shuffled captions) and ceiling (real clips through the VAE).
-
-    With features of real clips (of the same world, twice as many), their Frechet distance too, with its floor.
-    """
-    world = made.run.data.world
-    scenes = dit.heldout_videos(world, study.prompts)
-    prompts = [captions.prompt(scene, len(world.sizes) > 1) for scene in scenes]
-    seeds = [study.seed + number for number in range(len(scenes))]
-    requests = [dit.request_of(*each) for each in zip(scenes, prompts, seeds, strict=True)]
-    began = time.perf_counter()
-    videos = made.sample(requests, made.run.sampler)
-    logging.info("sampled %d held-out prompts in %.1f s", len(videos), time.perf_counter() - began)
-    scores, floor = adherence.judge(videos, scenes, study.seed)
-    real = clips.render_mixed(scenes)
-    ceiling, _ = adherence.judge(reconstructed(made, real), scenes, study.seed)
-    shown = [
-        report.Video(video, scene.fps, prompt, seed, expected=expected(scene), read=adherence.in_words(video))
-        for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=True)
-    ][: study.shown]
-    numbers: dict[str, Any] = {"adherence": scores, "adherence_floor": floor, "adherence_ceiling": ceiling}
-    if real_features is not None:
-        found = frechet.compare(real_features, frechet.features(videos))
-        numbers["frechet"] = {"metric": frechet.NAME} | dataclasses.asdict(found)
-    return numbers, shown
-
-
-def features_of_real(study: StudyRun, run: DiTRun) -> np.ndarray | None:
-    """Features of twice as many held-out clips as are sampled; None, told, if the network's weights are not installed."""
-    if not mobilenet.available():
-        logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
-        return None
-    scenes = dit.heldout_videos(run.data.world, 2 * study.prompts, start=REAL_SCENES)
-    return frechet.features(clips.render_mixed(scenes))
-
-
-def expected(scene: Scene) -> str:
-    """The scene as adherence.in_words says it of a perfect video."""
-    return adherence.in_words(clips.render_mixed([scene])[0])
-
-
-def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
-
-
 def reconstruct(made: pipeline.Pipeline) -> list[report.Pair]:
     found = list(clips.clips(made.run.data.world, "heldout", range(SHOWN_PAIRS)))
-    decoded = reconstructed(made, [clip.frames_THWC for clip in found])
+    decoded = judgement.reconstructed(made, [clip.frames_THWC for clip in found])
     return [
         report.Pair(clip.frames_THWC, after, clip.fps, clip.captions[0])
         for clip, after in zip(found, decoded, strict=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sora_jax.config import DiTRun
+from sora_jax.config import GROUPS, DiTRun, StudyRun
 from sora_jax.study import laws
 
 # Runs whose costs differ by less than this ratio have one budget.
@@ -35,6 +36,24 @@ def optima(runs: Mapping[str, Mapping[str, Any]]) -> list[laws.Optimum]:
         if len(set(sizes)) >= 3:
             cost = float(np.mean([runs[name]["flops"] for name in names]))
             found.append(laws.optimum(cost, sizes, [runs[name]["val_loss"] for name in names]))
+    return found
+
+
+def findings(runs: Mapping[str, Mapping[str, Any]], study: StudyRun) -> dict[str, Any]:
+    """Numbers of the report about the study's groups: optima, frontier, law, rungs, ladder, models and rates.
+
+    runs maps a stage to what runner.run_numbers says of it, with scores where it was judged. Parts that the runs do not fix
+    are left out.
+    """
+    ladder, isoflop, models, rates = (study.groups.get(name, ()) for name in GROUPS)
+    found = {"groups": {name: list(members) for name, members in study.groups.items()}}
+    found |= fitted(runs, ladder, isoflop)
+    if ladder:
+        found["ladder"] = climbed(runs, repeats(study))
+    if models:
+        found["models"] = compared({name: runs[name] for name in models})
+    if rates:
+        found["rates"] = best_rates({name: runs[name] for name in rates})
     return found
 
 
@@ -69,6 +88,95 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
         for number, name in enumerate(ladder)
     }
     return numbers
+
+
+def repeats(study: StudyRun) -> dict[str, list[str]]:
+    """The ladder's runs by rung: the first of those that differ in nothing but their seed, and all of them."""
+    found: dict[str, list[str]] = {}
+    for name in study.groups.get("ladder", ()):
+        same = (each for each in found if _but_seed(study.stages[each]) == _but_seed(study.stages[name]))
+        found.setdefault(next(same, name), []).append(name)
+    return found
+
+
+def _but_seed(stage: DiTRun) -> DiTRun:
+    return dataclasses.replace(stage, seed=0)
+
+
+# What rungs are compared by, and whether more of it is better.
+METRICS = {
+    "val_loss": False,
+    "frechet.distance": False,
+    "adherence.all": True,
+    "adherence.colour": True,
+    "adherence.shape": True,
+    "adherence.motion": True,
+}
+
+
+def climbed(runs: Mapping[str, Mapping[str, Any]], rungs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Mean and standard deviation of every metric over the seeds of a rung, and what each step up the ladder gains.
+
+    A step's gain is positive where the next rung is better; in deviations it is divided by the larger of the two rungs'
+    standard deviations (n - 1), which one seed does not have.
+    """
+    means: dict[str, dict[str, Any]] = {}
+    for rung, names in rungs.items():
+        means[rung] = {"seeds": len(names)}
+        for metric in METRICS:
+            values = [value for name in names if (value := _at(runs[name], metric)) is not None]
+            if len(values) == len(names):
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                means[rung][metric] = {"mean": float(np.mean(values)), "deviation": deviation}
+    steps: dict[str, dict[str, Any]] = {}
+    for below, above in itertools.pairwise(rungs):
+        steps[f"{below} to {above}"] = {
+            metric: _gain(means[below][metric], means[above][metric], more_is_better)
+            for metric, more_is_better in METRICS.items()
+            if metric in means[below] and metric in means[above]
+        }
+    return {"rungs": means, "steps": steps}
+
+
+def _gain(below: Mapping[str, Any], above: Mapping[str, Any], more_is_better: bool) -> dict[str, float | None]:
+    gain = (above["mean"] - below["mean"]) * (1 if more_is_better else -1)
+    deviations = [each["deviation"] for each in (below, above)]
+    known = None not in deviations and max(deviations) > 0
+    return {"gain": gain, "in_deviations": gain / max(deviations) if known else None}
+
+
+def _at(run: Mapping[str, Any], path: str) -> float | None:
+    value: Any = run
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def compared(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Correlation of the logarithm of training FLOPs with the Frechet distance (-0.93 in figure 8 of arXiv:2212.09748).
+
+    Of runs without a distance, or of fewer than three, only the count.
+    """
+    known = [run for run in runs.values() if _at(run, "frechet.distance") is not None]
+    if len(known) < 3:
+        return {"count": len(known)}
+    distances = [run["frechet"]["distance"] for run in known]
+    return {"count": len(known), "correlation": laws.correlation(np.log([run["flops"] for run in known]), distances)}
+
+
+def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The best rate of every width of which three rates were run, and how far the best ones lie apart as a ratio."""
+    losses: dict[int, dict[float, float]] = {}
+    for run in runs.values():
+        losses.setdefault(run["width"], {})[run["rate"]] = run["val_loss"]
+    found: dict[str, Any] = {"best": {}, "inside": {}}
+    for width, sweep in sorted(losses.items()):
+        if len(sweep) >= 3:
+            rate, _, inside = laws.lowest(list(sweep), list(sweep.values()))
+            found["best"][str(width)], found["inside"][str(width)] = rate, inside
+    if found["best"]:
+        found["apart"] = max(found["best"].values()) / min(found["best"].values())
+    return found
 
 
 def along_frontier(stage: DiTRun, runs: Mapping[str, Mapping[str, Any]]) -> DiTRun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,18 @@ POINTS = 60  # of a law's line
 
 def draw(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(title, svg) of what the runs show. Raises ImportError without matplotlib."""
+    groups = found.get("groups", {})
     known = {name: run for name, run in runs.items() if run.get("val_loss") is not None}
     drawn = []
     if found.get("optima"):
         drawn.append(("loss over parameters, one line a budget", curves.picture(_isoflop(known, found), "isoflop-")))
     if found.get("law"):
         drawn.append(("loss over compute, with its law", curves.picture(_law(known, found), "law-")))
+    if "correlation" in found.get("models", {}):
+        title = f"Frechet distance over compute, correlation {found['models']['correlation']:.2f}"
+        drawn.append((title, curves.picture(_models(runs, groups["models"]), "models-")))
+    if found.get("rates", {}).get("best"):
+        drawn.append(("loss over rate, one line a width", curves.picture(_rates(runs, groups["rates"]), "rates-")))
     return drawn
 
 
@@ -67,5 +73,34 @@ def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> Any
         if math.isfinite(fitted_up_to):
             axes.axvline(fitted_up_to, color=curves.GRID, linewidth=0.8)
         curves.dress(axes, "training FLOPs", True)
+
+    return plot
+
+
+def _models(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Any:
+    def plot(axes: Any) -> None:
+        axes.set_xscale("log")
+        known = [runs[name] for name in names if runs[name].get("frechet")]
+        patches = sorted({tuple(run["patch"]) for run in known})
+        for number, patch in enumerate(patches):
+            line = [(run["flops"], run["frechet"]["distance"]) for run in known if tuple(run["patch"]) == patch]
+            shade = 0.35 + 0.65 * (number + 1) / len(patches)
+            label = f"patch {'x'.join(map(str, patch))}"
+            axes.plot(*np.array(sorted(line)).T, "o-", color=curves.LINE, alpha=shade, markersize=4, label=label)
+        curves.dress(axes, "training FLOPs", True)
+
+    return plot
+
+
+def _rates(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Any:
+    def plot(axes: Any) -> None:
+        axes.set_xscale("log")
+        widths = sorted({runs[name]["width"] for name in names})
+        for number, width in enumerate(widths):
+            line = [(runs[name]["rate"], runs[name]["val_loss"]) for name in names if runs[name]["width"] == width]
+            shade = 0.35 + 0.65 * (number + 1) / len(widths)
+            label = f"width {width}"
+            axes.plot(*np.array(sorted(line)).T, "o-", color=curves.LINE, alpha=shade, markersize=4, label=label)
+        curves.dress(axes, "rate", False)
 
     return plot
