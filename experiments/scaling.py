@@ -2,6 +2,7 @@
 
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling --dry_run
+sora-jax study --config=experiments/scaling.py:seeds --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py:models --workdir=runs/models
 sora-jax study --config=experiments/scaling.py:rates --workdir=runs/rates
 """
@@ -9,13 +10,15 @@ sora-jax study --config=experiments/scaling.py:rates --workdir=runs/rates
 import parts
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("", "models", "rates")
+ARGUMENTS = ("", "seeds", "models", "rates")
 # Width, blocks and heads of the isoflop sweep, and its budgets as multiples of 1x: none beyond 4x.
 SIZES = ((48, 2, 1), (72, 3, 2), (96, 4, 2), (144, 6, 3))
 SWEPT = (0.5, 1, 2, 4)
 # Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
 PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36, 4, 40)))
-MODEL_STEPS = 400
+MODEL_STEPS = 1000
+# Seeds of the ladder in 'seeds'.
+SEEDS = 3
 # Widths with their heads, and rates as multiples of the quickstart's, of both optimizers.
 WIDTHS = ((48, 1), (96, 2), (192, 4))
 RATES = (0.25, 0.5, 1, 2, 4)
@@ -25,6 +28,7 @@ RATE_STEPS = 300
 def get_config(arg: str = "") -> ConfigDict:
     """'' is a sweep of sizes at equal budgets, then a ladder along the frontier that the sweep found.
 
+    'seeds' is the same with the ladder from three seeds; in the work dir of '' it trains only what is missing there.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
     'rates' are three widths at five rates each: is one rate the best for all?
     """
@@ -39,8 +43,18 @@ def get_config(arg: str = "") -> ConfigDict:
         for number, multiplier in enumerate(SWEPT)
         for width, blocks, heads in SIZES
     }
-    ladder = {f"{multiplier}x": parts.rung(multiplier, "frontier") for multiplier in parts.RUNGS}
-    return study(dict(isoflop=sweep, ladder=ladder))
+    return study(dict(isoflop=sweep, ladder=ladder(SEEDS if arg == "seeds" else 1)))
+
+
+def ladder(seeds: int) -> dict[str, ConfigDict]:
+    """The rungs from the first seed, then from the others."""
+    found = {}
+    for seed in range(seeds):
+        for multiplier in parts.RUNGS:
+            run = parts.rung(multiplier, "frontier")
+            run.seed = seed
+            found[f"{multiplier}x_seed{seed}" if seed else f"{multiplier}x"] = run
+    return found
 
 
 def models() -> dict[str, ConfigDict]:

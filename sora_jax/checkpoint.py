@@ -494,13 +494,25 @@ def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dic
     Raises FileNotFoundError if there is no such step, CorruptCheckpointError, or ValueError if sora_jax did not write
     it.
     """
+    return _newest_record(directory, step)["meta"]
+
+
+def digest(directory: str | os.PathLike[str]) -> str:
+    """What tells the newest step of a directory from any other: of its meta and of the fingerprints of all its arrays.
+
+    Reads no array; errors as for read_meta.
+    """
+    return _digest(_newest_record(directory, None))
+
+
+def _newest_record(directory: str | os.PathLike[str], step: int | None) -> dict[str, Any]:
     root = _root(directory)
     available = steps(root)
     if not available or (step is not None and step not in available):
         raise _nothing_there(root, step, available)
     for candidate in reversed(available if step is None else [step]):
         try:
-            return _read_record(root / str(candidate))["meta"]
+            return _read_record(root / str(candidate))
         except CorruptCheckpointError as error:
             if candidate in (step, available[0]):
                 raise

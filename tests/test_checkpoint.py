@@ -370,6 +370,20 @@ def test_a_killed_save_is_invisible_and_swept_up(tmp_path):
 # --- Look ---
 
 
+def test_a_digest_tells_steps_by_what_they_hold(tmp_path):
+    for directory, items, meta in (("a", make_items(), META), ("b", make_items(), META)):
+        save(tmp_path / directory, 1, items, meta=meta)
+    assert checkpoint.digest(tmp_path / "a") == checkpoint.digest(tmp_path / "b")
+    save(tmp_path / "c", 1, make_items(1))
+    save(tmp_path / "d", 1, make_items(), meta=META | {"total_flops": 1.0})
+    found = {checkpoint.digest(tmp_path / directory) for directory in "acd"}
+    assert len(found) == 3
+    save(tmp_path / "a", 2, make_items(1))
+    assert checkpoint.digest(tmp_path / "a") not in found - {checkpoint.digest(tmp_path / "c")}
+    with pytest.raises(FileNotFoundError):
+        checkpoint.digest(tmp_path / "nothing")
+
+
 def test_describe_reads_no_arrays(tmp_path):
     items = make_items()
     save(tmp_path, 1, items)

@@ -147,9 +147,10 @@ def test_cache_refuses_other_encoders_and_unknown_captions(encoder):
 
 def test_auto_says_what_it_chose(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
+    encode._announce.cache_clear()
     monkeypatch.setattr(encode, "missing_for_minilm", lambda: "its weights")
-    assert encode.resolve("auto") == "scratch"
-    assert "auto -> scratch (MiniLM lacks its weights)" in caplog.text
+    assert encode.resolve("auto") == encode.resolve("auto") == "scratch"
+    assert caplog.text.count("auto -> scratch (MiniLM lacks its weights)") == 1
     with pytest.raises(FileNotFoundError, match="tools/install_weights"):
         encode.resolve("minilm")
     monkeypatch.setattr(encode, "missing_for_minilm", lambda: "")

@@ -230,12 +230,12 @@ def test_what_cannot_be_written_leaves_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the pair 'c'"):
         report.write(tmp_path, make_page(pairs=[report.Pair(make_video(5), make_video(4), 8.0, "c")]))
 
-    def full_disk(path, text, encoding):
-        with path.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def full_disk(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("no space left")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         report.write(tmp_path, make_page())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

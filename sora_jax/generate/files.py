@@ -36,7 +36,7 @@ def write_video(
     (T, H, W, C).
     """
     path = Path(path)
-    _write_atomically(path, encode_video(frames_THWC, fps, path.suffix.lstrip("."), scale))
+    write_atomically(path, encode_video(frames_THWC, fps, path.suffix.lstrip("."), scale))
 
 
 def encode_video(frames_THWC: Shaped[np.ndarray, "T H W C"], fps: float, format: str, scale: int = 1) -> bytes:
@@ -235,7 +235,8 @@ def _blank(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), _BACKGROUND, np.uint8)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole file or none: written beside, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -38,8 +38,8 @@ class DiTConfig:
     """Shape of the transformer. patch is (frames, height, width) in latent cells; wavelengths are in seconds and pixels.
 
     predict is what the last layer gives: the 'velocity', or the 'clean' patches, from which the velocity follows. A velocity
-    holds all of the noise, which a model cannot pass on if its patches have nearly as many values as it is wide; what is
-    clean lies in fewer directions (arXiv:2511.13720).
+    holds all of a patch's noise, and of large patches it is hardly learned; what is clean lies in fewer directions
+    (arXiv:2511.13720, and experiments/README.md).
     """
 
     width: int

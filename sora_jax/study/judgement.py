@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from sora_jax.config import DiTRun, StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import adherence, frechet, mobilenet
-from sora_jax.generate import pipeline
+from sora_jax.generate import files, pipeline
 from sora_jax.study import report
 from sora_jax.train import dit
 
@@ -45,7 +45,7 @@ class Judge:
         """Scores of a stage and the samples that the report shows: kept ones if they are of this checkpoint."""
         folder = self.workdir / name
         about = {
-            "checkpoint": checkpoint.read_meta(folder)["seconds"],
+            "checkpoint": checkpoint.digest(folder),
             "prompts": self.study.prompts,
             "shown": self.study.shown,
             "seed": self.study.seed,
@@ -134,10 +134,8 @@ def _read(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.
 
 def _write(folder: Path, about: dict[str, Any], scores: dict[str, Any], videos: Sequence[np.ndarray]) -> None:
     """The videos first: where there are scores there are videos."""
-    beside = folder / "judged.partial.npz"
+    content = io.BytesIO()
     arrays: dict[str, Any] = {f"video_{number}": video for number, video in enumerate(videos)}
-    np.savez_compressed(beside, **arrays)
-    os.replace(beside, folder / "judged.npz")
-    beside = folder / "judged.json.partial"
-    beside.write_text(json.dumps({"about": about, "scores": scores}))
-    os.replace(beside, folder / "judged.json")
+    np.savez_compressed(content, **arrays)
+    files.write_atomically(folder / "judged.npz", content.getvalue())
+    files.write_atomically(folder / "judged.json", json.dumps({"about": about, "scores": scores}).encode())

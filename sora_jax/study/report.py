@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.generate import files
-from sora_jax.study import curves, scaling_curves
+from sora_jax.study import curves, scaling, scaling_curves
 from sora_jax.train import progress
 
 # Small videos are enlarged by the first of these whole numbers that keeps them within the pixels and the bytes.
@@ -117,9 +117,8 @@ def write(workdir: str | os.PathLike[str], page: Page) -> Path:
         "report.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n",
         "report.html": render(dataclasses.replace(page, numbers=numbers)),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     for name, text in content.items():
-        _write_atomically(workdir / name, text)
+        files.write_atomically(workdir / name, text.encode())
     return workdir / "report.html"
 
 
@@ -162,7 +161,7 @@ def plain(value: Any) -> Any:
 
 
 def _summary(page: Page) -> str:
-    seconds, machine = _get(page.numbers, "seconds.total"), page.numbers.get("machine") or {}
+    seconds, machine = scaling.value_at(page.numbers, "seconds.total"), page.numbers.get("machine") or {}
     words = "Videos made from text by a video autoencoder and a diffusion transformer"
     if place := _place(machine):
         words += f", trained on {place}"
@@ -222,7 +221,7 @@ def _cost(numbers: Mapping[str, Any], name: str) -> str:
     if not isinstance(run, Mapping) or not _is_number(run.get("flops")):
         return ""
     words = [f"{progress.si(float(run['flops']))}FLOP"]
-    if _is_number(_get(run, "adherence.all")):
+    if _is_number(scaling.value_at(run, "adherence.all")):
         words.append(f"{100 * run['adherence']['all']:.0f}\u00a0% show all that was asked")
     return f'<span class="quiet"> {html.escape(", ".join(words))}</span>'
 
@@ -242,7 +241,7 @@ def _scaling(numbers: Mapping[str, Any]) -> str:
 
 def _gains(numbers: Mapping[str, Any]) -> str:
     """Rungs with mean and deviation over seeds, and between two rungs how many deviations the step is."""
-    found = _get(numbers, "scaling.ladder")
+    found = scaling.value_at(numbers, "scaling.ladder")
     if not isinstance(found, Mapping) or len(found["rungs"]) < 2:
         return ""
     metrics = [each for each in _RUN_COLUMNS if any(each[1] in rung for rung in found["rungs"].values())]
@@ -295,7 +294,9 @@ def _runs(numbers: Mapping[str, Any]) -> str:
     runs = numbers.get("runs")
     if not isinstance(runs, Mapping):
         return ""
-    found = [(title, [_get(run, path) for run in runs.values()], show) for title, path, show in _RUN_COLUMNS]
+    found = [
+        (title, [scaling.value_at(run, path) for run in runs.values()], show) for title, path, show in _RUN_COLUMNS
+    ]
     columns = [(title, values, show) for title, values, show in found if any(map(_is_number, values))]
     head = "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in columns)
     rows = []
@@ -351,14 +352,14 @@ def _joined(pair: Pair) -> np.ndarray:
 
 def _cards(numbers: Mapping[str, Any]) -> str:
     cards = [_gauge_card(label, numbers, name) for name, label in _JUDGED.items()]
-    seconds = _get(numbers, "seconds.total")
+    seconds = scaling.value_at(numbers, "seconds.total")
     cards += [
-        _card("Reconstruction", _get(numbers, "vae.psnr"), _decibels, _attributes(numbers)),
-        _card("Held-out flow loss", _get(numbers, "dit.val_loss"), _loss, _parameters(numbers)),
+        _card("Reconstruction", scaling.value_at(numbers, "vae.psnr"), _decibels, _attributes(numbers)),
+        _card("Held-out flow loss", scaling.value_at(numbers, "dit.val_loss"), _loss, _parameters(numbers)),
         _card("Compute", numbers.get("total_flops"), _flop, _speed(numbers)),
         _card("Time", seconds, _clock, _shares(numbers)),
     ]
-    count = _get(numbers, "adherence.count")
+    count = scaling.value_at(numbers, "adherence.count")
     words = f"A reader that knows no prompt looked at {count:,.0f} samples." if _is_number(count) else ""
     if words and numbers.get("adherence_floor") and numbers.get("adherence_ceiling"):
         words += " Floor: the same samples held against each other\u2019s prompts."
@@ -379,10 +380,10 @@ def _card(label: str, value: Any, show: Callable[[int | float], tuple[str, str]]
 
 def _gauge_card(label: str, numbers: Mapping[str, Any], name: str) -> str:
     """A part of one with its floor and ceiling on one line."""
-    value = _get(numbers, f"adherence.{name}")
+    value = scaling.value_at(numbers, f"adherence.{name}")
     if not _is_number(value):
         return ""
-    bounds = {bound: _get(numbers, f"adherence_{bound}.{name}") for bound in ("floor", "ceiling")}
+    bounds = {bound: scaling.value_at(numbers, f"adherence_{bound}.{name}") for bound in ("floor", "ceiling")}
     known = {bound: at for bound, at in bounds.items() if _is_number(at)}
     ticks = "".join(f'<u style="left:{_percent_css(at)}"></u>' for at in known.values())
     words = "".join(f"<span>{bound} {100 * at:.0f}\u00a0%</span>" for bound, at in known.items())
@@ -525,14 +526,6 @@ def _leaves(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _get(numbers: Mapping[str, Any], path: str) -> Any:
-    """What stands at 'a.b', or None."""
-    value: Any = numbers
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -564,19 +557,19 @@ def _clock(seconds: int | float) -> tuple[str, str]:
 
 def _attributes(numbers: Mapping[str, Any]) -> str:
     """What reconstructions keep: 'keeps colour 100 %, shape 97 %'."""
-    kept = _get(numbers, "vae.attributes")
+    kept = scaling.value_at(numbers, "vae.attributes")
     parts = kept.items() if isinstance(kept, Mapping) else ()
     words = ", ".join(f"{name} {100 * part:.0f}\u00a0%" for name, part in parts if _is_number(part))
     return f"keeps {words}" if words else ""
 
 
 def _parameters(numbers: Mapping[str, Any]) -> str:
-    count = _get(numbers, "dit.parameters")
+    count = scaling.value_at(numbers, "dit.parameters")
     return f"{progress.si(float(count)).strip()} parameters" if _is_number(count) else ""
 
 
 def _speed(numbers: Mapping[str, Any]) -> str:
-    flops, seconds = numbers.get("total_flops"), _get(numbers, "seconds.total")
+    flops, seconds = numbers.get("total_flops"), scaling.value_at(numbers, "seconds.total")
     known = _is_number(flops) and _is_number(seconds) and seconds > 0
     return f"{progress.si(float(flops / seconds))}FLOP/s over the whole time" if known else ""
 
@@ -594,12 +587,3 @@ def _duration(seconds: int | float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -37,7 +37,9 @@ def run(study: StudyRun, workdir: Path, command: str) -> Path:
         with clock.measure(name):
             logging.info("stage %s", name)
             loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
-    page = judge(study, workdir, command, clock)
+    scored = judged(study, workdir, clock)
+    with clock.measure("report"):
+        page = page_of(study, workdir, command, scored)
     numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
     path = report.write(workdir, dataclasses.replace(page, numbers=numbers))
     logging.info("report: %s", path)
@@ -96,8 +98,24 @@ def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
     return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, encoded)
 
 
-def judge(study: StudyRun, workdir: Path, command: str, clock: Clock) -> report.Page:
-    """Everything the report says, from the last checkpoints of the stages."""
+# Of judged stages, in order: scores and the samples that are shown.
+Judged = dict[str, tuple[dict[str, Any], list[report.Video]]]
+
+
+def judged(study: StudyRun, workdir: Path, clock: Clock) -> Judged:
+    """Scores and samples of the ladder and of the models, or else of the last DiT."""
+    ladder, models = (study.groups.get(group, ()) for group in ("ladder", "models"))
+    dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
+    judge = judgement.Judge(study, workdir, frechets=bool(ladder or models))
+    found: Judged = {}
+    for name in [name for name in dits if name in (*ladder, *models)] or dits[-1:]:
+        with clock.measure(f"{name} judged"):
+            found[name] = judge.of(name)
+    return found
+
+
+def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged) -> report.Page:
+    """Everything the report says, from the last checkpoints of the stages and what was judged."""
     names = {kind: name for name, stage in study.stages.items() for kind in (VAERun, DiTRun) if isinstance(stage, kind)}
     numbers: dict[str, Any] = {
         "title": study.title,
@@ -108,31 +126,21 @@ def judge(study: StudyRun, workdir: Path, command: str, clock: Clock) -> report.
     }
     samples: Sequence[report.Video] = ()
     pairs: Sequence[report.Pair] = ()
+    rungs = [report.Rung(name, scored[name][1]) for name in scaling.repeats(study)]
     if VAERun in names:
         scores = last_evaluation(workdir / names[VAERun])
         read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
         numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
-    rungs: list[report.Rung] = []
-    dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
-    if dits:
-        runs = {name: run_numbers(workdir / name) for name in dits}
-        ladder, models = (study.groups.get(group, ()) for group in ("ladder", "models"))
-        judged = [name for name in study.order if name in (*ladder, *models)] or dits[-1:]
-        best = max(scaling.repeats(study), key=lambda name: runs[name]["flops"]) if ladder else judged[-1]
-        judge_of = judgement.Judge(study, workdir, frechets=bool(ladder or models))
-        found: dict[str, tuple[dict[str, Any], list[report.Video]]] = {}
-        for name in judged:
-            with clock.measure(f"{name} judged"):
-                found[name] = judge_of.of(name)
-        made = pipeline.load(workdir / best)
+    if scored:
+        runs = {name: run_numbers(workdir / name) for name in study.order if isinstance(study.stages[name], DiTRun)}
+        # The headline is of the largest rung, or of the last run that was judged.
+        names[DiTRun] = best = max(scaling.repeats(study) or [list(scored)[-1]], key=lambda name: runs[name]["flops"])
+        made, (scores, samples) = pipeline.load(workdir / best), scored[best]
         numbers |= {"dit": runs[best], "text_encoder": made.run.text.encoder, "packing": packing_totals(workdir / best)}
-        names[DiTRun] = best
-        scores, samples = found[best]
         numbers |= scores
-        rungs = [report.Rung(name, found[name][1]) for name in scaling.repeats(study)]
         pairs = reconstruct(made)
-        if len(dits) > 1:
-            numbers["runs"] = {name: run | (found[name][0] if name in found else {}) for name, run in runs.items()}
+        if len(runs) > 1:
+            numbers["runs"] = {name: run | (scored[name][0] if name in scored else {}) for name, run in runs.items()}
             numbers["scaling"] = scaling.findings(numbers["runs"], study)
     # Sweeps have pictures of their own, and of several seeds one is enough.
     drawn = [name for name in study.order if name in (*names.values(), *(rung.name for rung in rungs))]

@@ -124,7 +124,7 @@ def climbed(runs: Mapping[str, Mapping[str, Any]], rungs: Mapping[str, Sequence[
     for rung, names in rungs.items():
         means[rung] = {"seeds": len(names)}
         for metric in METRICS:
-            values = [value for name in names if (value := _at(runs[name], metric)) is not None]
+            values = [value for name in names if (value := value_at(runs[name], metric)) is not None]
             if len(values) == len(names):
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 means[rung][metric] = {"mean": float(np.mean(values)), "deviation": deviation}
@@ -145,8 +145,9 @@ def _gain(below: Mapping[str, Any], above: Mapping[str, Any], more_is_better: bo
     return {"gain": gain, "in_deviations": gain / max(deviations) if known else None}
 
 
-def _at(run: Mapping[str, Any], path: str) -> float | None:
-    value: Any = run
+def value_at(numbers: Mapping[str, Any], path: str) -> Any:
+    """What stands at 'a.b', or None."""
+    value: Any = numbers
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
@@ -157,7 +158,7 @@ def compared(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Of runs without a distance, or of fewer than three, only the count.
     """
-    known = [run for run in runs.values() if _at(run, "frechet.distance") is not None]
+    known = [run for run in runs.values() if value_at(run, "frechet.distance") is not None]
     if len(known) < 3:
         return {"count": len(known)}
     distances = [run["frechet"]["distance"] for run in known]

@@ -48,8 +48,14 @@ def resolve(name: str) -> str:
     missing = missing_for_minilm()
     chosen = "scratch" if missing else "minilm"
     reason = f"MiniLM lacks {missing}" if missing else "MiniLM is installed"
-    logging.getLogger(__name__).info("text encoder: auto -> %s (%s)", chosen, reason)
+    _announce(chosen, reason)
     return chosen
+
+
+@functools.cache
+def _announce(chosen: str, reason: str) -> None:
+    """Once a process: a study resolves the encoder of many runs."""
+    logging.getLogger(__name__).info("text encoder: auto -> %s (%s)", chosen, reason)
 
 
 def find_minilm() -> Path | None:
