@@ -15,7 +15,7 @@ VAE_STEPS = 450
 DIT_STEPS = 1700
 
 # The ladder: FLOPs of the training steps of its first rung, and its rungs as multiples.
-BASE_FLOPS = 2.0e12
+BASE_FLOPS = 1.0e12
 RUNGS = (1, 4, 32)
 
 
@@ -154,7 +154,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
     )
 
 
-def rung(multiplier: float, along: str, width: int = 72, blocks: int = 3, heads: int = 2) -> ConfigDict:
+def rung(multiplier: float, along: str, width: int = 48, blocks: int = 2, heads: int = 1) -> ConfigDict:
     """A DiT on the compact world with a budget in FLOPs, from which its steps follow; as written the best size of 1x."""
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
     run.data.heldout_clips = 512

@@ -1,4 +1,4 @@
-"""The command sora-jax: train, study, sample, inspect. The one module with flags.
+"""The command sora-jax: train, study, sample, evaluate, inspect. The one module with flags.
 
 Nothing heavy is imported before a verb needs it: help and refusals come at once. What a user can get wrong ends in one
 sentence and exit code 2, what a run can (divergence, a damaged checkpoint) in one sentence and 1, an interrupt in one
@@ -40,6 +40,8 @@ SUFFIXES = (".mp4", ".gif", ".png")
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
 SHOWN_WIDTH = 256
 SHEET_FRAMES = 8
+# Prompts whose videos for VBench are held at a time.
+VBENCH_PROMPTS = 8
 # Seeds are int32 on the device.
 MAX_SEED = 2**31 - 1
 
@@ -141,7 +143,7 @@ environment:
         "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
-    for add in (_add_train, _add_study, _add_sample, _add_inspect):
+    for add in (_add_train, _add_study, _add_sample, _add_evaluate, _add_inspect):
         add(verbs)
     return parser
 
@@ -171,6 +173,16 @@ def _add_run_flags(parser: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="folder for checkpoints, metrics and samples (required); resumed from if it holds a checkpoint",
+    )
+
+
+def _add_checkpoint(parser: Parser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="work dir of a trained diffusion transformer, or one step in it (required)",
     )
 
 
@@ -223,15 +235,10 @@ def _add_sample(verbs: Any) -> None:
         """examples:
   sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
   sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --samples=2 --out=sheet.png
-  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a blue star grows" --frames=1 --seed=3 --out=star.png""",
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a blue star grows" --frames=1 --seed=3 --out=star.png
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="work dir of a trained diffusion transformer, or one step in it (required)",
-    )
+    _add_checkpoint(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help="what to show; repeatable (required, or --prompts_file)"
@@ -239,13 +246,19 @@ def _add_sample(verbs: Any) -> None:
     prompts.add_argument(
         "--prompts_file", type=Path, metavar="FILE", help="file with one prompt per line (required, or --prompt)"
     )
-    parser.add_argument(
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument(
         "--out",
-        required=True,
         type=Path,
         metavar="FILE",
-        help="file to write (required): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
+        help="file to write (required, or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
         "or .png, frames side by side, all videos on one sheet",
+    )
+    out.add_argument(
+        "--vbench",
+        type=Path,
+        metavar="DIR",
+        help="new folder for five videos of every prompt as VBench reads them (required, or --out)",
     )
     parser.add_argument(
         "--height", type=_count, metavar="PIXELS", help="height (default: of the first size that was trained on)"
@@ -268,9 +281,8 @@ def _add_sample(verbs: Any) -> None:
     parser.add_argument(
         "--samples",
         type=_count,
-        default=1,
         metavar="N",
-        help="videos per prompt, of seeds N, N+1, ... (default: %(default)s)",
+        help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1, for --vbench the 5 that it needs)",
     )
     parser.add_argument(
         "--guidance",
@@ -293,8 +305,45 @@ def _add_sample(verbs: Any) -> None:
         "--scale",
         type=_count,
         metavar="N",
-        help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide)",
+        help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide; "
+        "for --vbench 1)",
     )
+
+
+def _add_evaluate(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "evaluate",
+        evaluate,
+        "measure how well a trained model does what it is told",
+        "Sample held-out prompts from a trained diffusion transformer and measure them: adherence by attribute with its\n"
+        "floor and ceiling, the Frechet distance FD-MobileNetV2 where its weights are installed, and with the weights\n"
+        "of I3D the true FVD.",
+        """examples:
+  sora-jax evaluate --checkpoint=runs/quickstart/dit
+  sora-jax evaluate --checkpoint=runs/quickstart/dit --prompts=2048 --out=scores.json
+  sora-jax evaluate --checkpoint=runs/quickstart/dit --i3d_weights=rgb_imagenet.pt""",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--prompts", type=_count, default=512, metavar="N", help="held-out prompts to sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="seed of the first prompt's sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--i3d_weights",
+        type=Path,
+        metavar="FILE",
+        help="I3D of Kinetics-400 as .pt, .pth, .safetensors or .npz with the names of its PyTorch port (default: no FVD)",
+    )
+    parser.add_argument(
+        "--fvd_videos",
+        type=_count,
+        metavar="N",
+        help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: only print)")
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -668,12 +717,13 @@ def warn_of(size: Size, world: WorldConfig) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     """Makes a video for every prompt and seed and writes them with a manifest."""
     # Everything that can be refused without the model is refused before it is loaded.
-    videos = plan(_prompts(arguments), arguments.samples, arguments.seed, arguments.out)
+    prompts = _prompts(arguments)
+    if arguments.vbench is not None:
+        _sample_for_vbench(arguments, prompts)
+        return
+    videos = plan(prompts, arguments.samples or 1, arguments.seed, arguments.out)
     manifest = _manifest_path(arguments.out)
-    pipeline, step = _load(arguments.checkpoint)
-    size = size_of(arguments, pipeline.run.data.world)
-    settings = _settings(pipeline, arguments, size)
-    warn_of(size, pipeline.run.data.world)
+    pipeline, step, size, settings = _loaded(arguments)
     _make_folder(arguments.out.parent)
 
     logging.info("sampling %d of %s", len(videos), size)
@@ -683,15 +733,102 @@ def sample(arguments: argparse.Namespace) -> None:
         [Request(video.prompt, **dataclasses.asdict(size), seed=video.seed) for video in videos], settings
     )
     scale = arguments.scale or math.ceil(SHOWN_WIDTH / size.width)
-    try:
+    with _errors_of_writing(arguments.out):
         _write(videos, made, size.fps, scale)
         manifest.write_text(
             json.dumps(_manifest(arguments, videos, size, settings, step, scale), indent=2, ensure_ascii=False)
         )
-    except OSError as error:
-        raise Failure(f"cannot write {error.filename or arguments.out}: {error.strerror}", RUN_ERROR) from error
     for video in videos:
         print(f"{video.path}  seed {video.seed}  {video.prompt}")
+
+
+def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Five videos of every prompt, a few prompts at a time, in the folder that VBench reads."""
+    from sora_jax.evaluate import vbench
+
+    count, folder = vbench.SAMPLES_PER_PROMPT, arguments.vbench
+    if arguments.samples not in (None, count):
+        raise Failure(
+            f"--samples={arguments.samples}: VBench takes {count} videos of every prompt; leave --samples out"
+        )
+    if repeated := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
+        raise Failure(f"prompt {repeated[0]!r} comes twice; VBench names videos by their prompts")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Failure(f"--vbench={folder} is not an empty folder, and VBench would judge what it holds; name a new one")
+    seeds = _seeds(arguments.seed, count)
+    pipeline, _, size, settings = _loaded(arguments)
+    from sora_jax.generate import files
+    from sora_jax.generate.pipeline import Request
+
+    logging.info("sampling %d of %s", len(prompts) * count, size)
+
+    def samples() -> Iterator[vbench.Samples]:
+        for start in range(0, len(prompts), VBENCH_PROMPTS):
+            chosen = prompts[start : start + VBENCH_PROMPTS]
+            requests = [Request(prompt, **dataclasses.asdict(size), seed=seed) for prompt in chosen for seed in seeds]
+            made = pipeline.sample(requests, settings)
+            for number, prompt in enumerate(chosen):
+                yield vbench.Samples(prompt, made[number * count : (number + 1) * count], seeds)
+            logging.info("%d of %d prompts", start + len(chosen), len(prompts))
+
+    def write_video(path: Path, frames_THWC: np.ndarray, fps: float) -> None:
+        files.write_video(path, frames_THWC, fps, arguments.scale or 1)
+
+    with _errors_of_writing(folder):
+        print(vbench.export(folder, samples(), size.fps, write_video))
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, Size, SamplerConfig]:
+    """The model with its step, and what the flags ask of it."""
+    pipeline, step = _load(arguments.checkpoint)
+    size = size_of(arguments, pipeline.run.data.world)
+    settings = _settings(pipeline, arguments, size)
+    warn_of(size, pipeline.run.data.world)
+    return pipeline, step, size, settings
+
+
+@contextlib.contextmanager
+def _errors_of_writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"cannot write {error.filename or path}: {error.strerror}", RUN_ERROR) from error
+
+
+def _seeds(first: int, count: int) -> list[int]:
+    if first + count - 1 > MAX_SEED:
+        raise Failure(f"--seed={first} with --samples={count} goes beyond {MAX_SEED}; choose a smaller seed")
+    return list(range(first, first + count))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Prints the scores of a trained model, and writes them as JSON."""
+    if arguments.fvd_videos is not None and arguments.i3d_weights is None:
+        raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
+    if arguments.out is not None and arguments.out.is_dir():
+        raise Failure(f"--out={arguments.out} is a folder; name a file in it")
+    pipeline, step = _load(arguments.checkpoint)
+    from sora_jax.evaluate import fvd
+    from sora_jax.generate import files
+    from sora_jax.study import judgement
+
+    with _errors_for_users(ValueError):
+        scores = judgement.evaluate(
+            pipeline,
+            arguments.prompts,
+            arguments.seed,
+            arguments.i3d_weights,
+            arguments.fvd_videos or fvd.NUM_VIDEOS,
+        )
+    print(judgement.table(scores))
+    if arguments.out is not None:
+        found = {
+            "checkpoint": str(arguments.checkpoint.absolute()),
+            "step": step,
+            "command": arguments.command,
+        } | scores
+        with _errors_of_writing(arguments.out):
+            files.write_atomically(arguments.out, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def plan(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Video]:
@@ -703,9 +840,7 @@ def plan(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Vid
         raise Failure(f"--out={out}: the file must end in one of {', '.join(SUFFIXES)}")
     if out.is_dir():
         raise Failure(f"--out={out} is a folder; name a file in it")
-    if seed + samples - 1 > MAX_SEED:
-        raise Failure(f"--seed={seed} with --samples={samples} goes beyond {MAX_SEED}; choose a smaller seed")
-    wanted = [(prompt, seed + number) for prompt in prompts for number in range(samples)]
+    wanted = [(prompt, number) for prompt in prompts for number in _seeds(seed, samples)]
     several = len(wanted) > 1 and out.suffix != ".png"
     paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(wanted))]
     return [Video(prompt, seed, path) for (prompt, seed), path in zip(wanted, paths, strict=True)]

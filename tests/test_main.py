@@ -22,7 +22,7 @@ from sora_jax.generate import pipeline
 from sora_jax.study import runner
 from sora_jax.train import loop, vae
 
-VERBS = ("train", "study", "sample", "inspect")
+VERBS = ("train", "study", "sample", "evaluate", "inspect")
 
 # Two files, as experiments has them, so that the import of the one beside it is part of every test.
 PARTS = """
@@ -418,6 +418,57 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     height, width, _ = iio.imread(sheet).shape
     assert width >= 5 * 32 and height >= 4 * 16
     assert sorted(path.name for path in tmp_path.glob("sheet*")) == ["sheet.json", "sheet.png"]
+
+
+def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\na red square\n")
+    out = tmp_path / "vbench"
+    flags = [f"--checkpoint={trained}", f"--prompts_file={prompts}", "--steps=1", "--seed=7", "--frames=5"]
+    loaded = main._load(trained / "3")
+    with mock.patch.object(main, "_load", return_value=loaded), mock.patch.object(main, "VBENCH_PROMPTS", 2):
+        assert main.run(["sample", f"--vbench={out}", *flags]) == 0
+        assert capsys.readouterr().out == f"{out / 'videos'}\n"
+        assert "not an empty folder" in refusal(capsys, "sample", f"--vbench={out}", *flags)
+        # The same seeds make the same videos in the other way of writing them.
+        assert main.run(["sample", f"--out={tmp_path / 'v.mp4'}", "--samples=5", "--scale=1", *flags]) == 0
+    names = [f"{prompt}-{index}.mp4" for prompt in prompts.read_text().splitlines() for index in range(5)]
+    assert sorted(path.name for path in (out / "videos").iterdir()) == sorted(names)
+    for number in (1, 14):
+        assert (out / "videos" / names[number]).read_bytes() == (tmp_path / f"v-{number}.mp4").read_bytes()
+    assert [video["seed"] for video in json.loads((out / "manifest.json").read_text())["videos"]][:5] == [
+        7,
+        8,
+        9,
+        10,
+        11,
+    ]
+
+
+def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys):
+    flags = [f"--checkpoint={trained}", f"--vbench={tmp_path / 'new'}", "--prompt=a"]
+    with mock.patch.object(main, "_load", None):
+        assert "leave --samples out" in refusal(capsys, "sample", "--samples=4", *flags)
+        assert "'a' comes twice" in refusal(capsys, "sample", "--prompt=a", *flags)
+        assert f"beyond {main.MAX_SEED}" in refusal(capsys, "sample", f"--seed={main.MAX_SEED}", *flags)
+        assert "not allowed with" in refusal(capsys, "sample", "--out=a.mp4", *flags)
+
+
+def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    loaded = main._load(trained)
+    with mock.patch.object(main, "_load", return_value=loaded):
+        assert main.run(["evaluate", f"--checkpoint={trained}", "--prompts=4", "--seed=5", f"--out={out}"]) == 0
+        scores = json.loads(out.read_text())
+        shown = capsys.readouterr().out
+        weights = tmp_path / "i3d.pt"
+        flags = ["evaluate", f"--checkpoint={trained}"]
+        assert "FVD needs videos of 16 frames" in refusal(capsys, *flags, f"--i3d_weights={weights}")
+        assert "at least 2" in refusal(capsys, *flags, "--prompts=1")
+    assert "give --i3d_weights too" in refusal(capsys, *flags, "--fvd_videos=9")
+    assert scores["adherence"]["count"] == 4 and scores["step"] == 3
+    for name in ("adherence", "adherence_floor", "adherence_ceiling"):
+        assert f"{scores[name]['shape']:.3f}" in shown
 
 
 def test_sizes_come_from_what_was_trained_on(caplog):

@@ -9,6 +9,7 @@ import math
 import sys
 
 import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from sora_jax.study import curves, report
 
 NASTY = "a <script>alert(\"1\")</script> & a 'red' circle</figure>"
 FILES = ["report.html", "report.json"]
+PICTURES = ["samples.png"]
 
 
 def make_video(num_frames=5, height=32, width=48):
@@ -107,7 +109,14 @@ def seen(workdir):
 
 def test_json_equals_the_numbers(page, workdir):
     assert json.loads((workdir / "report.json").read_text()) == page.numbers
-    assert sorted(path.name for path in workdir.iterdir()) == FILES
+    assert sorted(path.name for path in workdir.iterdir()) == FILES + PICTURES
+
+
+def test_the_sheet_shows_every_sample(page, workdir):
+    height, width, _ = iio.imread(workdir / "samples.png").shape
+    # Three samples side by side, each of four frames at most.
+    assert width >= 4 * 48 + 4 * 32 + 48 and height >= 48
+    assert (workdir / "samples.png").stat().st_size < 1e6
 
 
 def test_json_is_valid_whatever_the_numbers(tmp_path):
@@ -270,6 +279,14 @@ def test_a_ladder_shows_every_prompt_on_every_rung():
     assert "2 TFLOP" in text and "64 TFLOP" in text
     table = text[text.index(">Runs<") :]
     assert "<th>32x &lt;b&gt;</th><td>64 T</td><td></td>" in table  # no adherence is no number
+
+
+def test_a_ladder_has_a_sheet_with_a_column_a_rung(tmp_path):
+    sizes = {}
+    for names in (("1x",), ("1x", "4x", "32x")):
+        report.write(tmp_path, make_page(rungs=make_ladder(*names)))
+        sizes[len(names)] = iio.imread(tmp_path / "samples.png").shape
+    assert sizes[3][0] == sizes[1][0] and sizes[3][1] > 2.9 * sizes[1][1]
 
 
 def test_rungs_of_other_seeds_are_refused():

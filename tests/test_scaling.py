@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import quickstart
 
 from sora_jax import config
-from sora_jax.study import laws, scaling, scaling_curves
+from sora_jax.study import curves, laws, scaling, scaling_curves
 
 LAW = laws.Law(irreducible=0.3, scale=0.3, exponent=0.4, unit=4e12)
 SIZES = (1e5, 3e5, 9e5, 27e5)
@@ -45,6 +46,16 @@ def test_laws_are_found_and_the_last_rung_is_foretold(runs):
     assert abs(found["rungs"]["x32"]["off_by"]) < 0.005
     titles = [title for title, svg in scaling_curves.draw(runs, found) if svg.startswith("<svg")]
     assert len(titles) == 2
+
+
+def test_the_curves_are_one_picture_too(runs):
+    found = scaling.fitted(runs, ("x1", "x32"), [name for name in runs if name.startswith("iso")])
+    plots = scaling_curves.plots(runs, found)
+    one, both = (iio.imread(curves.png(chosen)) for chosen in (plots[:1], plots))
+    assert both.shape[0] == one.shape[0] and both.shape[1] == pytest.approx(2 * one.shape[1], abs=2)
+    # White ground, and what is drawn is in colour.
+    assert (both[0, 0, :3] == 255).all() and (np.ptp(both[..., :3].astype(int), axis=-1) > 60).any()
+    assert curves.png(plots) == curves.png(plots)
 
 
 def test_what_is_fitted_knows_nothing_of_the_ladder(runs):

@@ -7,6 +7,7 @@ the tokens of several clips then share rows of a fixed budget. Nothing is silent
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Tokens(NamedTuple):
     @property
     def num_slots(self) -> int:
         """1, or 2 for a clip with both known and unknown tokens."""
-        return len(np.unique(self.known_N))
+        return 1 + (0 < int(self.known_N.sum()) < len(self.known_N))
 
     @property
     def num_text(self) -> int:
@@ -122,8 +123,9 @@ def unpatchify(x_NP: np.ndarray, latent_shape: tuple[int, int, int, int], patch:
     return rearrange(x_NP, "(t h w) (pt ph pw c) -> (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
+@functools.lru_cache(maxsize=4096)  # clips share few sizes, and this is a third of the work on a clip
 def positions(latent_shape: tuple[int, ...], geometry: Geometry, fps: float) -> np.ndarray:
-    """(N, 3) float32: the centre of each patch as (seconds, pixels down, pixels across).
+    """(N, 3) float32: the centre of each patch as (seconds, pixels down, pixels across). Read-only, as it is shared.
 
     Latent 0 is the first frame alone, at second 0; latent k > 0 stands for frames stride (k - 1) + 1 .. stride k.
     """
@@ -134,7 +136,9 @@ def positions(latent_shape: tuple[int, ...], geometry: Geometry, fps: float) -> 
     seconds = frame.reshape(t, pt).mean(1) / fps
     y = (np.arange(h) + 0.5) * ph * sh
     x = (np.arange(w) + 0.5) * pw * sw
-    return np.stack([axis.ravel() for axis in np.meshgrid(seconds, y, x, indexing="ij")], -1).astype(np.float32)
+    found = np.stack([axis.ravel() for axis in np.meshgrid(seconds, y, x, indexing="ij")], -1).astype(np.float32)
+    found.flags.writeable = False
+    return found
 
 
 def extent(latent_shape: tuple[int, ...], geometry: Geometry, fps: float) -> np.ndarray:
@@ -177,18 +181,18 @@ def assign(
     sizes and budgets are (tokens, slots, text tokens); order breaks ties. Items that fit no empty row must be removed before.
     """
     rows: list[list[int]] = []
-    left: list[list[int]] = []
+    left = np.empty((len(sizes), len(budgets)), np.int64)
     for item in sorted(order, key=lambda i: -sizes[i][0]):
-        need = sizes[item]
-        fitting = [r for r, room in enumerate(left) if all(n <= free for n, free in zip(need, room, strict=True))]
-        if fitting:
-            row = min(fitting, key=lambda r: left[r][0])
+        room = left[: len(rows)]
+        fitting = np.flatnonzero((room >= sizes[item]).all(1))
+        if len(fitting):
+            row = int(fitting[room[fitting, 0].argmin()])
         else:
             row = len(rows)
             rows.append([])
-            left.append(list(budgets))
+            left[row] = budgets
         rows[row].append(item)
-        left[row] = [free - n for n, free in zip(need, left[row], strict=True)]
+        left[row] -= sizes[item]
     return rows
 
 
@@ -237,8 +241,11 @@ def fill_row(clips: Sequence[Tokens], config: PackConfig, patch_dim: int, text_w
         here, there = slice(token, token + count), slice(text, text + words)
         row.mean_BNP[here], row.std_BNP[here], row.index_BN[here] = clip.mean_NP, clip.std_NP, clip.index_N
         layout.position_BN3[here], layout.segment_BN[here] = clip.position_N3, segment
-        for known in np.unique(clip.known_N):
-            layout.slot_BN[here][clip.known_N == known] = slot
+        for known in (False, True):
+            mine = clip.known_N == known
+            if not mine.any():
+                continue
+            layout.slot_BN[here][mine] = slot
             layout.slot_segment_BS[slot], layout.extent_BS3[slot] = segment, clip.extent_3
             row.known_BS[slot], row.clip_BS[slot], row.draw_BS[slot] = known, clip.clip, clip.draw
             slot += 1

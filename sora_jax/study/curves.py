@@ -1,4 +1,4 @@
-"""Training curves as small SVG pictures that take their colours from the page around them."""
+"""Curves as small SVG pictures that take their colours from the page around them, or together as one PNG."""
 
 from __future__ import annotations
 
@@ -16,10 +16,22 @@ RAW_POINTS = 400  # of the faint line; more cannot be seen
 SMOOTHING = 1 / 50  # of the curve, the deviation of the mean that smooths it
 LOG_X_RATIO, LOG_Y_RATIO = 20.0, 4.0  # from this ratio of largest to smallest on, an axis is logarithmic
 
-# Colours that stand in the SVG for the page's own, so that one picture serves light and dark.
-INK, GRID, LINE, POINT = "#010101", "#020202", "#030303", "#040404"
-_PAGE_COLOURS = {INK: "var(--quiet)", GRID: "var(--rule)", LINE: "var(--accent)", POINT: "var(--warm)"}
 
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    ink: str
+    grid: str
+    line: str
+    point: str
+
+
+# These stand in the SVG for the page's own, so that one picture serves light and dark.
+_STAND_INS = Colours("#010101", "#020202", "#030303", "#040404")
+_PAGE_COLOURS = Colours("var(--quiet)", "var(--rule)", "var(--accent)", "var(--warm)")
+_ON_WHITE = Colours("#5c6370", "#e3e5e8", "#2f6fde", "#d9730d")
+PNG_COLUMNS, PNG_DOTS_PER_INCH = 2, 110
+
+Plot = Callable[[Any, Colours], None]
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -71,15 +83,15 @@ def _series(lines: Lines, x: str, y: str) -> np.ndarray:
 
 
 def _svg(panel: Panel, line: np.ndarray, points: np.ndarray, prefix: str) -> str:
-    def plot(axes: Any) -> None:
+    def plot(axes: Any, colours: Colours) -> None:
         _scale(axes, np.concatenate([line, points]))
-        _plot(axes, line, points)
-        dress(axes, _X_NAMES[panel.x], panel.x == "total_flops")
+        _plot(axes, colours, line, points)
+        dress(axes, colours, _X_NAMES[panel.x], panel.x == "total_flops")
 
     return picture(plot, prefix)
 
 
-def picture(plot: Callable[[Any], None], prefix: str) -> str:
+def picture(plot: Plot, prefix: str) -> str:
     """The SVG of what `plot` draws on matplotlib axes; ids start with prefix, so that pictures share a page."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -93,22 +105,41 @@ def picture(plot: Callable[[Any], None], prefix: str) -> str:
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        plot(figure.add_subplot())
+        plot(figure.add_subplot(), _STAND_INS)
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     return _inline(file.getvalue(), prefix)
 
 
-def _plot(axes: Any, line: np.ndarray, points: np.ndarray) -> None:
+def png(plots: Sequence[tuple[str, Plot]]) -> bytes:
+    """All plots with their titles on one white sheet. Raises ImportError without matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(PNG_COLUMNS, len(plots))
+    rows = -(-len(plots) // columns)
+    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(columns * SIZE_INCHES[0], rows * (SIZE_INCHES[1] + 0.3)), layout="constrained")
+        for number, (title, plot) in enumerate(plots):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            plot(axes, _ON_WHITE)
+            axes.set_title(title, color=_ON_WHITE.ink, fontsize=10, loc="left")
+        file = io.BytesIO()
+        # No version of matplotlib in the file: the same numbers are the same bytes.
+        figure.savefig(file, format="png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _plot(axes: Any, colours: Colours, line: np.ndarray, points: np.ndarray) -> None:
     if len(line):
         raw = line[:: max(1, len(line) // RAW_POINTS)]
-        axes.plot(*raw.T, color=LINE, linewidth=0.8, alpha=0.3)
+        axes.plot(*raw.T, color=colours.line, linewidth=0.8, alpha=0.3)
         fewer = _means(line, RAW_POINTS)
         fewer[:, 1] = smoothed(fewer[:, 1], SMOOTHING * len(fewer))
-        axes.plot(*fewer.T, color=LINE, linewidth=1.8, solid_capstyle="round", label="training")
+        axes.plot(*fewer.T, color=colours.line, linewidth=1.8, solid_capstyle="round", label="training")
     if len(points):
-        axes.plot(*points.T, "o", color=POINT, markersize=4.5, markeredgewidth=0, label="held out")
+        axes.plot(*points.T, "o", color=colours.point, markersize=4.5, markeredgewidth=0, label="held out")
 
 
 def _means(line: np.ndarray, most: int) -> np.ndarray:
@@ -126,20 +157,20 @@ def _scale(axes: Any, data: np.ndarray) -> None:
         axes.set_yscale("log")
 
 
-def dress(axes: Any, x_name: str, is_flops: bool) -> None:
-    """Quiet axes in the page's colours, with a legend."""
-    axes.set_xlabel(x_name, color=INK)
+def dress(axes: Any, colours: Colours, x_name: str, is_flops: bool) -> None:
+    """Quiet axes with a legend."""
+    axes.set_xlabel(x_name, color=colours.ink)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.spines["bottom"].set_color(colours.grid)
+    axes.grid(axis="y", color=colours.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, colors=INK)
+    axes.tick_params(which="both", length=0, colors=colours.ink)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             _sparse_ticks(axis)
         else:
             _prefixed_ticks(axis, is_flops and axis is axes.xaxis)
-    axes.legend(frameon=False, labelcolor=INK, loc="best", handlelength=1.2)
+    axes.legend(frameon=False, labelcolor=colours.ink, loc="best", handlelength=1.2)
 
 
 def _sparse_ticks(axis: Any) -> None:
@@ -172,7 +203,7 @@ def _inline(svg: str, prefix: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for stand_in, colour in _PAGE_COLOURS.items():
+    for stand_in, colour in zip(dataclasses.astuple(_STAND_INS), dataclasses.astuple(_PAGE_COLOURS), strict=True):
         svg = svg.replace(stand_in, colour)
     return re.sub(r">\s+<", "><", svg)
 

@@ -1,4 +1,4 @@
-"""Judging the DiTs of a study on the same held-out prompts; what is judged is kept, so that a study goes on where it stopped."""
+"""Judging DiTs on the same held-out prompts; in a study what is judged is kept, so that it goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from sora_jax import checkpoint
 from sora_jax.config import DiTRun, StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
-from sora_jax.evaluate import adherence, frechet, mobilenet
+from sora_jax.data.worlds.world import WorldConfig
+from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet
 from sora_jax.generate import files, pipeline
 from sora_jax.study import report
 from sora_jax.train import dit
@@ -58,58 +59,133 @@ class Judge:
             kept = self._judge(name, scenes)
             _write(folder, about, *kept)
         scores, videos = kept
-        seeds, prompts = self._asked(run, scenes)
+        requests = asked(run.data.world, scenes, self.study.seed)
         shown = [
-            report.Video(video, scene.fps, prompt, seed, expected=expected(scene), read=adherence.in_words(video))
-            for video, scene, prompt, seed in zip(videos, scenes, prompts, seeds, strict=False)
+            report.Video(
+                video, scene.fps, request.prompt, request.seed, expected=expected(scene), read=adherence.in_words(video)
+            )
+            for video, scene, request in zip(videos, scenes, requests, strict=False)
         ]
         return scores, shown
 
-    def _asked(self, run: DiTRun, scenes: Sequence[Scene]) -> tuple[list[int], list[str]]:
-        seeds = [self.study.seed + number for number in range(len(scenes))]
-        return seeds, [captions.prompt(scene, len(run.data.world.sizes) > 1) for scene in scenes]
-
     def _judge(self, name: str, scenes: Sequence[Scene]) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """Adherence with its floor (shuffled captions) and ceiling (real clips through the VAE), and the Frechet distance.
-
-        The distance is to real clips of the same world, twice as many, with its floor.
-        """
         made = pipeline.load(self.workdir / name)
-        seeds, prompts = self._asked(made.run, scenes)
-        requests = [dit.request_of(*each) for each in zip(scenes, prompts, seeds, strict=True)]
-        began = time.perf_counter()
-        videos = made.sample(requests, made.run.sampler)
-        logging.info("%s: sampled %d held-out prompts in %.1f s", name, len(videos), time.perf_counter() - began)
-        scores, floor = adherence.judge(videos, scenes, self.study.seed)
-        numbers: dict[str, Any] = {
-            "adherence": scores,
-            "adherence_floor": floor,
-            "adherence_ceiling": self._ceiling(made, scenes),
-        }
-        if self.frechets and self.real_features is not None:
-            found = frechet.compare(self.real_features, frechet.features(videos))
-            numbers["frechet"] = {"metric": frechet.NAME} | dataclasses.asdict(found)
-        return numbers, videos[: self.study.shown]
-
-    def _ceiling(self, made: pipeline.Pipeline, scenes: Sequence[Scene]) -> dict[str, float]:
+        videos = sampled(made, scenes, self.study.seed, name)
         source = made.run.vae_checkpoint
         if source not in self._ceilings:
-            decoded = reconstructed(made, clips.render_mixed(scenes))
-            self._ceilings[source], _ = adherence.judge(decoded, scenes, self.study.seed)
-        return self._ceilings[source]
+            self._ceilings[source] = ceiling(made, scenes, self.study.seed)
+        numbers = adherence_of(videos, scenes, self.study.seed) | {"adherence_ceiling": self._ceilings[source]}
+        if self.frechets and self.real_features is not None:
+            numbers["frechet"] = distance(self.real_features, videos)
+        return numbers, videos[: self.study.shown]
 
     @functools.cached_property
     def real_features(self) -> np.ndarray | None:
-        """Features of twice as many held-out clips as are sampled; None, told, if the network's weights are not installed.
-
-        The world is that of the last DiT: distances compare runs on one world.
-        """
-        if not mobilenet.available():
-            logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
-            return None
+        """Of the world of the last DiT: distances compare runs on one world."""
         world = [stage for stage in self.study.stages.values() if isinstance(stage, DiTRun)][-1].data.world
-        scenes = dit.heldout_videos(world, 2 * self.study.prompts, start=REAL_SCENES)
-        return frechet.features(clips.render_mixed(scenes))
+        return real_features(world, self.study.prompts)
+
+
+def evaluate(
+    made: pipeline.Pipeline,
+    prompts: int,
+    seed: int,
+    i3d_weights: Path | None = None,
+    fvd_videos: int = fvd.NUM_VIDEOS,
+) -> dict[str, Any]:
+    """Every judgement of a trained DiT: adherence with floor and ceiling, the Frechet distance, FVD if I3D's weights are given.
+
+    prompts are the first held-out ones, the same as in a study. Raises ValueError for a number of either that is too
+    small, clips too short for FVD or weights that are not I3D's, FileNotFoundError if there is no such file.
+    """
+    if prompts < 2:
+        raise ValueError(f"prompts is {prompts}; a set of videos needs at least 2")
+    world = made.run.data.world
+    numbers: dict[str, Any] = {}
+    if i3d_weights is not None:
+        # First: what is wrong with the weights or the world is told before an hour of work.
+        numbers["fvd"] = video_distance(made, i3d_weights, fvd_videos, seed)
+    scenes = dit.heldout_videos(world, prompts)
+    videos = sampled(made, scenes, seed)
+    numbers |= adherence_of(videos, scenes, seed) | {"adherence_ceiling": ceiling(made, scenes, seed)}
+    real = real_features(world, prompts)
+    if real is not None:
+        numbers["frechet"] = distance(real, videos)
+    return numbers
+
+
+def table(scores: dict[str, Any]) -> str:
+    """The scores of evaluate() for a terminal."""
+    ways = {"": "adherence", "floor": "adherence_floor", "ceiling": "adherence_ceiling"}
+    lines = ["".join(f"{title:>10}" for title in ("adherence", *(name or "measured" for name in ways)))]
+    for name in adherence.ATTRIBUTES:
+        if name in scores["adherence"]:
+            lines.append(f"{name:>10}" + "".join(f"{scores[way][name]:>10.3f}" for way in ways.values()))
+    lines.append(
+        f"of {scores['adherence']['count']:.0f} held-out prompts; floor: shuffled prompts, ceiling: real clips"
+    )
+    if found := scores.get("frechet"):
+        lines.append(
+            f"{found['metric']} {found['distance']:.3f}, real against real {found['floor']:.3f}, "
+            f"{found['num_videos']} videos each"
+        )
+    if found := scores.get("fvd"):
+        lines.append(f"{found['metric']} {found['value']:.1f}")
+    return "\n".join(lines)
+
+
+def asked(world: WorldConfig, scenes: Sequence[Scene], seed: int) -> list[pipeline.Request]:
+    """What is asked for in judgement: each scene's prompt and size, with seeds from `seed` on."""
+    sizes = len(world.sizes) > 1
+    return [dit.request_of(scene, captions.prompt(scene, sizes), seed + number) for number, scene in enumerate(scenes)]
+
+
+def sampled(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, name: str = "samples") -> list[np.ndarray]:
+    began = time.perf_counter()
+    videos = made.sample(asked(made.run.data.world, scenes, seed), made.run.sampler)
+    logging.info("%s: %d held-out prompts in %.1f s", name, len(videos), time.perf_counter() - began)
+    return videos
+
+
+def adherence_of(videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int) -> dict[str, Any]:
+    """Adherence and its floor, shuffled captions."""
+    scores, floor = adherence.judge(videos, scenes, seed)
+    return {"adherence": scores, "adherence_floor": floor}
+
+
+def ceiling(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
+    """Adherence of real clips that went through the VAE."""
+    return adherence.judge(reconstructed(made, clips.render_mixed(scenes)), scenes, seed)[0]
+
+
+def real_features(world: WorldConfig, count: int) -> np.ndarray | None:
+    """Features of twice as many held-out clips as are sampled; None, told, if the network's weights are not installed."""
+    if not mobilenet.available():
+        logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
+        return None
+    return frechet.features(clips.render_mixed(dit.heldout_videos(world, 2 * count, start=REAL_SCENES)))
+
+
+def distance(real: np.ndarray, videos: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Frechet distance of samples from real clips, with its floor, real ones from other real ones."""
+    return {"metric": frechet.NAME} | dataclasses.asdict(frechet.compare(real, frechet.features(videos)))
+
+
+def video_distance(made: pipeline.Pipeline, i3d_weights: Path, num_videos: int, seed: int) -> dict[str, Any]:
+    """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes."""
+    world = made.run.data.world
+    if max(world.frame_counts) < fvd.NUM_FRAMES:
+        raise ValueError(
+            f"FVD needs videos of {fvd.NUM_FRAMES} frames; this model was trained on clips of up to "
+            f"{max(world.frame_counts)}: train it on longer ones"
+        )
+    i3d.load_weights(i3d_weights)
+    wanted, others = (
+        dit.heldout_videos(world, num_videos, start=start, frames=fvd.NUM_FRAMES) for start in (0, REAL_SCENES)
+    )
+    videos = sampled(made, wanted, seed, "FVD")
+    found = fvd.fvd(clips.render_mixed(others), videos, i3d_weights, num_videos)
+    return dataclasses.asdict(found) | {"metric": found.name}
 
 
 def expected(scene: Scene) -> str:

@@ -22,6 +22,7 @@ from sora_jax.generate import files
 from sora_jax.study import curves, scaling, scaling_curves
 from sora_jax.train import progress
 
+SHEET_COLUMNS = 3  # of samples.png, where there are no rungs
 # Small videos are enlarged by the first of these whole numbers that keeps them within the pixels and the bytes.
 SCALES = (6, 5, 4, 3, 2, 1)
 LONGEST_SIDE = 288  # pixels
@@ -106,8 +107,9 @@ class Page:
 
 
 def write(workdir: str | os.PathLike[str], page: Page) -> Path:
-    """Writes report.json and report.html into workdir, each whole or not at all, and returns the path of the page.
+    """Writes report.json, report.html and pictures into workdir, each whole or not at all; returns the path of the page.
 
+    The pictures are samples.png, a sheet of what the page plays, and scaling.png, the curves of a study of scaling.
     Numbers that are not finite become null. Raises TypeError for numbers that JSON cannot say and ValueError for a pair
     of different shapes, both before anything is written.
     """
@@ -117,9 +119,39 @@ def write(workdir: str | os.PathLike[str], page: Page) -> Path:
         "report.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n",
         "report.html": render(dataclasses.replace(page, numbers=numbers)),
     }
+    pictures = {"samples.png": _sheet(page), "scaling.png": _scaling_png(numbers)}
     for name, text in content.items():
         files.write_atomically(workdir / name, text.encode())
+    for name, picture in pictures.items():
+        if picture is not None:
+            files.write_atomically(workdir / name, picture)
     return workdir / "report.html"
+
+
+def _sheet(page: Page) -> bytes | None:
+    """The samples as strips of frames: a row a prompt and a column a rung, or a few columns of samples."""
+    if page.rungs:
+        rows = zip(*(rung.samples for rung in page.rungs), strict=True)
+        shown = [(f"{rung.name}: ", video) for row in rows for rung, video in zip(page.rungs, row, strict=True)]
+    else:
+        shown = [("", video) for video in page.samples]
+    if not shown:
+        return None
+    labels = [f"{before}{video.prompt}" for before, video in shown]
+    columns = len(page.rungs) or SHEET_COLUMNS
+    sheet = files.contact_sheet([video.frames_THWC for _, video in shown], labels, columns=columns)
+    return files.encode_video(sheet[None], 1.0, "png")
+
+
+def _scaling_png(numbers: Mapping[str, Any]) -> bytes | None:
+    runs, found = numbers.get("runs"), numbers.get("scaling")
+    if not isinstance(runs, Mapping) or not isinstance(found, Mapping):
+        return None
+    try:
+        plots = scaling_curves.plots(runs, found)
+        return curves.png(plots) if plots else None
+    except ImportError:  # the page says so
+        return None
 
 
 def render(page: Page) -> str:

@@ -201,14 +201,19 @@ class DiTTask:
         return state
 
 
-def heldout_videos(config: world.WorldConfig, count: int, start: int = 0) -> list[Any]:
-    """The first `count` held-out scenes from `start` on that are videos: a single frame shows no motion."""
+def heldout_videos(config: world.WorldConfig, count: int, start: int = 0, frames: int = 2) -> list[Any]:
+    """The first `count` held-out scenes from `start` on of at least `frames` frames: a single one shows no motion.
+
+    Raises ValueError if the world has no clips that long.
+    """
+    if max(config.frame_counts) < frames:
+        raise ValueError(f"no clip of this world has {frames} frames, the longest {max(config.frame_counts)}")
     found: list[Any] = []
     index = start
     while len(found) < count:
         scene = world.sample_scene(config, "heldout", index)
         index += 1
-        if not scene.is_image:
+        if scene.num_frames >= frames:
             found.append(scene)
     return found
 

@@ -1,0 +1,80 @@
+"""Judgement asks for what is held out and holds it against other clips of the same world."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quickstart
+
+from sora_jax import config
+from sora_jax.evaluate import fvd
+from sora_jax.generate import pipeline
+from sora_jax.study import judgement
+from sora_jax.train import dit
+
+
+class Blank(pipeline.Pipeline):
+    """Stands for a model: gray videos of the sizes that are asked for."""
+
+    def __init__(self, **world):
+        run = config.from_config_dict(quickstart.get_config("dit"))
+        data = dataclasses.replace(run.data, world=dataclasses.replace(run.data.world, **world))
+        self.run = dataclasses.replace(run, data=data)
+
+    def sample(self, requests, settings):
+        self.requests = requests
+        return [np.full((each.frames, each.height, each.width, 3), 127, np.uint8) for each in requests]
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """What FVD is asked to compare, in place of an hour of I3D."""
+    calls = []
+
+    def fake(real, made, weights, num_videos):
+        calls.append((real, made, weights, num_videos))
+        return fvd.Result(12.5, num_videos, "abc")
+
+    monkeypatch.setattr(judgement.fvd, "fvd", fake)
+    monkeypatch.setattr(judgement.i3d, "load_weights", lambda path: None)
+    return calls
+
+
+def test_fvd_compares_held_out_clips_of_16_frames_and_more(compared):
+    model = Blank(frame_counts=(1, 9, 17))
+    found = judgement.video_distance(model, Path("weights"), 24, seed=3)
+    ((real, made, weights, count),) = compared
+    assert (weights, count, found["value"], found["metric"]) == (Path("weights"), 24, 12.5, "FVD (N=24)")
+    assert len(real) == len(made) == 24 and all(len(video) >= fvd.NUM_FRAMES for video in (*real, *made))
+    assert [request.seed for request in model.requests] == list(range(3, 27))
+    # Real clips of other scenes than those that were asked for.
+    asked = dit.heldout_videos(model.run.data.world, 24, frames=fvd.NUM_FRAMES)
+    shown = judgement.clips.render_mixed(asked)
+    assert not any(np.array_equal(one, other) for one in shown for other in real)
+
+
+def test_fvd_of_short_clips_is_refused_before_any_work(compared):
+    with pytest.raises(ValueError, match="of up to 9: train it on longer ones"):
+        judgement.video_distance(Blank(frame_counts=(1, 9)), Path("weights"), 24, seed=0)
+    assert not compared
+
+
+def test_a_blank_video_shows_nothing_that_was_asked_for(monkeypatch):
+    model = Blank()
+    monkeypatch.setattr(judgement, "reconstructed", lambda made, videos: videos)
+    monkeypatch.setattr(judgement.mobilenet, "available", lambda: False)
+    scores = judgement.evaluate(model, 16, seed=0)
+    assert scores["adherence"]["all"] == 0.0 and scores["adherence_ceiling"]["all"] == 1.0
+    assert "frechet" not in scores and "fvd" not in scores
+    assert "all     0.000     0.000     1.000" in judgement.table(scores)
+    with pytest.raises(ValueError, match="at least 2"):
+        judgement.evaluate(model, 1, seed=0)
+
+
+def test_held_out_videos_are_as_long_as_asked():
+    world = Blank(frame_counts=(1, 9, 17)).run.data.world
+    assert {scene.num_frames for scene in dit.heldout_videos(world, 20)} == {9, 17}
+    assert {scene.num_frames for scene in dit.heldout_videos(world, 20, frames=10)} == {17}
+    with pytest.raises(ValueError, match="no clip of this world has 18 frames"):
+        dit.heldout_videos(world, 1, frames=18)
