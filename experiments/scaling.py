@@ -20,7 +20,7 @@ MODEL_STEPS = 1000
 # Seeds of the ladder in 'seeds'.
 SEEDS = 3
 # Widths with their heads, and rates as multiples of the quickstart's, of both optimizers.
-WIDTHS = ((48, 1), (96, 2), (192, 4))
+WIDTHS = ((32, 1), (64, 2), (128, 4))
 RATES = (0.25, 0.5, 1, 2, 4)
 RATE_STEPS = 300
 

@@ -58,6 +58,18 @@ def test_an_end_of_the_sweep_is_no_optimum(losses):
     assert not found.inside and (found.parameters, found.loss) == (pytest.approx(1e5), 0.5)
 
 
+def test_a_steep_side_does_not_move_the_bottom():
+    sizes = np.geomspace(1e5, 27e5, 4)
+    losses = 0.5 + 0.1 * (np.log(sizes) - np.log(4e5)) ** 2
+    assert laws.lowest(sizes, losses)[:2] == (pytest.approx(4e5), pytest.approx(0.5))
+    assert laws.lowest(sizes, np.add(losses, [0, 0, 0, 5])) == laws.lowest(sizes, losses)
+    # Runs of one size count as their mean, in any order.
+    twice = [(size, loss + sign * 0.01) for size, loss in zip(sizes, losses, strict=True) for sign in (1, -1)]
+    assert laws.lowest(*zip(*twice[::-1], strict=True)) == pytest.approx(laws.lowest(sizes, losses))
+    with pytest.raises(ValueError, match="2 different values"):
+        laws.lowest([1e5, 3e5, 3e5], [1.0, 0.5, 0.6])
+
+
 def test_the_frontier_goes_through_the_optima():
     optima = [laws.Optimum(C, 2e5 * (C / 1e12) ** 0.6, 0.5, True) for C in BUDGETS]
     found = laws.frontier(optima)

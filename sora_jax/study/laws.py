@@ -105,21 +105,23 @@ def optimum(flops: float, parameters: Numbers, losses: Numbers) -> Optimum:
 
 
 def lowest(x: Numbers, losses: Numbers) -> tuple[float, float, bool]:
-    """(x, loss, True) at the lowest point of a parabola through (log x, loss).
+    """(x, loss, True) at the lowest point of the parabola through the best run and its two neighbours in log x.
 
-    Where it has no lowest point between the smallest and the largest x, the best run itself and False.
-    Raises ValueError for fewer than three different x.
+    The neighbours alone: a budget's losses rise far more steeply on the side of models too large for it, and a parabola
+    through all of them misses the bottom. Where the best run is the first or the last, it itself and False; runs of one x
+    count as their mean. Raises ValueError for fewer than three different x.
     """
-    log, loss = np.log(np.asarray(x, float)), np.asarray(losses, float)
-    if len(np.unique(log)) < 3:
-        raise ValueError(f"{len(np.unique(log))} different values do not fix a parabola; run at least 3")
-    middle = log.mean()
-    curve, slope, level = np.polyfit(log - middle, loss, 2)
-    bottom = -slope / (2 * curve) if curve > 0 else np.inf
-    if curve > 0 and log.min() < middle + bottom < log.max():
-        return float(np.exp(middle + bottom)), float(level - slope**2 / (4 * curve)), True
-    best = int(np.argmin(loss))
-    return float(np.exp(log[best])), float(loss[best]), False
+    values, which = np.unique(np.asarray(x, float), return_inverse=True)
+    if len(values) < 3:
+        raise ValueError(f"{len(values)} different values do not fix a parabola; run at least 3")
+    loss = np.bincount(which, np.asarray(losses, float)) / np.bincount(which)
+    best = int(loss.argmin())
+    if best in (0, len(values) - 1):
+        return float(values[best]), float(loss[best]), False
+    near = np.log(values[best - 1 : best + 2])
+    middle = near.mean()
+    curve, slope, level = np.polyfit(near - middle, loss[best - 1 : best + 2], 2)
+    return float(np.exp(middle - slope / (2 * curve))), float(level - slope**2 / (4 * curve)), True
 
 
 def correlation(x: Numbers, y: Numbers) -> float:
