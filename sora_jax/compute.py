@@ -16,6 +16,8 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 
+WIDTH_STEPS = 4  # what a model's width is divided into for growing it, if it has no more heads than that
+
 
 class Product(NamedTuple):
     """Matrix products of one forward pass that belong to one part of a model.
@@ -180,19 +182,27 @@ def scaled(run: DiTRun) -> DiTRun:
 
 
 def grown(run: DiTRun, factor: float) -> DiTConfig:
-    """The model whose step costs `factor` times that of run.dit: wider and deeper in proportion, with heads of the same size."""
+    """The model whose step costs `factor` times that of run.dit: wider and deeper in proportion, with heads of the same size.
+
+    Of a model of fewer than four heads a width of whole heads would be too coarse; it grows by quarters of itself, and the size
+    of its heads varies a little.
+    """
     model, base = run.dit, dit_step(run.dit, run.pack).total
     head = model.width // model.heads
+    step = head // math.ceil(WIDTH_STEPS / model.heads)
 
     def distance(candidate: DiTConfig) -> float:
         shape = (candidate.blocks / model.blocks) / (candidate.width / model.width)
         cost = dit_step(candidate, run.pack).total / base / factor
         return abs(math.log(cost)) + 0.25 * abs(math.log(shape))
 
-    candidates = [
-        dataclasses.replace(model, width=heads * head, heads=heads, blocks=blocks)
-        for heads in range(1, 4 * math.ceil(model.heads * max(1.0, factor)))
-        for blocks in range(1, 4 * math.ceil(model.blocks * max(1.0, factor)))
-        if abs(blocks - model.blocks * heads / model.heads) < 2
-    ]
+    most = math.ceil(4 * max(1.0, factor))
+    candidates = []
+    for width in range(step, most * model.width, step):
+        heads = max(1, round(width / head))
+        if width % heads or width // heads % 2 or width // heads < 12:  # rotary positions need as much
+            continue
+        near = model.blocks * width / model.width
+        blocks = range(max(1, math.ceil(near - 2)), math.floor(near + 2) + 1)
+        candidates += [dataclasses.replace(model, width=width, heads=heads, blocks=number) for number in blocks]
     return min(candidates, key=distance)

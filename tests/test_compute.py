@@ -135,7 +135,22 @@ def test_every_run_spends_its_budget(along, multiplier):
     run = compute.scaled(quickstart_run(multiplier=multiplier, along=along))
     assert cost(run) == pytest.approx(multiplier * cost(base), rel=0.01)
     assert compute.scaled(run) == run
-    assert run.dit.width // run.dit.heads == base.dit.width // base.dit.heads
+    assert 2 / 3 < (run.dit.width / run.dit.heads) / (base.dit.width / base.dit.heads) < 3 / 2
+
+
+@pytest.mark.parametrize("factor", [2.13, 6.6, 32.0])
+@pytest.mark.parametrize(("width", "blocks", "heads"), [(48, 2, 1), (96, 4, 2), (384, 12, 6)])
+def test_a_grown_model_costs_what_was_asked_for_and_keeps_its_shape(width, blocks, heads, factor):
+    base = quickstart_run()
+    base = dataclasses.replace(base, dit=dataclasses.replace(base.dit, width=width, blocks=blocks, heads=heads))
+    model = compute.grown(base, factor)
+    # Toys have few sizes to choose from.
+    assert compute.dit_step(model, base.pack).total / compute.dit_step(base.dit, base.pack).total == pytest.approx(
+        factor, rel=0.12
+    )
+    assert (model.blocks / blocks) / (model.width / width) == pytest.approx(1, abs=0.21)
+    if heads >= compute.WIDTH_STEPS:
+        assert model.width // model.heads == width // heads
 
 
 def test_what_grows_is_what_was_asked_for():
