@@ -132,4 +132,4 @@ def test_a_study_that_is_killed_at_any_moment_ends_with_the_same_numbers(tmp_pat
 def test_a_ladder_has_frechet_distances_with_their_floor(done):
     for run in done[1]["runs"].values():
         assert run["frechet"]["metric"] == frechet.NAME and run["frechet"]["num_videos"] == 4
-        assert run["frechet"]["distance"] > 0 and run["frechet"]["floor"] > 0
+        assert min(run["frechet"][name] for name in ("distance", "floor", "reconstructions")) > 0

@@ -40,7 +40,7 @@ class Judge:
     frechets: bool
 
     def __post_init__(self) -> None:
-        self._ceilings: dict[str, dict[str, float]] = {}
+        self._ceilings: dict[str, dict[str, Any]] = {}
 
     def of(self, name: str) -> tuple[dict[str, Any], list[report.Video]]:
         """Scores of a stage and the samples that the report shows: kept ones if they are of this checkpoint."""
@@ -71,13 +71,12 @@ class Judge:
     def _judge(self, name: str, scenes: Sequence[Scene]) -> tuple[dict[str, Any], list[np.ndarray]]:
         made = pipeline.load(self.workdir / name)
         videos = sampled(made, scenes, self.study.seed, name)
-        source = made.run.vae_checkpoint
+        source, real = made.run.vae_checkpoint, self.real_features if self.frechets else None
         if source not in self._ceilings:
-            self._ceilings[source] = ceiling(made, scenes, self.study.seed)
-        numbers = adherence_of(videos, scenes, self.study.seed) | {"adherence_ceiling": self._ceilings[source]}
-        if self.frechets and self.real_features is not None:
-            numbers["frechet"] = distance(self.real_features, videos)
-        return numbers, videos[: self.study.shown]
+            decoded = reconstructed(made, clips.render_mixed(scenes))
+            self._ceilings[source] = _scores(decoded, scenes, self.study.seed, real)
+        scores = _bounded(_scores(videos, scenes, self.study.seed, real), self._ceilings[source])
+        return scores, videos[: self.study.shown]
 
     @functools.cached_property
     def real_features(self) -> np.ndarray | None:
@@ -106,12 +105,9 @@ def evaluate(
         # First: what is wrong with the weights or the world is told before an hour of work.
         numbers["fvd"] = video_distance(made, i3d_weights, fvd_videos, seed)
     scenes = dit.heldout_videos(world, prompts)
-    videos = sampled(made, scenes, seed)
-    numbers |= adherence_of(videos, scenes, seed) | {"adherence_ceiling": ceiling(made, scenes, seed)}
     real = real_features(world, prompts)
-    if real is not None:
-        numbers["frechet"] = distance(real, videos)
-    return numbers
+    videos, decoded = sampled(made, scenes, seed), reconstructed(made, clips.render_mixed(scenes))
+    return numbers | _bounded(*(_scores(each, scenes, seed, real) for each in (videos, decoded)))
 
 
 def table(scores: dict[str, Any]) -> str:
@@ -126,8 +122,8 @@ def table(scores: dict[str, Any]) -> str:
     )
     if found := scores.get("frechet"):
         lines.append(
-            f"{found['metric']} {found['distance']:.3f}, real against real {found['floor']:.3f}, "
-            f"{found['num_videos']} videos each"
+            f"{found['metric']} {found['distance']:.1f}, real clips through the VAE {found['reconstructions']:.1f}, "
+            f"other real clips {found['floor']:.1f}, {found['num_videos']} videos each"
         )
     if found := scores.get("fvd"):
         lines.append(f"{found['metric']} {found['value']:.1f}")
@@ -147,15 +143,24 @@ def sampled(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, name: s
     return videos
 
 
-def adherence_of(videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int) -> dict[str, Any]:
-    """Adherence and its floor, shuffled captions."""
+def _scores(
+    videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int, real: np.ndarray | None
+) -> dict[str, Any]:
+    """Adherence with its floor, shuffled captions, and the Frechet distance from real clips with its floor, other real ones."""
     scores, floor = adherence.judge(videos, scenes, seed)
-    return {"adherence": scores, "adherence_floor": floor}
+    numbers: dict[str, Any] = {"adherence": scores, "adherence_floor": floor}
+    if real is not None:
+        found = frechet.compare(real, frechet.features(videos))
+        numbers["frechet"] = {"metric": frechet.NAME} | dataclasses.asdict(found)
+    return numbers
 
 
-def ceiling(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
-    """Adherence of real clips that went through the VAE."""
-    return adherence.judge(reconstructed(made, clips.render_mixed(scenes)), scenes, seed)[0]
+def _bounded(scores: dict[str, Any], reconstructions: dict[str, Any]) -> dict[str, Any]:
+    """Scores of samples with those of real clips that went through the VAE: no sample can be hoped to do better."""
+    found = scores | {"adherence_ceiling": reconstructions["adherence"]}
+    if "frechet" in scores:
+        found["frechet"] = scores["frechet"] | {"reconstructions": reconstructions["frechet"]["distance"]}
+    return found
 
 
 def real_features(world: WorldConfig, count: int) -> np.ndarray | None:
@@ -164,11 +169,6 @@ def real_features(world: WorldConfig, count: int) -> np.ndarray | None:
         logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
         return None
     return frechet.features(clips.render_mixed(dit.heldout_videos(world, 2 * count, start=REAL_SCENES)))
-
-
-def distance(real: np.ndarray, videos: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Frechet distance of samples from real clips, with its floor, real ones from other real ones."""
-    return {"metric": frechet.NAME} | dataclasses.asdict(frechet.compare(real, frechet.features(videos)))
 
 
 def video_distance(made: pipeline.Pipeline, i3d_weights: Path, num_videos: int, seed: int) -> dict[str, Any]:

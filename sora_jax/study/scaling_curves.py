@@ -26,7 +26,8 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
     known = {name: run for name, run in runs.items() if run.get("val_loss") is not None}
     made = []
     if found.get("optima"):
-        made.append(("loss over parameters, one line a budget", _isoflop(known, found)))
+        swept = {name: run for name, run in known.items() if name in groups.get("isoflop", known)}
+        made.append(("loss over parameters, one line a budget", _isoflop(swept, found)))
     if found.get("law"):
         made.append(("loss over compute, with its law", _law(known, found)))
     if "correlation" in found.get("models", {}):
