@@ -20,4 +20,6 @@ def test_in_words():
     )
     thing = found.scene.things[0]
     assert adherence.in_words(found.frames_THWC) == f"a {thing.colour} {thing.shape} moves left"
+    twice = np.concatenate([found.frames_THWC] * 2, axis=1)
+    assert f" {thing.shape} in pieces" in adherence.in_words(twice)
     assert adherence.in_words(np.zeros((5, 32, 32, 3), np.uint8)) == "nothing"

@@ -103,6 +103,22 @@ def test_a_thing_too_many_is_wrong():
     assert score["all"] == 0 and score["colour"] >= 0.98
 
 
+def test_a_thing_in_pieces_is_wrong():
+    """The same thing twice, as models under-trained make it: colour, shape and motion may be read right, all must not."""
+    chosen = [clip for clip in _clips("compact") if clip.scene.relation is None]
+    twice, scenes = [], []
+    for clip in chosen:
+        frames = clip.frames_THWC
+        # Of a second frame beside the first the background is the same, so nothing but the thing is doubled.
+        twice.append(np.concatenate([frames, frames], axis=2))
+        scenes.append(clip.scene)
+    readings = reader.read_many(twice)
+    assert not any(thing.whole for reading in readings for thing in reading.things)
+    assert reader.score_readings(readings, scenes)["all"] == 0
+    for name in WORLDS:
+        assert np.mean([thing.whole for reading in _readings(name) for thing in reading.things]) == 1
+
+
 def test_images_do_not_count_for_motion():
     images = [clip for clip in _clips("full") if clip.scene.is_image]
     score = reader.score([clip.frames_THWC for clip in images], [clip.scene for clip in images])

@@ -18,7 +18,7 @@ def judge(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
-    "all" is colour, shape and motion of every thing and the relation; "count" is the number of videos.
+    "all" is colour, shape and motion of every thing, whole, and the relation; "count" is the number of videos.
     """
     readings = reader.read_many(videos)
     scores = reader.score_readings(readings, scenes), reader.shuffled_floor(readings, scenes, seed)
@@ -34,5 +34,6 @@ def in_words(video: np.ndarray) -> str:
     things = []
     for thing in reading.things:
         motion = f" {captions.MOTION_WORDS[thing.motion][0]}" if thing.motion else ""
-        things.append(f"a {thing.colour} {thing.shape}{motion}")
+        pieces = "" if thing.whole else " in pieces"
+        things.append(f"a {thing.colour} {thing.shape}{pieces}{motion}")
     return f" {captions.RELATION_WORDS.get(reading.relation or '', 'and')} ".join(things)
