@@ -186,6 +186,26 @@ def _add_checkpoint(parser: Parser) -> None:
     )
 
 
+def _add_sampler(parser: Parser) -> None:
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="how much to insist on the prompt, 1 = no guidance (default: the checkpoint's config.sampler.guidance)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        metavar="N",
+        help="steps of the sampler (default: the checkpoint's config.sampler.steps)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("euler", "heun"),
+        help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
+    )
+
+
 def _add_train(verbs: Any) -> None:
     parser = _add_verb(
         verbs,
@@ -284,23 +304,7 @@ def _add_sample(verbs: Any) -> None:
         metavar="N",
         help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1, for --vbench the 5 that it needs)",
     )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        metavar="X",
-        help="how much to insist on the prompt, 1 = no guidance (default: the checkpoint's config.sampler.guidance)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=_count,
-        metavar="N",
-        help="steps of the sampler (default: the checkpoint's config.sampler.steps)",
-    )
-    parser.add_argument(
-        "--method",
-        choices=("euler", "heun"),
-        help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
-    )
+    _add_sampler(parser)
     parser.add_argument(
         "--scale",
         type=_count,
@@ -331,6 +335,7 @@ def _add_evaluate(verbs: Any) -> None:
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of the first prompt's sample (default: %(default)s)"
     )
+    _add_sampler(parser)
     parser.add_argument(
         "--i3d_weights",
         type=Path,
@@ -781,8 +786,13 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
 def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, Size, SamplerConfig]:
     """The model with its step, and what the flags ask of it."""
     pipeline, step = _load(arguments.checkpoint)
+    from sora_jax.data import pack
+
     size = size_of(arguments, pipeline.run.data.world)
-    settings = _settings(pipeline, arguments, size)
+    settings = _settings(pipeline, arguments)
+    with _errors_for_users(ValueError):  # a size that cannot be made
+        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
+        pack.grid_shape(shape, pipeline.run.dit.patch)
     warn_of(size, pipeline.run.data.world)
     return pipeline, step, size, settings
 
@@ -808,6 +818,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
     pipeline, step = _load(arguments.checkpoint)
+    settings = _settings(pipeline, arguments)
     from sora_jax.evaluate import fvd
     from sora_jax.generate import files
     from sora_jax.study import judgement
@@ -815,6 +826,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with _errors_for_users(ValueError):
         scores = judgement.evaluate(
             pipeline,
+            settings,
             arguments.prompts,
             arguments.seed,
             arguments.i3d_weights,
@@ -826,6 +838,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             "checkpoint": str(arguments.checkpoint.absolute()),
             "step": step,
             "command": arguments.command,
+            "sampler": dataclasses.asdict(settings),
         } | scores
         with _errors_of_writing(arguments.out):
             files.write_atomically(arguments.out, (json.dumps(found, indent=2) + "\n").encode())
@@ -883,14 +896,10 @@ def _load(path: Path) -> tuple[Pipeline, int | None]:
     return loaded, checkpoint.latest_step(path) if step is None else step
 
 
-def _settings(pipeline: Pipeline, arguments: argparse.Namespace, size: Size) -> SamplerConfig:
-    """The run's sampler with the flags that were given. Raises Failure for bad ones, and for a size that cannot be made."""
-    from sora_jax.data import pack
-
+def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
+    """The run's sampler with the flags that were given. Raises Failure for bad ones."""
     given = {name: getattr(arguments, name) for name in ("guidance", "steps", "method")}
     with _errors_for_users(ValueError):
-        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
-        pack.grid_shape(shape, pipeline.run.dit.patch)
         return dataclasses.replace(
             pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
         )

@@ -8,10 +8,13 @@ import pytest
 import quickstart
 
 from sora_jax import config
+from sora_jax.diffusion import sampler
 from sora_jax.evaluate import fvd
 from sora_jax.generate import pipeline
 from sora_jax.study import judgement
 from sora_jax.train import dit
+
+SETTINGS = sampler.SamplerConfig(steps=2, method="euler", guidance=1.0, shift=1.0)
 
 
 class Blank(pipeline.Pipeline):
@@ -43,7 +46,7 @@ def compared(monkeypatch):
 
 def test_fvd_compares_held_out_clips_of_16_frames_and_more(compared):
     model = Blank(frame_counts=(1, 9, 17))
-    found = judgement.video_distance(model, Path("weights"), 24, seed=3)
+    found = judgement.video_distance(model, SETTINGS, Path("weights"), 24, seed=3)
     ((real, made, weights, count),) = compared
     assert (weights, count, found["value"], found["metric"]) == (Path("weights"), 24, 12.5, "FVD (N=24)")
     assert len(real) == len(made) == 24 and all(len(video) >= fvd.NUM_FRAMES for video in (*real, *made))
@@ -56,7 +59,7 @@ def test_fvd_compares_held_out_clips_of_16_frames_and_more(compared):
 
 def test_fvd_of_short_clips_is_refused_before_any_work(compared):
     with pytest.raises(ValueError, match="of up to 9: train it on longer ones"):
-        judgement.video_distance(Blank(frame_counts=(1, 9)), Path("weights"), 24, seed=0)
+        judgement.video_distance(Blank(frame_counts=(1, 9)), SETTINGS, Path("weights"), 24, seed=0)
     assert not compared
 
 
@@ -64,12 +67,12 @@ def test_a_blank_video_shows_nothing_that_was_asked_for(monkeypatch):
     model = Blank()
     monkeypatch.setattr(judgement, "reconstructed", lambda made, videos: videos)
     monkeypatch.setattr(judgement.mobilenet, "available", lambda: False)
-    scores = judgement.evaluate(model, 16, seed=0)
+    scores = judgement.evaluate(model, SETTINGS, 16, seed=0)
     assert scores["adherence"]["all"] == 0.0 and scores["adherence_ceiling"]["all"] == 1.0
     assert "frechet" not in scores and "fvd" not in scores
     assert "all     0.000     0.000     1.000" in judgement.table(scores)
     with pytest.raises(ValueError, match="at least 2"):
-        judgement.evaluate(model, 1, seed=0)
+        judgement.evaluate(model, SETTINGS, 1, seed=0)
 
 
 def test_held_out_videos_are_as_long_as_asked():

@@ -458,7 +458,10 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
     loaded = main._load(trained)
     with mock.patch.object(main, "_load", return_value=loaded):
-        assert main.run(["evaluate", f"--checkpoint={trained}", "--prompts=4", "--seed=5", f"--out={out}"]) == 0
+        assert (
+            main.run(["evaluate", f"--checkpoint={trained}", "--prompts=4", "--seed=5", "--guidance=1", f"--out={out}"])
+            == 0
+        )
         scores = json.loads(out.read_text())
         shown = capsys.readouterr().out
         weights = tmp_path / "i3d.pt"
@@ -467,6 +470,7 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
         assert "at least 2" in refusal(capsys, *flags, "--prompts=1")
     assert "give --i3d_weights too" in refusal(capsys, *flags, "--fvd_videos=9")
     assert scores["adherence"]["count"] == 4 and scores["step"] == 3
+    assert scores["sampler"] == {"steps": 2, "method": "euler", "guidance": 1.0, "shift": 1.0}
     for name in ("adherence", "adherence_floor", "adherence_ceiling"):
         assert f"{scores[name]['shape']:.3f}" in shown
 

@@ -19,6 +19,7 @@ from sora_jax.config import DiTRun, StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.data.worlds.world import WorldConfig
+from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet
 from sora_jax.generate import files, pipeline
 from sora_jax.study import report
@@ -70,7 +71,7 @@ class Judge:
 
     def _judge(self, name: str, scenes: Sequence[Scene]) -> tuple[dict[str, Any], list[np.ndarray]]:
         made = pipeline.load(self.workdir / name)
-        videos = sampled(made, scenes, self.study.seed, name)
+        videos = sampled(made, made.run.sampler, scenes, self.study.seed, name)
         source, real = made.run.vae_checkpoint, self.real_features if self.frechets else None
         if source not in self._ceilings:
             decoded = reconstructed(made, clips.render_mixed(scenes))
@@ -87,6 +88,7 @@ class Judge:
 
 def evaluate(
     made: pipeline.Pipeline,
+    settings: SamplerConfig,
     prompts: int,
     seed: int,
     i3d_weights: Path | None = None,
@@ -103,10 +105,10 @@ def evaluate(
     numbers: dict[str, Any] = {}
     if i3d_weights is not None:
         # First: what is wrong with the weights or the world is told before an hour of work.
-        numbers["fvd"] = video_distance(made, i3d_weights, fvd_videos, seed)
+        numbers["fvd"] = video_distance(made, settings, i3d_weights, fvd_videos, seed)
     scenes = dit.heldout_videos(world, prompts)
     real = real_features(world, prompts)
-    videos, decoded = sampled(made, scenes, seed), reconstructed(made, clips.render_mixed(scenes))
+    videos, decoded = sampled(made, settings, scenes, seed), reconstructed(made, clips.render_mixed(scenes))
     return numbers | _bounded(*(_scores(each, scenes, seed, real) for each in (videos, decoded)))
 
 
@@ -136,9 +138,11 @@ def asked(world: WorldConfig, scenes: Sequence[Scene], seed: int) -> list[pipeli
     return [dit.request_of(scene, captions.prompt(scene, sizes), seed + number) for number, scene in enumerate(scenes)]
 
 
-def sampled(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, name: str = "samples") -> list[np.ndarray]:
+def sampled(
+    made: pipeline.Pipeline, settings: SamplerConfig, scenes: Sequence[Scene], seed: int, name: str = "samples"
+) -> list[np.ndarray]:
     began = time.perf_counter()
-    videos = made.sample(asked(made.run.data.world, scenes, seed), made.run.sampler)
+    videos = made.sample(asked(made.run.data.world, scenes, seed), settings)
     logging.info("%s: %d held-out prompts in %.1f s", name, len(videos), time.perf_counter() - began)
     return videos
 
@@ -171,7 +175,9 @@ def real_features(world: WorldConfig, count: int) -> np.ndarray | None:
     return frechet.features(clips.render_mixed(dit.heldout_videos(world, 2 * count, start=REAL_SCENES)))
 
 
-def video_distance(made: pipeline.Pipeline, i3d_weights: Path, num_videos: int, seed: int) -> dict[str, Any]:
+def video_distance(
+    made: pipeline.Pipeline, settings: SamplerConfig, i3d_weights: Path, num_videos: int, seed: int
+) -> dict[str, Any]:
     """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes."""
     world = made.run.data.world
     if max(world.frame_counts) < fvd.NUM_FRAMES:
@@ -183,7 +189,7 @@ def video_distance(made: pipeline.Pipeline, i3d_weights: Path, num_videos: int, 
     wanted, others = (
         dit.heldout_videos(world, num_videos, start=start, frames=fvd.NUM_FRAMES) for start in (0, REAL_SCENES)
     )
-    videos = sampled(made, wanted, seed, "FVD")
+    videos = sampled(made, settings, wanted, seed, "FVD")
     found = fvd.fvd(clips.render_mixed(others), videos, i3d_weights, num_videos)
     return dataclasses.asdict(found) | {"metric": found.name}
 

@@ -20,7 +20,7 @@ SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def si(value: float) -> str:
     """'12.3 G' for 1.23e10."""
     for scale, prefix in SI:
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:  # what three digits round up to it
             return f"{value / scale:.3g} {prefix}"
     return f"{value:.3g} "
 
