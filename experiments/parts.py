@@ -154,6 +154,31 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
     )
 
 
+def study(
+    title: str,
+    stages: dict[str, ConfigDict],
+    groups: dict[str, dict[str, ConfigDict]] | None = None,
+    prompts: int = 512,
+    shown: int = 24,
+) -> ConfigDict:
+    """Stages in order, then the runs of the groups, all judged on the same held-out prompts."""
+    groups = groups or {}
+    for runs in groups.values():
+        stages = stages | runs
+    return ConfigDict(
+        dict(
+            task="study",
+            title=title,
+            order=tuple(stages),
+            stages=stages,
+            groups={name: tuple(runs) for name, runs in groups.items()},
+            prompts=prompts,
+            shown=shown,
+            seed=0,
+        )
+    )
+
+
 def rung(multiplier: float, along: str, width: int = 48, blocks: int = 2, heads: int = 1) -> ConfigDict:
     """A DiT on the compact world with a budget in FLOPs, from which its steps follow; as written the best size of 1x."""
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")

@@ -19,15 +19,4 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         dit.vae_checkpoint = "runs/quickstart/vae"
         return stages[arg]
-    return ConfigDict(
-        dict(
-            task="study",
-            title="sora_jax quickstart",
-            order=("vae", "dit"),
-            stages=stages,
-            groups=dict(),
-            prompts=256,
-            shown=24,
-            seed=0,
-        )
-    )
+    return parts.study("sora_jax quickstart", stages, prompts=256)

@@ -88,19 +88,6 @@ def steps_of(steps: int, width: int, blocks: int, heads: int) -> ConfigDict:
 
 
 def study(groups: dict[str, dict[str, ConfigDict]]) -> ConfigDict:
-    """The VAE, then the runs of all groups."""
-    stages = dict(vae=parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS))
-    for runs in groups.values():
-        stages |= runs
-    return ConfigDict(
-        dict(
-            task="study",
-            title="More compute, better videos",
-            order=tuple(stages),
-            stages=stages,
-            groups={name: tuple(runs) for name, runs in groups.items()},
-            prompts=512,
-            shown=6,
-            seed=0,
-        )
-    )
+    """The quickstart's VAE, then the runs of all groups."""
+    vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
+    return parts.study("More compute, better videos", {"vae": vae}, groups, shown=6)

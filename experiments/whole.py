@@ -21,18 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         stages["dit"].vae_checkpoint = "runs/whole/vae"
         return stages[arg]
-    return ConfigDict(
-        dict(
-            task="study",
-            title="The whole world",
-            order=("vae", "dit"),
-            stages=stages,
-            groups=dict(),
-            prompts=512,
-            shown=24,
-            seed=0,
-        )
-    )
+    return parts.study("The whole world", stages)
 
 
 def world() -> ConfigDict:

@@ -758,8 +758,8 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
         )
     if repeated := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
         raise Failure(f"prompt {repeated[0]!r} comes twice; VBench names videos by their prompts")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Failure(f"--vbench={folder} is not an empty folder, and VBench would judge what it holds; name a new one")
+    with _errors_for_users(FileExistsError):
+        vbench.new_folder(folder)
     seeds = _seeds(arguments.seed, count)
     pipeline, _, size, settings = _loaded(arguments)
     from sora_jax.generate import files

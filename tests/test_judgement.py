@@ -58,7 +58,7 @@ def test_fvd_compares_held_out_clips_of_16_frames_and_more(compared):
 
 
 def test_fvd_of_short_clips_is_refused_before_any_work(compared):
-    with pytest.raises(ValueError, match="of up to 9: train it on longer ones"):
+    with pytest.raises(ValueError, match="of 16 frames are needed; the longest clips of this world have 9"):
         judgement.video_distance(Blank(frame_counts=(1, 9)), SETTINGS, Path("weights"), 24, seed=0)
     assert not compared
 
@@ -79,5 +79,5 @@ def test_held_out_videos_are_as_long_as_asked():
     world = Blank(frame_counts=(1, 9, 17)).run.data.world
     assert {scene.num_frames for scene in dit.heldout_videos(world, 20)} == {9, 17}
     assert {scene.num_frames for scene in dit.heldout_videos(world, 20, frames=10)} == {17}
-    with pytest.raises(ValueError, match="no clip of this world has 18 frames"):
+    with pytest.raises(ValueError, match="of 18 frames are needed; the longest clips of this world have 17"):
         dit.heldout_videos(world, 1, frames=18)

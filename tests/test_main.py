@@ -466,7 +466,7 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
         shown = capsys.readouterr().out
         weights = tmp_path / "i3d.pt"
         flags = ["evaluate", f"--checkpoint={trained}"]
-        assert "FVD needs videos of 16 frames" in refusal(capsys, *flags, f"--i3d_weights={weights}")
+        assert "videos of 16 frames are needed" in refusal(capsys, *flags, f"--i3d_weights={weights}")
         assert "at least 2" in refusal(capsys, *flags, "--prompts=1")
     assert "give --i3d_weights too" in refusal(capsys, *flags, "--fvd_videos=9")
     assert scores["adherence"]["count"] == 4 and scores["step"] == 3

@@ -88,6 +88,10 @@ def test_what_was_judged_is_not_judged_again(done, study, monkeypatch):
     assert json.loads((workdir / "report.json").read_text())["runs"].keys() == before["runs"].keys()
     with pytest.raises(TypeError, match="not callable"):
         runner.run(dataclasses.replace(study, seed=4), workdir, "sora-jax study")
+    # Neither are the scores of another judge kept.
+    monkeypatch.setattr(judgement, "_judges", lambda: "another")
+    with pytest.raises(TypeError, match="not callable"):
+        runner.run(study, workdir, "sora-jax study")
 
 
 def start(workdir, cache):

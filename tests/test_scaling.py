@@ -44,8 +44,8 @@ def test_laws_are_found_and_the_last_rung_is_foretold(runs):
     assert found["law"]["exponent"] == pytest.approx(0.4, rel=0.02)
     assert not found["rungs"]["x1"]["foretold"] and found["rungs"]["x32"]["foretold"]
     assert abs(found["rungs"]["x32"]["off_by"]) < 0.005
-    titles = [title for title, svg in scaling_curves.draw(runs, found) if svg.startswith("<svg")]
-    assert len(titles) == 2
+    svgs = [curves.picture(plot, "a-") for _, plot in scaling_curves.plots(runs, found)]
+    assert len(svgs) == 2 and all(svg.startswith("<svg") for svg in svgs)
 
 
 def test_the_curves_are_one_picture_too(runs):
@@ -157,6 +157,6 @@ def test_pictures_of_models_and_rates():
         "models": scaling.compared(models),
         "rates": scaling.best_rates(rates),
     }
-    drawn = scaling_curves.draw(models | rates, found)
+    drawn = scaling_curves.plots(models | rates, found)
     assert [title.split(",")[0] for title, _ in drawn] == ["Frechet distance over compute", "loss over rate"]
-    assert all(svg.startswith("<svg") for _, svg in drawn)
+    assert all(curves.picture(plot, "a-").startswith("<svg") for _, plot in drawn)

@@ -123,7 +123,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="'a' comes twice"):
         vbench.export(tmp_path / "twice", samples_of(["a", "b", "a"]), 8.0, write_nothing)
     assert not (tmp_path / "twice" / "manifest.json").exists()
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         vbench.export(tmp_path / "twice", samples_of(["a"]), 8.0, write_nothing)
     with pytest.raises(ValueError, match="no samples"):
         vbench.export(tmp_path / "none", [], 8.0, write_nothing)

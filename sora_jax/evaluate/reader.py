@@ -47,7 +47,7 @@ class ThingReading:
     size: str
     motion: str | None
     radius: float
-    whole: bool = True
+    whole: bool
 
 
 @dataclasses.dataclass(frozen=True)

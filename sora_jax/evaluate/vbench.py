@@ -60,11 +60,8 @@ def export(
     .mp4; generate.files.write_video does. Raises FileExistsError if the folder of the videos holds anything, as VBench
     would read that too, and ValueError if a prompt comes twice or none comes.
     """
-    folder = Path(folder)
-    videos = folder / "videos"
+    folder, videos = Path(folder), new_folder(folder)
     videos.mkdir(parents=True, exist_ok=True)
-    if any(videos.iterdir()):
-        raise FileExistsError(f"{videos} is not empty, and VBench would judge what it holds; give a new folder")
     prompts: dict[str, str] = {}
     entries = []
     for each in samples:
@@ -91,6 +88,14 @@ def export(
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=2), encoding="ascii")
     manifest = {"samples_per_prompt": SAMPLES_PER_PROMPT, "fps": fps, "videos": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="ascii")
+    return videos
+
+
+def new_folder(folder: str | Path) -> Path:
+    """Where the videos go. Raises FileExistsError if that holds anything, as VBench would read it too."""
+    videos = Path(folder) / "videos"
+    if videos.exists() and (not videos.is_dir() or any(videos.iterdir())):
+        raise FileExistsError(f"{videos} is not an empty folder, and VBench would judge what it holds; give a new one")
     return videos
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import inspect
 import io
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.sampler import SamplerConfig
-from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet
+from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet, reader
 from sora_jax.generate import files, pipeline
 from sora_jax.study import report
 from sora_jax.train import dit
@@ -52,6 +55,7 @@ class Judge:
             "shown": self.study.shown,
             "seed": self.study.seed,
             "frechets": self.frechets and mobilenet.available(),
+            "judges": _judges(),
         }
         run = pipeline.load_run(folder)
         scenes = dit.heldout_videos(run.data.world, self.study.prompts)
@@ -114,8 +118,8 @@ def evaluate(
 
 def table(scores: dict[str, Any]) -> str:
     """The scores of evaluate() for a terminal."""
-    ways = {"": "adherence", "floor": "adherence_floor", "ceiling": "adherence_ceiling"}
-    lines = ["".join(f"{title:>10}" for title in ("adherence", *(name or "measured" for name in ways)))]
+    ways = {"measured": "adherence", "floor": "adherence_floor", "ceiling": "adherence_ceiling"}
+    lines = ["".join(f"{title:>10}" for title in ("adherence", *ways))]
     for name in adherence.ATTRIBUTES:
         if name in scores["adherence"]:
             lines.append(f"{name:>10}" + "".join(f"{scores[way][name]:>10.3f}" for way in ways.values()))
@@ -179,16 +183,11 @@ def video_distance(
     made: pipeline.Pipeline, settings: SamplerConfig, i3d_weights: Path, num_videos: int, seed: int
 ) -> dict[str, Any]:
     """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes."""
-    world = made.run.data.world
-    if max(world.frame_counts) < fvd.NUM_FRAMES:
-        raise ValueError(
-            f"FVD needs videos of {fvd.NUM_FRAMES} frames; this model was trained on clips of up to "
-            f"{max(world.frame_counts)}: train it on longer ones"
-        )
-    i3d.load_weights(i3d_weights)
     wanted, others = (
-        dit.heldout_videos(world, num_videos, start=start, frames=fvd.NUM_FRAMES) for start in (0, REAL_SCENES)
+        dit.heldout_videos(made.run.data.world, num_videos, start=start, frames=fvd.NUM_FRAMES)
+        for start in (0, REAL_SCENES)
     )
+    i3d.load_weights(i3d_weights)  # refused before the samples are made
     videos = sampled(made, settings, wanted, seed, "FVD")
     found = fvd.fvd(clips.render_mixed(others), videos, i3d_weights, num_videos)
     return dataclasses.asdict(found) | {"metric": found.name}
@@ -201,6 +200,13 @@ def expected(scene: Scene) -> str:
 
 def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
+
+
+@functools.cache
+def _judges() -> str:
+    """What tells one state of the judges' code from another: scores of an older judge are not kept."""
+    modules = (reader, adherence, frechet, mobilenet, sys.modules[__name__])
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
 
 
 def _read(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]] | None:

@@ -144,14 +144,19 @@ def _sheet(page: Page) -> bytes | None:
 
 
 def _scaling_png(numbers: Mapping[str, Any]) -> bytes | None:
-    runs, found = numbers.get("runs"), numbers.get("scaling")
-    if not isinstance(runs, Mapping) or not isinstance(found, Mapping):
-        return None
+    plots = _scaling_plots(numbers)
     try:
-        plots = scaling_curves.plots(runs, found)
         return curves.png(plots) if plots else None
     except ImportError:  # the page says so
         return None
+
+
+def _scaling_plots(numbers: Mapping[str, Any]) -> list[tuple[str, curves.Plot]]:
+    """IsoFLOP curves, the law of the loss, models and rates, where runs fix them."""
+    runs, found = numbers.get("runs"), numbers.get("scaling")
+    if not isinstance(runs, Mapping) or not isinstance(found, Mapping):
+        return []
+    return scaling_curves.plots(runs, found)
 
 
 def render(page: Page) -> str:
@@ -259,12 +264,11 @@ def _cost(numbers: Mapping[str, Any], name: str) -> str:
 
 
 def _scaling(numbers: Mapping[str, Any]) -> str:
-    """IsoFLOP curves and the law of the loss, where runs fix them."""
-    runs, found = numbers.get("runs"), numbers.get("scaling")
-    if not isinstance(runs, Mapping) or not isinstance(found, Mapping):
-        return ""
     try:
-        drawn = scaling_curves.draw(runs, found)
+        drawn = [
+            (title, curves.picture(plot, f"scaling-{number}-"))
+            for number, (title, plot) in enumerate(_scaling_plots(numbers))
+        ]
     except ImportError:  # _curves says so
         return ""
     figures = "".join(f'<figure><p class="quiet">{title}</p>{svg}</figure>' for title, svg in drawn)

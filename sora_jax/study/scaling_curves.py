@@ -11,13 +11,8 @@ import numpy as np
 from sora_jax.study import curves, laws, scaling
 
 POINTS = 60  # of a law's line
-
-
-def draw(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(title, svg) of what the runs show. Raises ImportError without matplotlib."""
-    return [
-        (title, curves.picture(plot, f"scaling-{number}-")) for number, (title, plot) in enumerate(plots(runs, found))
-    ]
+FLOPS = "training FLOPs"
+Point = tuple[float, float]
 
 
 def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> list[tuple[str, curves.Plot]]:
@@ -39,18 +34,26 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
 
 
 def _isoflop(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> curves.Plot:
+    lines = {
+        f"{runs[names[0]]['flops']:.2g} FLOP": [(runs[name]["parameters"], runs[name]["val_loss"]) for name in names]
+        for names in scaling.budgets(runs)
+        if len(names) >= 3
+    }
+    best = [(each["parameters"], each["loss"]) for each in found["optima"]]
+    return _family(lines, "parameters", best)
+
+
+def _family(lines: Mapping[str, Sequence[Point]], x_name: str, best: Sequence[Point] = ()) -> curves.Plot:
+    """Lines of one colour, darker from the first to the last, and a star at the best points."""
+
     def plot(axes: Any, colours: curves.Colours) -> None:
         axes.set_xscale("log")
-        groups = [names for names in scaling.budgets(runs) if len(names) >= 3]
-        for number, names in enumerate(groups):
-            ordered = sorted(names, key=lambda name: runs[name]["parameters"])
-            shade = 0.35 + 0.65 * (number + 1) / len(groups)
-            line = [(runs[name]["parameters"], runs[name]["val_loss"]) for name in ordered]
-            label = f"{runs[names[0]]['flops']:.2g} FLOP"
-            axes.plot(*np.array(line).T, "o-", color=colours.line, alpha=shade, markersize=4, label=label)
-        best = [(each["parameters"], each["loss"]) for each in found["optima"]]
-        axes.plot(*np.array(best).T, "*", color=colours.point, markersize=9, label="best")
-        curves.dress(axes, colours, "parameters", False)
+        for number, (label, points) in enumerate(lines.items(), 1):
+            shade = 0.35 + 0.65 * number / len(lines)
+            axes.plot(*np.array(sorted(points)).T, "o-", color=colours.line, alpha=shade, markersize=4, label=label)
+        if best:
+            axes.plot(*np.array(best).T, "*", color=colours.point, markersize=9, label="best")
+        curves.dress(axes, colours, x_name, x_name == FLOPS)
 
     return plot
 
@@ -82,35 +85,21 @@ def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> cur
             axes.plot(x, [rung["val_loss"] for rung in rungs], "o", color=colours.point, markersize=5, label="ladder")
         if math.isfinite(fitted_up_to):
             axes.axvline(fitted_up_to, color=colours.grid, linewidth=0.8)
-        curves.dress(axes, colours, "training FLOPs", True)
+        curves.dress(axes, colours, FLOPS, True)
 
     return plot
 
 
 def _models(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> curves.Plot:
-    def plot(axes: Any, colours: curves.Colours) -> None:
-        axes.set_xscale("log")
-        known = [runs[name] for name in names if runs[name].get("frechet")]
-        patches = sorted({tuple(run["patch"]) for run in known})
-        for number, patch in enumerate(patches):
-            line = [(run["flops"], run["frechet"]["distance"]) for run in known if tuple(run["patch"]) == patch]
-            shade = 0.35 + 0.65 * (number + 1) / len(patches)
-            label = f"patch {'x'.join(map(str, patch))}"
-            axes.plot(*np.array(sorted(line)).T, "o-", color=colours.line, alpha=shade, markersize=4, label=label)
-        curves.dress(axes, colours, "training FLOPs", True)
-
-    return plot
+    lines: dict[str, list[Point]] = {}
+    for run in sorted((runs[name] for name in names if runs[name].get("frechet")), key=lambda run: run["patch"]):
+        label = f"patch {'x'.join(map(str, run['patch']))}"
+        lines.setdefault(label, []).append((run["flops"], run["frechet"]["distance"]))
+    return _family(lines, FLOPS)
 
 
 def _rates(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> curves.Plot:
-    def plot(axes: Any, colours: curves.Colours) -> None:
-        axes.set_xscale("log")
-        widths = sorted({runs[name]["width"] for name in names})
-        for number, width in enumerate(widths):
-            line = [(runs[name]["rate"], runs[name]["val_loss"]) for name in names if runs[name]["width"] == width]
-            shade = 0.35 + 0.65 * (number + 1) / len(widths)
-            label = f"width {width}"
-            axes.plot(*np.array(sorted(line)).T, "o-", color=colours.line, alpha=shade, markersize=4, label=label)
-        curves.dress(axes, colours, "rate", False)
-
-    return plot
+    lines: dict[str, list[Point]] = {}
+    for run in sorted((runs[name] for name in names), key=lambda run: run["width"]):
+        lines.setdefault(f"width {run['width']}", []).append((run["rate"], run["val_loss"]))
+    return _family(lines, "rate")

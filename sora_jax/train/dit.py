@@ -207,7 +207,10 @@ def heldout_videos(config: world.WorldConfig, count: int, start: int = 0, frames
     Raises ValueError if the world has no clips that long.
     """
     if max(config.frame_counts) < frames:
-        raise ValueError(f"no clip of this world has {frames} frames, the longest {max(config.frame_counts)}")
+        raise ValueError(
+            f"videos of {frames} frames are needed; the longest clips of this world have {max(config.frame_counts)}: "
+            "train on longer ones"
+        )
     found: list[Any] = []
     index = start
     while len(found) < count:
