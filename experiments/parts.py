@@ -15,7 +15,7 @@ VAE_STEPS = 450
 DIT_STEPS = 1700
 
 # The ladder: FLOPs of the training steps of its first rung, and its rungs as multiples.
-BASE_FLOPS = 1.0e12
+BASE_FLOPS = 1.25e12
 RUNGS = (1, 4, 32)
 
 
@@ -179,7 +179,7 @@ def study(
     )
 
 
-def rung(multiplier: float, along: str, width: int = 48, blocks: int = 2, heads: int = 1) -> ConfigDict:
+def rung(multiplier: float, along: str, width: int = 60, blocks: int = 2, heads: int = 2) -> ConfigDict:
     """A DiT on the compact world with a budget in FLOPs, from which its steps follow; as written the best size of 1x."""
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
     run.data.heldout_clips = 512

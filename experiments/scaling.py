@@ -11,9 +11,12 @@ import parts
 from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "seeds", "models", "rates")
-# Width, blocks and heads of the isoflop sweep, and its budgets as multiples of 1x: none beyond 4x.
-SIZES = ((32, 2, 1), (48, 2, 1), (72, 3, 2), (96, 4, 2))
-SWEPT = (0.5, 1, 2, 4)
+# Budgets of the isoflop sweep as multiples of 1x, none beyond 4x, and the width, blocks and heads of the models around the
+# best of each: most that are too large or too small for a budget would say nothing of its bottom.
+SIZES = ((28, 2, 2), (36, 2, 2), (48, 2, 2), (60, 2, 2), (72, 3, 2), (84, 3, 3), (96, 4, 3))
+SWEPT = {0.125: SIZES[:3], 0.25: SIZES[:4], 0.5: SIZES[1:5], 1: SIZES[2:6], 2: SIZES[2:6], 4: SIZES[3:]}
+# The models whose Frechet distances are compared.
+MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
 # Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
 PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36, 4, 40)))
 MODEL_STEPS = 1000
@@ -40,8 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
         return study(dict(rates=rates()))
     sweep = {
         f"iso_{width}x{blocks}_{number}": parts.rung(multiplier, "steps", width, blocks, heads)
-        for number, multiplier in enumerate(SWEPT)
-        for width, blocks, heads in SIZES
+        for number, (multiplier, sizes) in enumerate(SWEPT.items())
+        for width, blocks, heads in sizes
     }
     return study(dict(isoflop=sweep, ladder=ladder(SEEDS if arg == "seeds" else 1)))
 
@@ -59,7 +62,7 @@ def ladder(seeds: int) -> dict[str, ConfigDict]:
 
 def models() -> dict[str, ConfigDict]:
     found = {}
-    for width, blocks, heads in SIZES[1:]:
+    for width, blocks, heads in MODELS:
         for patch, (row_tokens, row_slots, row_text) in PATCHES:
             run = steps_of(MODEL_STEPS, width, blocks, heads)
             # Of large patches a velocity is not learned (README.md); to compare, all predict the same.

@@ -16,7 +16,8 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 
-WIDTH_STEPS = 4  # what a model's width is divided into for growing it, if it has no more heads than that
+WIDTH_STEPS = 4  # what a model's width is at least divided into for growing it, if it has fewer heads than that
+SMALLEST_HEAD = 12  # what rotary positions of three axes need
 
 
 class Product(NamedTuple):
@@ -184,12 +185,15 @@ def scaled(run: DiTRun) -> DiTRun:
 def grown(run: DiTRun, factor: float) -> DiTConfig:
     """The model whose step costs `factor` times that of run.dit: wider and deeper in proportion, with heads of the same size.
 
-    Of a model of fewer than four heads a width of whole heads would be too coarse; it grows by quarters of itself, and the size
-    of its heads varies a little.
+    Of a model of fewer than four heads a width of whole heads would be too coarse; it grows by a quarter of itself or less, and
+    the size of its heads varies a little.
     """
     model, base = run.dit, dit_step(run.dit, run.pack).total
     head = model.width // model.heads
-    step = head // math.ceil(WIDTH_STEPS / model.heads)
+    step = head
+    if model.heads < WIDTH_STEPS:
+        finest = [size for size in range(2, model.width // WIDTH_STEPS + 1, 2) if model.width % size == 0]
+        step = max(finest, default=head)
 
     def distance(candidate: DiTConfig) -> float:
         shape = (candidate.blocks / model.blocks) / (candidate.width / model.width)
@@ -199,10 +203,17 @@ def grown(run: DiTRun, factor: float) -> DiTConfig:
     most = math.ceil(4 * max(1.0, factor))
     candidates = []
     for width in range(step, most * model.width, step):
-        heads = max(1, round(width / head))
-        if width % heads or width // heads % 2 or width // heads < 12:  # rotary positions need as much
+        heads = heads_of(width, head)
+        if heads is None:
             continue
         near = model.blocks * width / model.width
         blocks = range(max(1, math.ceil(near - 2)), math.floor(near + 2) + 1)
         candidates += [dataclasses.replace(model, width=width, heads=heads, blocks=number) for number in blocks]
     return min(candidates, key=distance)
+
+
+def heads_of(width: int, head: int) -> int | None:
+    """Into how many heads of nearly the size `head` a width goes; None if into none within half more or a third less."""
+    sizes = [size for size in range(SMALLEST_HEAD, width + 1, 2) if width % size == 0]
+    nearest = min(sizes, key=lambda size: abs(math.log(size / head)), default=None)
+    return None if nearest is None or not 2 / 3 < nearest / head < 3 / 2 else width // nearest

@@ -321,8 +321,8 @@ def _add_evaluate(verbs: Any) -> None:
         evaluate,
         "measure how well a trained model does what it is told",
         "Sample held-out prompts from a trained diffusion transformer and measure them: adherence by attribute with its\n"
-        "floor and ceiling, the Frechet distance FD-MobileNetV2 where its weights are installed, and with the weights\n"
-        "of I3D the true FVD.",
+        "floor and ceiling; where its weights are installed the Frechet distance FD-MobileNetV2 of samples without\n"
+        "guidance, from real clips and from real clips through the VAE; and with the weights of I3D the true FVD.",
         """examples:
   sora-jax evaluate --checkpoint=runs/quickstart/dit
   sora-jax evaluate --checkpoint=runs/quickstart/dit --prompts=2048 --out=scores.json

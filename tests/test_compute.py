@@ -139,7 +139,7 @@ def test_every_run_spends_its_budget(along, multiplier):
 
 
 @pytest.mark.parametrize("factor", [2.13, 6.6, 32.0])
-@pytest.mark.parametrize(("width", "blocks", "heads"), [(48, 2, 1), (96, 4, 2), (384, 12, 6)])
+@pytest.mark.parametrize(("width", "blocks", "heads"), [(48, 2, 1), (72, 3, 2), (96, 4, 2), (384, 12, 6)])
 def test_a_grown_model_costs_what_was_asked_for_and_keeps_its_shape(width, blocks, heads, factor):
     base = quickstart_run()
     base = dataclasses.replace(base, dit=dataclasses.replace(base.dit, width=width, blocks=blocks, heads=heads))

@@ -75,6 +75,36 @@ def test_a_blank_video_shows_nothing_that_was_asked_for(monkeypatch):
         judgement.evaluate(model, SETTINGS, 1, seed=0)
 
 
+def test_frechet_distances_are_of_samples_without_guidance(monkeypatch):
+    """Real clips through the VAE, here a perfect one, are what samples are held against beside real clips themselves."""
+
+    guidances = []
+
+    class Gray(Blank):
+        def sample(self, requests, settings):
+            guidances.append(settings.guidance)
+            return [video + np.uint8(settings.guidance) for video in super().sample(requests, settings)]
+
+    seen = []
+
+    def features(videos):
+        seen.append({int(video.mean()) for video in videos})
+        return np.stack([video.astype(np.float32).mean((0, 1, 2)) for video in videos])
+
+    model = Gray()
+    monkeypatch.setattr(judgement, "reconstructed", lambda made, videos: [video // 2 for video in videos])
+    monkeypatch.setattr(judgement.mobilenet, "available", lambda: True)
+    monkeypatch.setattr(judgement.frechet, "features", features)
+    scores = judgement.evaluate(model, dataclasses.replace(SETTINGS, guidance=5.0), 8, seed=0)
+    assert guidances == [5.0, 1.0] and seen[-1] == {128}
+    halved = scores["frechet"]["distance"], scores["frechet_latent"]["distance"]
+    assert halved[0] != halved[1] and scores["frechet"]["reconstructions"] > scores["frechet"]["floor"]
+    assert "without guidance, 8 videos each" in judgement.table(scores)
+    # A model without guidance is sampled once.
+    judgement.evaluate(model, SETTINGS, 8, seed=0)
+    assert guidances == [5.0, 1.0, 1.0]
+
+
 def test_held_out_videos_are_as_long_as_asked():
     world = Blank(frame_counts=(1, 9, 17)).run.data.world
     assert {scene.num_frames for scene in dit.heldout_videos(world, 20)} == {9, 17}

@@ -6,43 +6,70 @@ import pytest
 from sora_jax.study import laws
 
 LAW = laws.Law(irreducible=0.3, scale=0.4, exponent=0.35, unit=4e12)
-BUDGETS = np.array([1e12, 2e12, 4e12, 8e12, 16e12])
+SURFACE = laws.Surface(LAW, laws.Frontier(scale=4e5, exponent=0.6, unit=4e12), curvature=0.15)
+BUDGETS = np.array([0.5e12, 1e12, 2e12, 4e12, 8e12])
 
 
-def test_the_law_of_exact_data_is_found_and_carries_on():
-    found = laws.fit_law(BUDGETS, LAW(BUDGETS))
-    assert found.irreducible == pytest.approx(0.3, rel=1e-3) and found.exponent == pytest.approx(0.35, rel=1e-3)
-    assert found(128e12) == pytest.approx(LAW(128e12), rel=1e-4)
+@pytest.fixture
+def runs():
+    """FLOPs and parameters: four sizes around the best of every budget."""
+    C = np.repeat(BUDGETS, 4)
+    return C, np.tile([0.5, 0.8, 1.3, 2.2], len(BUDGETS)) * SURFACE.frontier(C)
 
 
-def test_units_of_compute_change_nothing():
-    flops = laws.fit_law(BUDGETS, LAW(BUDGETS))
-    petaflops = laws.fit_law(BUDGETS / 1e15, LAW(BUDGETS))
-    assert petaflops(0.128) == pytest.approx(flops(128e12), rel=1e-6)
+def test_the_surface_of_exact_data_is_found_and_carries_on(runs):
+    found = laws.fit_surface(*runs, SURFACE(*runs))
+    assert found.law.irreducible == pytest.approx(0.3, rel=1e-3)
+    assert found.law.exponent == pytest.approx(0.35, rel=1e-3)
+    assert (found.frontier.exponent, found.curvature) == (pytest.approx(0.6, rel=1e-3), pytest.approx(0.15, rel=1e-3))
+    assert found.law(128e12) == pytest.approx(LAW(128e12), rel=1e-4)
+    assert found.frontier(128e12) == pytest.approx(SURFACE.frontier(128e12), rel=1e-3)
+    # The law is the loss of the best size: a larger or a smaller model has a higher one.
+    best = float(found.frontier(8e12))
+    assert found(8e12, best) == pytest.approx(found.law(8e12))
+    assert min(found(8e12, 2 * best), found(8e12, best / 2)) > 1.05 * found.law(8e12)
 
 
-def test_one_run_that_failed_does_not_bend_the_law():
-    C = np.repeat(BUDGETS, 3)
-    losses = LAW(C)
-    losses[4] *= 1.5
-    assert laws.fit_law(C, losses)(128e12) == pytest.approx(LAW(128e12), rel=0.02)
+def test_units_change_nothing(runs):
+    C, N = runs
+    one = laws.fit_surface(C, N, SURFACE(C, N))
+    other = laws.fit_surface(C / 1e15, N / 1e6, SURFACE(C, N))
+    assert other.law(0.128) == pytest.approx(one.law(128e12), rel=1e-6)
+    assert other.frontier(0.128) * 1e6 == pytest.approx(one.frontier(128e12), rel=1e-5)
 
 
-def test_the_band_holds_the_truth_and_widens_outwards(rng):
-    C = np.repeat(BUDGETS, 3)
-    losses = LAW(C) * np.exp(rng.normal(0, 0.005, len(C)))
-    at = np.array([4e12, 128e12])
-    low, high = laws.band(C, losses, at)
+def test_one_run_that_failed_does_not_bend_the_law(runs):
+    losses = SURFACE(*runs)
+    losses[6] *= 1.5
+    assert laws.fit_surface(*runs, losses).law(64e12) == pytest.approx(LAW(64e12), rel=0.02)
+
+
+def test_the_band_holds_the_truth_and_widens_outwards(runs, rng):
+    losses = SURFACE(*runs) * np.exp(rng.normal(0, 0.005, len(runs[0])))
+    at = np.array([2e12, 64e12])
+    found = laws.fit_surface(*runs, losses)
+    low, high = laws.band(found, *runs, losses, at)
     assert np.all(low < LAW(at)) and np.all(LAW(at) < high)
     assert high[1] - low[1] > 2 * (high[0] - low[0])
 
 
-@pytest.mark.parametrize(
-    ("flops", "losses"), [([1e12, 2e12, 4e12], [1, 0.9, 0.8]), ([1e12] * 3 + [2e12] * 3, [1.0] * 6), (BUDGETS, [0] * 5)]
-)
-def test_what_fixes_no_law_is_refused(flops, losses):
+@pytest.mark.parametrize("spoil", ["few", "budgets", "sizes", "zero", "none"])
+def test_what_fixes_no_law_is_refused(runs, spoil):
+    C, N, losses = *runs, SURFACE(*runs)
+    C, N, losses = {
+        "few": (C[:7], N[:7], losses[:7]),
+        "budgets": (np.full_like(C, 1e12), N, losses),
+        "sizes": (C, np.full_like(N, 1e5), losses),
+        "zero": (C, N, 0 * losses),
+        "none": ([], [], []),
+    }[spoil]
     with pytest.raises(ValueError, match=r"cannot fix a law|must be positive"):
-        laws.fit_law(flops, losses)
+        laws.fit_surface(C, N, losses)
+
+
+def test_models_far_from_the_frontier_are_left_out():
+    found = laws.near([1e12] * 4, [1e5, 2.1e5, 1e6, 2e6], laws.Frontier(scale=5e5, exponent=0.6, unit=1e12))
+    assert found.tolist() == [False, True, True, False]
 
 
 def test_the_lowest_point_of_a_budget():

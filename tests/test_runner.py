@@ -137,3 +137,5 @@ def test_a_ladder_has_frechet_distances_with_their_floor(done):
     for run in done[1]["runs"].values():
         assert run["frechet"]["metric"] == frechet.NAME and run["frechet"]["num_videos"] == 4
         assert min(run["frechet"][name] for name in ("distance", "floor", "reconstructions")) > 0
+        assert run["frechet_latent"]["num_videos"] == 4
+        assert min(run["frechet_latent"][name] for name in ("distance", "floor")) > 0

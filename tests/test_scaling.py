@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import quickstart
 
-from sora_jax import config
+from sora_jax import compute, config
 from sora_jax.study import curves, laws, scaling, scaling_curves
 
 LAW = laws.Law(irreducible=0.3, scale=0.3, exponent=0.4, unit=4e12)
-SIZES = (1e5, 3e5, 9e5, 27e5)
+SIZES = tuple(3e5 * 2**step for step in (-1, -0.25, 0.5, 1.25, 2))
 BUDGETS = (1e12, 2e12, 4e12, 8e12)
 
 
@@ -20,7 +20,7 @@ def run(flops, parameters, exponent=0.5):
     return {
         "flops": flops,
         "parameters": parameters,
-        "val_loss": float(LAW(flops)) + 0.01 * np.log(parameters / best) ** 2,
+        "val_loss": float(LAW(flops)) * np.exp(0.1 * np.log(parameters / best) ** 2),
     }
 
 
@@ -34,7 +34,7 @@ def runs():
 
 def test_runs_of_one_cost_are_one_budget(runs):
     groups = scaling.budgets({name: each for name, each in runs.items() if name.startswith("iso")})
-    assert [len(group) for group in groups] == [4, 4, 4, 4]
+    assert [len(group) for group in groups] == [len(SIZES)] * len(BUDGETS)
     assert [runs[group[0]]["flops"] for group in groups] == sorted(BUDGETS)
 
 
@@ -74,11 +74,25 @@ def test_two_budgets_give_a_frontier_but_no_law(runs):
     assert scaling.fitted({"x1": runs["x1"]}, ("x1",), ()) == {"optima": []}
 
 
-def test_a_stage_grows_along_the_frontier_that_was_found(runs):
+@pytest.mark.parametrize("multiplier", [4.0, 32.0])
+def test_a_stage_is_as_large_as_the_frontier_says(runs, multiplier):
+    """Not merely a multiple of its own beginning, which may lie beside the frontier."""
     dit = config.from_config_dict(quickstart.get_config("dit"))
-    iso = {name: each for name, each in runs.items() if name.startswith("iso")}
-    along = dataclasses.replace(dit, compute=config.ComputeConfig(1e13, 4.0, "frontier", 0.2))
-    assert scaling.along_frontier(along, iso).compute.exponent == pytest.approx(0.5, abs=0.01)
+    base = compute.dit_step(dit.dit, dit.pack).total
+    # Parameters as steps' costs, in a family in which twice the parameters cost twice as much.
+    per_parameter = 2 * base / 3e5
+    iso = {
+        name: each | {"steps": each["flops"] / (each["parameters"] * per_parameter)}
+        for name, each in runs.items()
+        if name.startswith("iso")
+    }
+    along = dataclasses.replace(dit, compute=config.ComputeConfig(2e12, multiplier, "frontier", 0.2))
+    found = scaling.along_frontier(along, iso)
+    # At 2e12 FLOPs the best model has 3e5 parameters, twice those of the stage's.
+    cost = base * multiplier**found.compute.exponent
+    assert cost == pytest.approx(3e5 * multiplier**0.5 * per_parameter, rel=0.03)
+    same = dataclasses.replace(along, compute=dataclasses.replace(along.compute, multiplier=1.0))
+    assert scaling.along_frontier(same, iso) == same
     with pytest.raises(ValueError, match="at least two budgets"):
         scaling.along_frontier(along, {})
 
@@ -126,8 +140,12 @@ def test_one_seed_has_no_deviation():
 
 
 def test_more_flops_and_a_smaller_distance_are_a_negative_correlation():
-    runs = {str(n): {"flops": 10.0**n, "frechet": {"distance": 50.0 - 3 * n}} for n in range(9)}
-    assert scaling.compared(runs) == {"count": 9, "correlation": pytest.approx(-1)}
+    runs = {
+        str(n): {"flops": 10.0**n, "frechet": {"distance": 5.0 + n}, "frechet_latent": {"distance": 50.0 - 3 * n}}
+        for n in range(9)
+    }
+    found = scaling.compared(runs)
+    assert found == {"count": 9, "correlation": pytest.approx(1), "correlation_latent": pytest.approx(-1)}
     assert scaling.compared(runs | {"none": {"flops": 1.0}})["count"] == 9
     assert scaling.compared({"0": runs["0"]}) == {"count": 1}
 
@@ -149,7 +167,9 @@ def test_the_best_rate_of_every_width():
 
 def test_pictures_of_models_and_rates():
     models = {
-        f"m{n}": {"flops": 10.0**n, "patch": [1, n % 2 + 1, 1], "frechet": {"distance": 9.0 - n}} for n in range(1, 7)
+        f"m{n}": {"flops": 10.0**n, "patch": [1, n % 2 + 1, 1]}
+        | {key: {"distance": 9.0 - n} for key in ("frechet", "frechet_latent")}
+        for n in range(1, 7)
     }
     rates = {f"r{n}": {"flops": 1.0, "width": 48, "rate": 0.01 * n, "val_loss": 0.5 + n} for n in (1, 2, 3)}
     found = {
@@ -158,5 +178,9 @@ def test_pictures_of_models_and_rates():
         "rates": scaling.best_rates(rates),
     }
     drawn = scaling_curves.plots(models | rates, found)
-    assert [title.split(",")[0] for title, _ in drawn] == ["Frechet distance over compute", "loss over rate"]
+    assert [title.split(",")[0] for title, _ in drawn] == [
+        "Frechet distance from real clips",
+        "Frechet distance from real clips through the VAE",
+        "loss over rate",
+    ]
     assert all(curves.picture(plot, "a-").startswith("<svg") for _, plot in drawn)

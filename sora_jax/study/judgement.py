@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax import checkpoint
-from sora_jax.config import DiTRun, StudyRun
+from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.data.worlds.world import WorldConfig
@@ -44,7 +44,7 @@ class Judge:
     frechets: bool
 
     def __post_init__(self) -> None:
-        self._ceilings: dict[str, dict[str, Any]] = {}
+        self._bounds: dict[Any, Bounds] = {}
 
     def of(self, name: str) -> tuple[dict[str, Any], list[report.Video]]:
         """Scores of a stage and the samples that the report shows: kept ones if they are of this checkpoint."""
@@ -75,19 +75,71 @@ class Judge:
 
     def _judge(self, name: str, scenes: Sequence[Scene]) -> tuple[dict[str, Any], list[np.ndarray]]:
         made = pipeline.load(self.workdir / name)
-        videos = sampled(made, made.run.sampler, scenes, self.study.seed, name)
-        source, real = made.run.vae_checkpoint, self.real_features if self.frechets else None
-        if source not in self._ceilings:
-            decoded = reconstructed(made, clips.render_mixed(scenes))
-            self._ceilings[source] = _scores(decoded, scenes, self.study.seed, real)
-        scores = _bounded(_scores(videos, scenes, self.study.seed, real), self._ceilings[source])
+        of = made.run.vae_checkpoint, made.run.data.world
+        if of not in self._bounds:
+            self._bounds[of] = bounds_of(made, scenes, self.study.seed, self.frechets)
+        scores, videos = judged(made, made.run.sampler, scenes, self.study.seed, self._bounds[of], name)
         return scores, videos[: self.study.shown]
 
-    @functools.cached_property
-    def real_features(self) -> np.ndarray | None:
-        """Of the world of the last DiT: distances compare runs on one world."""
-        world = [stage for stage in self.study.stages.values() if isinstance(stage, DiTRun)][-1].data.world
-        return real_features(world, self.study.prompts)
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What the samples of a VAE's models are held against: real clips, and real clips through the VAE.
+
+    ceiling is the adherence of the asked scenes' real clips through the VAE, reconstructions their Frechet distance from real
+    clips. real and decoded are features of twice as many other held-out clips, as they are and through the VAE. Without the
+    weights of the features' network all but the ceiling are None.
+    """
+
+    ceiling: dict[str, float]
+    real: np.ndarray | None = None
+    decoded: np.ndarray | None = None
+    reconstructions: float | None = None
+
+
+def bounds_of(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool = True) -> Bounds:
+    reconstructions = reconstructed(made, clips.render_mixed(scenes))
+    ceiling, _ = adherence.judge(reconstructions, scenes, seed)
+    if not frechets:
+        return Bounds(ceiling)
+    if not mobilenet.available():
+        logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
+        return Bounds(ceiling)
+    others = clips.render_mixed(dit.heldout_videos(made.run.data.world, 2 * len(scenes), start=REAL_SCENES))
+    real, decoded = (frechet.features(videos) for videos in (others, reconstructed(made, others)))
+    return Bounds(ceiling, real, decoded, frechet.compare(real, frechet.features(reconstructions)).distance)
+
+
+def judged(
+    made: pipeline.Pipeline,
+    settings: SamplerConfig,
+    scenes: Sequence[Scene],
+    seed: int,
+    bounds: Bounds,
+    name: str = "samples",
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Scores of samples of the scenes' prompts, and the samples.
+
+    Adherence is that of samples made with guidance. Frechet distances compare distributions and guidance changes a model's
+    own, so they are of samples without it, as in the scaling study of the DiT paper (arXiv:2212.09748): 'frechet' from real
+    clips, and 'frechet_latent' from real clips through the VAE, which leaves what the transformer alone is answerable for.
+    """
+    videos = sampled(made, settings, scenes, seed, name)
+    scores, floor = adherence.judge(videos, scenes, seed)
+    numbers: dict[str, Any] = {
+        "adherence": scores,
+        "adherence_floor": floor,
+        "adherence_ceiling": bounds.ceiling,
+    }
+    if bounds.real is not None and bounds.decoded is not None:
+        plain = dataclasses.replace(settings, guidance=1.0)
+        free = videos if settings == plain else sampled(made, plain, scenes, seed, f"{name} without guidance")
+        features = frechet.features(free)
+        for key, reference in (("frechet", bounds.real), ("frechet_latent", bounds.decoded)):
+            found = frechet.compare(reference, features)
+            numbers[key] = {"metric": frechet.NAME} | dataclasses.asdict(found)
+        numbers["frechet"]["reconstructions"] = bounds.reconstructions
+    return numbers, videos
 
 
 def evaluate(
@@ -98,22 +150,20 @@ def evaluate(
     i3d_weights: Path | None = None,
     fvd_videos: int = fvd.NUM_VIDEOS,
 ) -> dict[str, Any]:
-    """Every judgement of a trained DiT: adherence with floor and ceiling, the Frechet distance, FVD if I3D's weights are given.
+    """Every judgement of a trained DiT: adherence with floor and ceiling, Frechet distances, FVD if I3D's weights are given.
 
     prompts are the first held-out ones, the same as in a study. Raises ValueError for a number of either that is too
     small, clips too short for FVD or weights that are not I3D's, FileNotFoundError if there is no such file.
     """
     if prompts < 2:
         raise ValueError(f"prompts is {prompts}; a set of videos needs at least 2")
-    world = made.run.data.world
     numbers: dict[str, Any] = {}
     if i3d_weights is not None:
         # First: what is wrong with the weights or the world is told before an hour of work.
         numbers["fvd"] = video_distance(made, settings, i3d_weights, fvd_videos, seed)
-    scenes = dit.heldout_videos(world, prompts)
-    real = real_features(world, prompts)
-    videos, decoded = sampled(made, settings, scenes, seed), reconstructed(made, clips.render_mixed(scenes))
-    return numbers | _bounded(*(_scores(each, scenes, seed, real) for each in (videos, decoded)))
+    scenes = dit.heldout_videos(made.run.data.world, prompts)
+    scores, _ = judged(made, settings, scenes, seed, bounds_of(made, scenes, seed))
+    return numbers | scores
 
 
 def table(scores: dict[str, Any]) -> str:
@@ -127,10 +177,13 @@ def table(scores: dict[str, Any]) -> str:
         f"of {scores['adherence']['count']:.0f} held-out prompts; floor: shuffled prompts, ceiling: real clips"
     )
     if found := scores.get("frechet"):
-        lines.append(
-            f"{found['metric']} {found['distance']:.1f}, real clips through the VAE {found['reconstructions']:.1f}, "
-            f"other real clips {found['floor']:.1f}, {found['num_videos']} videos each"
-        )
+        latent = scores["frechet_latent"]
+        lines += [
+            f"{found['metric']} without guidance, {found['num_videos']} videos each:",
+            f"{found['distance']:>10.1f} from real clips (real clips through the VAE {found['reconstructions']:.1f}, "
+            f"other real clips {found['floor']:.1f})",
+            f"{latent['distance']:>10.1f} from real clips through the VAE (others of them {latent['floor']:.1f})",
+        ]
     if found := scores.get("fvd"):
         lines.append(f"{found['metric']} {found['value']:.1f}")
     return "\n".join(lines)
@@ -149,34 +202,6 @@ def sampled(
     videos = made.sample(asked(made.run.data.world, scenes, seed), settings)
     logging.info("%s: %d held-out prompts in %.1f s", name, len(videos), time.perf_counter() - began)
     return videos
-
-
-def _scores(
-    videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int, real: np.ndarray | None
-) -> dict[str, Any]:
-    """Adherence with its floor, shuffled captions, and the Frechet distance from real clips with its floor, other real ones."""
-    scores, floor = adherence.judge(videos, scenes, seed)
-    numbers: dict[str, Any] = {"adherence": scores, "adherence_floor": floor}
-    if real is not None:
-        found = frechet.compare(real, frechet.features(videos))
-        numbers["frechet"] = {"metric": frechet.NAME} | dataclasses.asdict(found)
-    return numbers
-
-
-def _bounded(scores: dict[str, Any], reconstructions: dict[str, Any]) -> dict[str, Any]:
-    """Scores of samples with those of real clips that went through the VAE: no sample can be hoped to do better."""
-    found = scores | {"adherence_ceiling": reconstructions["adherence"]}
-    if "frechet" in scores:
-        found["frechet"] = scores["frechet"] | {"reconstructions": reconstructions["frechet"]["distance"]}
-    return found
-
-
-def real_features(world: WorldConfig, count: int) -> np.ndarray | None:
-    """Features of twice as many held-out clips as are sampled; None, told, if the network's weights are not installed."""
-    if not mobilenet.available():
-        logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
-        return None
-    return frechet.features(clips.render_mixed(dit.heldout_videos(world, 2 * count, start=REAL_SCENES)))
 
 
 def video_distance(

@@ -1,7 +1,8 @@
 """Laws of scaling fitted to runs: the best model of a budget, the loss that a budget buys, and how sure both are.
 
-Approach 2 of Hoffmann et al. (arXiv:2203.15556) for the frontier, and their law of the loss with one term for compute,
-loss(C) = E + A C^-a. numpy and scipy alone.
+After Hoffmann et al. (arXiv:2203.15556), with their law of the loss in one term for compute, loss(C) = E + A C^-a. Their
+approach 2 finds the best size of every budget; what is left of a run's noise is then a budget's. Here all runs of all budgets
+fix the law, the frontier and the curvature of the budgets together (fit_surface). numpy and scipy alone.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 Numbers = Sequence[float] | np.ndarray
 
 # Fits start from each of these exponents, as the surface has more than one valley.
 STARTS = (0.05, 0.1, 0.2, 0.4, 0.8)
-# Width of the middle of Huber's loss, in logarithms of the loss: what Hoffmann et al. take.
-HUBER = 1e-3
-FEWEST_RUNS = 4  # for three constants and an error
+# Width of the middle of Huber's loss, in logarithms of the loss: about the noise of a run.
+HUBER = 0.01
+# A parabola holds near the best size of a budget: models more than this many times larger or smaller are left out.
+NEAR = np.e
+CONSTANTS = 6
+FEWEST_RUNS = CONSTANTS + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,58 +38,107 @@ class Law:
         return np.asarray(self.irreducible + self.scale * (np.asarray(flops, float) / self.unit) ** -self.exponent)
 
 
-def fit_law(flops: Numbers, losses: Numbers) -> Law:
-    """The law with the smallest Huber loss of log-residuals; its constants are not negative.
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """N(C) = scale * (C / unit) ** exponent, parameters of the best model of a budget of C FLOPs."""
 
-    Raises ValueError for fewer than four runs, fewer than three budgets or numbers that are not positive.
+    scale: float
+    exponent: float
+    unit: float
+
+    def __call__(self, flops: float | np.ndarray) -> np.ndarray:
+        return np.asarray(self.scale * (np.asarray(flops, float) / self.unit) ** self.exponent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """loss(C, N) = law(C) exp(curvature log(N / frontier(C))^2) of models of N parameters trained with C FLOPs.
+
+    The law is then that of the best model of every budget, and the frontier says which that is.
     """
-    C, loss = np.asarray(flops, float), np.asarray(losses, float)
-    if len(C) < FEWEST_RUNS or len(np.unique(np.round(np.log(C), 2))) < 3:
-        raise ValueError(f"{len(C)} runs cannot fix a law of three constants; give {FEWEST_RUNS} or more of 3 budgets")
-    if np.any(C <= 0) or np.any(loss <= 0) or not (np.all(np.isfinite(C)) and np.all(np.isfinite(loss))):
-        raise ValueError("FLOPs and losses must be positive and finite")
-    # In units of the middle budget the constants are of the size of the loss, which the optimiser needs.
-    unit = float(np.exp(np.mean(np.log(C))))
-    x = np.log(C / unit)
 
-    def residuals(constants: np.ndarray) -> np.ndarray:
-        irreducible, log_scale, exponent = constants
-        return np.logaddexp(np.log(max(irreducible, 1e-12)), log_scale - exponent * x) - np.log(loss)
+    law: Law
+    frontier: Frontier
+    curvature: float
 
-    best = None
-    for start in STARTS:
-        first = np.array([0.5 * loss.min(), np.log(0.5 * loss.mean()), start])
-        found = optimize.least_squares(
-            residuals, first, bounds=([0, -20, 0], [loss.min(), 20, 3]), loss="huber", f_scale=HUBER, x_scale="jac"
+    def __call__(self, flops: float | Numbers, parameters: float | Numbers) -> np.ndarray:
+        C, N = np.asarray(flops, float), np.asarray(parameters, float)
+        return np.asarray(self.law(C) * np.exp(self.curvature * np.log(N / self.frontier(C)) ** 2))
+
+
+def near(flops: Numbers, parameters: Numbers, frontier: Frontier) -> np.ndarray:
+    """Which runs are of models near enough to a first frontier to be fitted."""
+    off = np.log(np.asarray(parameters, float) / frontier(np.asarray(flops, float)))
+    return np.abs(off) < np.log(NEAR)
+
+
+def fit_surface(flops: Numbers, parameters: Numbers, losses: Numbers) -> Surface:
+    """The surface with the smallest Huber loss of log-residuals; constants are not negative but for logarithms.
+
+    Raises ValueError for fewer than eight runs, three budgets or three sizes, or for numbers that are not positive.
+    """
+    C, N, loss = (np.asarray(values, float) for values in (flops, parameters, losses))
+    few = min(len(np.unique(np.round(np.log(values), 2))) for values in (C, N)) if len(C) else 0
+    if len(C) < FEWEST_RUNS or few < 3:
+        raise ValueError(
+            f"{len(C)} runs cannot fix a law of {CONSTANTS} constants; give {FEWEST_RUNS} or more, of 3 budgets and 3 sizes"
         )
-        if best is None or found.cost < best.cost:
-            best = found
-    assert best is not None
-    return Law(float(best.x[0]), float(np.exp(best.x[1])), float(best.x[2]), unit)
+    if min(C.min(), N.min(), loss.min()) <= 0 or not all(np.all(np.isfinite(values)) for values in (C, N, loss)):
+        raise ValueError("FLOPs, parameters and losses must be positive and finite")
+    # In units of their middles the constants are of the size of one, which the optimiser needs.
+    unit, middle = (float(np.exp(np.mean(np.log(values)))) for values in (C, N))
+    x, y = np.log(C / unit), np.log(N / middle)
+
+    low, high = [0, -20, 0, 0, -10, 0], [loss.min(), 20, 3, 5, 10, 2]
+    fits = [
+        optimize.least_squares(
+            lambda constants: _log_loss(constants, x, y) - np.log(loss),
+            [0.5 * loss.min(), np.log(0.5 * loss.mean()), start, 0.1, 0.0, 0.5],
+            bounds=(low, high),
+            loss="huber",
+            f_scale=HUBER,
+            x_scale="jac",
+        )
+        for start in STARTS
+    ]
+    irreducible, log_scale, exponent, curvature, offset, slope = map(float, min(fits, key=lambda fit: fit.cost).x)
+    law = Law(irreducible, float(np.exp(log_scale)), exponent, unit)
+    return Surface(law, Frontier(middle * float(np.exp(offset)), slope, unit), curvature)
+
+
+def _log_loss(constants: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A surface's logarithm, from logarithms of FLOPs and parameters in their units."""
+    irreducible, log_scale, exponent, curvature, offset, slope = constants
+    best = np.log(np.maximum(irreducible + np.exp(log_scale - exponent * x), 1e-12))
+    return best + curvature * (y - offset - slope * x) ** 2
 
 
 def band(
-    flops: Numbers,
-    losses: Numbers,
-    at: Numbers,
-    level: float = 0.9,
-    draws: int = 200,
-    seed: int = 0,
+    surface: Surface, flops: Numbers, parameters: Numbers, losses: Numbers, at: Numbers, level: float = 0.9
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of the law at some budgets, from fits to resampled runs; draws that fix no law are left out."""
-    rng = np.random.default_rng(seed)
-    C, loss = np.asarray(flops, float), np.asarray(losses, float)
-    curves = []
-    for _ in range(draws):
-        chosen = rng.integers(len(C), size=len(C))
-        try:
-            curves.append(fit_law(C[chosen], loss[chosen])(np.asarray(at, float)))
-        except ValueError:
-            continue
-    if not curves:
-        raise ValueError("no resampled set of runs has three budgets; add runs")
-    low, high = np.quantile(np.stack(curves), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    """(low, high) of the law at some budgets, from a surface and the runs that it was fitted to.
+
+    The law's logarithm is taken for linear in the constants near the fit, with Student's quantile of the residuals
+    (Seber & Wild, Nonlinear Regression, section 5.1).
+    """
+    law, line = surface.law, surface.frontier
+    constants = np.array(
+        [law.irreducible, np.log(law.scale), law.exponent, surface.curvature, 0.0, line.exponent], dtype=float
+    )
+
+    def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        # Of one point scipy makes a vector.
+        return optimize.approx_fprime(constants, lambda values: _log_loss(values, x, y)).reshape(len(x), CONSTANTS)
+
+    C, N, loss, wanted = (np.asarray(values, float) for values in (flops, parameters, losses, at))
+    residuals = np.log(loss / surface(C, N))
+    free = len(C) - CONSTANTS
+    covariance = np.linalg.pinv((J := slopes(np.log(C / law.unit), np.log(N / line.scale))).T @ J)
+    covariance *= np.sum(residuals**2) / free
+    x = np.log(wanted / law.unit)
+    g = slopes(x, line.exponent * x)
+    width = stats.t.ppf((1 + level) / 2, free) * np.sqrt(np.einsum("na,ab,nb->n", g, covariance, g))
+    return law(wanted) * np.exp(-width), law(wanted) * np.exp(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +182,6 @@ def correlation(x: Numbers, y: Numbers) -> float:
     if len(x) < 3:
         raise ValueError(f"{len(x)} points have no correlation to speak of; give 3 or more")
     return float(np.corrcoef(np.asarray(x, float), np.asarray(y, float))[0, 1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Frontier:
-    """N(C) = scale * (C / unit) ** exponent, parameters of the best model of a budget of C FLOPs."""
-
-    scale: float
-    exponent: float
-    unit: float
-
-    def __call__(self, flops: float | np.ndarray) -> np.ndarray:
-        return np.asarray(self.scale * (np.asarray(flops, float) / self.unit) ** self.exponent)
 
 
 def frontier(optima: Sequence[Optimum]) -> Frontier:

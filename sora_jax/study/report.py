@@ -320,9 +320,11 @@ _RUN_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         (_JUDGED[name].removeprefix("Right "), f"adherence.{name}", lambda value: f"{100 * value:.0f}\u00a0%")
         for name in _JUDGED
     ),
-    ("Frechet distance", "frechet.distance", lambda value: f"{value:.1f}"),
-    ("through the VAE", "frechet.reconstructions", lambda value: f"{value:.1f}"),
-    ("real clips", "frechet.floor", lambda value: f"{value:.1f}"),
+    ("Frechet distance from real clips", "frechet.distance", lambda value: f"{value:.1f}"),
+    ("of real clips through the VAE", "frechet.reconstructions", lambda value: f"{value:.1f}"),
+    ("of other real clips", "frechet.floor", lambda value: f"{value:.1f}"),
+    ("from real clips through the VAE", "frechet_latent.distance", lambda value: f"{value:.1f}"),
+    ("of others of them", "frechet_latent.floor", lambda value: f"{value:.1f}"),
 )
 
 

@@ -55,7 +55,7 @@ def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
         stage = dataclasses.replace(stage, vae_checkpoint=str(workdir / stage.vae_checkpoint))
     isoflop = study.groups.get("isoflop", ())
     if stage.compute.along == "frontier" and isoflop:
-        return scaling.along_frontier(stage, {each: run_numbers(workdir / each) for each in isoflop})
+        return scaling.along_frontier(dit.with_encoder(stage), {each: run_numbers(workdir / each) for each in isoflop})
     return stage
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sora_jax import compute
 from sora_jax.config import GROUPS, DiTRun, StudyRun
 from sora_jax.study import laws
 
@@ -57,33 +59,61 @@ def findings(runs: Mapping[str, Mapping[str, Any]], study: StudyRun) -> dict[str
     return found
 
 
+def surface(runs: Mapping[str, Mapping[str, Any]]) -> tuple[laws.Surface, dict[str, Any]]:
+    """What isoflop runs say together, and those of them that are near enough to the frontier to say it.
+
+    Raises ValueError for too few runs.
+    """
+    C, N, _ = _columns(runs)
+    used = dict(itertools.compress(runs.items(), laws.near(C, N, laws.frontier(optima(runs)))))
+    return laws.fit_surface(*_columns(used)), used
+
+
+def frontier(runs: Mapping[str, Mapping[str, Any]]) -> laws.Frontier:
+    """That of the surface; of runs too few for one, the line through the optima. Raises ValueError for one budget."""
+    line = laws.frontier(optima(runs))
+    try:
+        return surface(runs)[0].frontier
+    except ValueError:
+        return line
+
+
+def _columns(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """FLOPs, parameters and losses."""
+    C, N, losses = ([run[name] for run in runs.values()] for name in ("flops", "parameters", "val_loss"))
+    return C, N, losses
+
+
 def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
     """Numbers of the report: optima, frontier, law with its band, and the law's loss beside that of every rung.
 
     runs maps a stage to its flops, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says of a
     rung that cost more is foretold. Parts that the runs do not fix are left out.
     """
-    best = optima({name: runs[name] for name in isoflop})
+    swept = {name: runs[name] for name in isoflop}
+    best = optima(swept)
     numbers: dict[str, Any] = {"optima": [dataclasses.asdict(each) for each in best]}
     if len(best) >= 2:
-        numbers["frontier"] = dataclasses.asdict(laws.frontier(best))
-    costs, losses = [each.flops for each in best], [each.loss for each in best]
+        numbers["frontier"] = dataclasses.asdict(frontier(swept))
     try:
-        law = laws.fit_law(costs, losses)
-        at = [runs[name]["flops"] for name in ladder] or costs
-        low, high = laws.band(costs, losses, at, LEVEL)
+        found, used = surface(swept)
     except ValueError:
         return numbers
-    numbers["law"] = dataclasses.asdict(law) | {"fitted_up_to": max(costs), "band": LEVEL}
+    law, up_to = found.law, max(run["flops"] for run in used.values())
+    at = [runs[name]["flops"] for name in ladder] or [up_to]
+    low, high = laws.band(found, *_columns(used), at=at, level=LEVEL)
+    numbers["law"] = dataclasses.asdict(law) | {"fitted_up_to": up_to, "runs": len(used), "band": LEVEL}
+    numbers["curvature"] = found.curvature
     numbers["rungs"] = {
         name: {
             "flops": runs[name]["flops"],
+            "parameters_of_frontier": float(found.frontier(runs[name]["flops"])),
             "val_loss": runs[name]["val_loss"],
             "law": float(law(runs[name]["flops"])),
             "low": float(low[number]),
             "high": float(high[number]),
             "off_by": float(law(runs[name]["flops"])) / runs[name]["val_loss"] - 1,
-            "foretold": runs[name]["flops"] > SAME_BUDGET * max(costs),
+            "foretold": runs[name]["flops"] > SAME_BUDGET * up_to,
         }
         for number, name in enumerate(ladder)
     }
@@ -107,6 +137,7 @@ def _but_seed(stage: DiTRun) -> DiTRun:
 METRICS = {
     "val_loss": False,
     "frechet.distance": False,
+    "frechet_latent.distance": False,
     "adherence.all": True,
     "adherence.colour": True,
     "adherence.shape": True,
@@ -154,15 +185,18 @@ def value_at(numbers: Mapping[str, Any], path: str) -> Any:
 
 
 def compared(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Correlation of the logarithm of training FLOPs with the Frechet distance (-0.93 in figure 8 of arXiv:2212.09748).
+    """Correlation of the logarithm of training FLOPs with the Frechet distances (-0.93 in figure 8 of arXiv:2212.09748).
 
     Of runs without a distance, or of fewer than three, only the count.
     """
     known = [run for run in runs.values() if value_at(run, "frechet.distance") is not None]
     if len(known) < 3:
         return {"count": len(known)}
-    distances = [run["frechet"]["distance"] for run in known]
-    return {"count": len(known), "correlation": laws.correlation(np.log([run["flops"] for run in known]), distances)}
+    costs = np.log([run["flops"] for run in known])
+    return {"count": len(known)} | {
+        name: laws.correlation(costs, [run[key]["distance"] for run in known])
+        for name, key in (("correlation", "frechet"), ("correlation_latent", "frechet_latent"))
+    }
 
 
 def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,9 +215,22 @@ def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def along_frontier(stage: DiTRun, runs: Mapping[str, Mapping[str, Any]]) -> DiTRun:
-    """A stage that grows along the frontier, with the exponent fitted to isoflop runs in place of the config's.
+    """A stage whose model is as large as the frontier of isoflop runs says for its budget.
 
-    Raises ValueError if they fix no frontier.
+    compute.exponent, which says how a step's cost grows, becomes the one that leads there from the stage's own model; a stage
+    of multiplier 1 keeps that. The text encoder must be resolved (train.dit.with_encoder), as it is part of the cost.
+    Raises ValueError if the runs fix no frontier.
     """
-    exponent = round(min(max(laws.frontier(optima(runs)).exponent, 0.0), 1.0), 3)
-    return dataclasses.replace(stage, compute=dataclasses.replace(stage.compute, exponent=exponent))
+    settings = stage.compute
+    line = frontier(runs)
+    if settings.multiplier == 1:
+        return stage
+    # What a step of a model of so many parameters costs: between the runs a power law.
+    sizes = np.log([run["parameters"] for run in runs.values()])
+    costs = np.log([run["flops"] / run["steps"] for run in runs.values()])
+    slope, level = np.polyfit(sizes, costs, 1)
+    base = compute.dit_step(stage.dit, stage.pack).total
+    budget = settings.multiplier * (settings.budget or stage.loop.steps * base)
+    growth = level + slope * math.log(float(line(budget))) - math.log(base)
+    exponent = round(min(max(growth / math.log(settings.multiplier), 0.0), 1.0), 3)
+    return dataclasses.replace(stage, compute=dataclasses.replace(settings, exponent=exponent))

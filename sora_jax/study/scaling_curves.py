@@ -25,9 +25,13 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
         made.append(("loss over parameters, one line a budget", _isoflop(swept, found)))
     if found.get("law"):
         made.append(("loss over compute, with its law", _law(known, found)))
-    if "correlation" in found.get("models", {}):
-        title = f"Frechet distance over compute, correlation {found['models']['correlation']:.2f}"
-        made.append((title, _models(runs, groups["models"])))
+    for name, key, of in (
+        ("correlation", "frechet", "real clips"),
+        ("correlation_latent", "frechet_latent", "real clips through the VAE"),
+    ):
+        if name in found.get("models", {}):
+            title = f"Frechet distance from {of}, correlation {found['models'][name]:.2f}"
+            made.append((title, _models(runs, groups["models"], key)))
     if found.get("rates", {}).get("best"):
         made.append(("loss over rate, one line a width", _rates(runs, groups["rates"])))
     return made
@@ -90,11 +94,11 @@ def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> cur
     return plot
 
 
-def _models(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> curves.Plot:
+def _models(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str], key: str) -> curves.Plot:
     lines: dict[str, list[Point]] = {}
-    for run in sorted((runs[name] for name in names if runs[name].get("frechet")), key=lambda run: run["patch"]):
+    for run in sorted((runs[name] for name in names if runs[name].get(key)), key=lambda run: run["patch"]):
         label = f"patch {'x'.join(map(str, run['patch']))}"
-        lines.setdefault(label, []).append((run["flops"], run["frechet"]["distance"]))
+        lines.setdefault(label, []).append((run["flops"], run[key]["distance"]))
     return _family(lines, FLOPS)
 
 

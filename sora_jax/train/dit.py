@@ -37,11 +37,12 @@ GOLDEN = 0.6180339887
 
 
 def resolve(run: DiTRun) -> DiTRun:
-    """The run with everything decided that the config leaves open.
+    """The run with everything decided that the config leaves open: the text encoder, then steps and model from the budget."""
+    return compute.scaled(with_encoder(run))
 
-    The text encoder 'auto' becomes what is installed, and the model takes its states; then the compute budget gives steps
-    and model (compute.scaled).
-    """
+
+def with_encoder(run: DiTRun) -> DiTRun:
+    """The run with the text encoder 'auto' become what is installed, and a model that takes its states."""
     encoder = text_encode.resolve(run.text.encoder)
     scratch = encoder == "scratch"
     model = dataclasses.replace(
@@ -49,7 +50,7 @@ def resolve(run: DiTRun) -> DiTRun:
         text=run.text.scratch if scratch else None,
         text_width=run.text.scratch.width if scratch else text_encode.text_encoder.MINILM.width,
     )
-    return compute.scaled(dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model))
+    return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
 
 
 @dataclasses.dataclass
