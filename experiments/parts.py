@@ -140,6 +140,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 dtype="float32",
                 remat="none",
                 predict="velocity",
+                attention="auto",
                 text=None,
             ),
             pack=dict(rows=10, row_tokens=144, row_slots=9, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),

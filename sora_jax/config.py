@@ -260,6 +260,22 @@ def from_config_dict(tree: Any) -> Run:
     return _checked(RUNS[task], tree, "config")
 
 
+# Keys that configs did not always have, with what was done before.
+ADDED: dict[str, dict[str, Any]] = {"dit": {"dit.predict": "velocity", "dit.attention": "auto"}}
+
+
+def from_stored(tree: Any) -> Run:
+    """The run of a config that was stored with a checkpoint, perhaps before all of today's keys were there."""
+    tree = plain(tree)
+    for path, value in ADDED.get(tree.get("task", ""), {}).items():
+        *parts, key = path.split(".")
+        part = tree
+        for name in parts:
+            part = part.get(name, {})
+        part.setdefault(key, value)
+    return from_config_dict(tree)
+
+
 def to_dict(run: Any) -> dict[str, Any]:
     """Plain dicts, the inverse of from_config_dict; json.dumps of it is the resolved config."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -97,6 +98,36 @@ def constrain(x: jax.Array, *logical: str) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical, "constrain"))
+
+
+def platform() -> str:
+    """That of the mesh of the context, whose devices need not be there; else of the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def shards(logical: str) -> int:
+    """Over how many devices of the mesh of the context a logical axis is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical] or ())
+
+
+def mesh_axis(logical: str) -> str:
+    """The one mesh axis that a logical axis is split over, as collectives name it."""
+    (axis,) = RULES[logical] or ()
+    return axis
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], inputs: Sequence[tuple[str, ...]], output: tuple[str, ...]
+) -> Any:
+    """function as each device of the mesh of the context does it with its own part of the arrays, of these logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    specs = tuple(spec(axes, "on_each_device") for axes in inputs)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec(output, "on_each_device"), check_vma=False)
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str, ...]:

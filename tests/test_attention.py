@@ -1,9 +1,15 @@
-"""Attention within segments, against a loop over segments and tokens written out in numpy."""
+"""Attention within segments, against a loop written out in numpy; every backend, on every mesh, against the reference."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from sora_jax import sharding
+from sora_jax.nn import attention as module
+from sora_jax.nn import kernels
 from sora_jax.nn.attention import attention
 
 B, N, M, K, E = 2, 7, 5, 3, 4
@@ -53,3 +59,89 @@ def test_gradients_stay_in_the_segment(rng):
     segments = jnp.asarray(Q_SEGMENT), jnp.asarray(K_SEGMENT)
     grads = jax.grad(lambda v: attention(q, k, v, *segments)[0, :3].sum())(v)
     assert np.all(grads[0, 2:] == 0) and np.all(grads[1] == 0) and np.all(np.abs(grads[0, :2]) > 0)
+
+
+MESHES = {
+    "one device": (1, 1, 1, 1),
+    "rows": (2, 2, 1, 1),
+    "heads": (1, 2, 4, 1),
+    "tokens": (1, 1, 1, 4),
+    "rows and tokens": (2, 2, 1, 2),
+    "heads and tokens": (2, 1, 2, 2),
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels of accelerators, run by the interpreter."""
+    for name in module.KERNELS:
+        monkeypatch.setitem(module.KERNELS, name, functools.partial(getattr(kernels, name), interpret=True))
+
+
+def long_rows(rng, rows=4, tokens=256, heads=4, size=16):
+    """Queries, keys, values, segments and a weight of every output that is not padding."""
+    q, k, v, weight = (jnp.asarray(rng.standard_normal((rows, tokens, heads, size)), jnp.float32) for _ in range(4))
+    segment = jnp.asarray(np.sort(rng.integers(0, 6, (rows, tokens))), jnp.int32)
+    return (q, k, v), segment, weight * (segment > 0)[..., None, None]
+
+
+def value_and_grads(function, inputs, weight):
+    return jax.jit(jax.value_and_grad(lambda qkv: (function(*qkv) * weight).sum()))(inputs)
+
+
+@pytest.mark.parametrize("backend", [name for name in module.BACKENDS if name != "auto"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, backend, mesh):
+    inputs, segment, weight = long_rows(rng)
+    value, grads = value_and_grads(lambda *qkv: module.reference(*qkv, segment, segment), inputs, weight)
+    devices = jax.devices()[: int(np.prod(MESHES[mesh]))]
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*MESHES[mesh]), devices)):
+        found, found_grads = value_and_grads(
+            lambda *qkv: attention(*qkv, segment, segment, backend=backend), inputs, weight
+        )
+    assert found == pytest.approx(float(value), abs=1e-4)
+    for one, other in zip(grads, found_grads, strict=True):
+        assert np.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["one device", "heads and tokens"])
+def test_captions_that_every_device_has_whole(rng, mesh):
+    (q, _, _), segment, weight = long_rows(rng)
+    k, v = (jnp.asarray(rng.standard_normal((4, 40, 4, 16)), jnp.float32) for _ in range(2))
+    text = jnp.asarray(np.sort(rng.integers(1, 6, (4, 40))), jnp.int32)
+    weight = weight * (segment[:, :, None] == text[:, None]).any(-1)[..., None, None]
+    value, grads = value_and_grads(lambda *qkv: module.reference(*qkv, segment, text), (q, k, v), weight)
+    devices = jax.devices()[: int(np.prod(MESHES[mesh]))]
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*MESHES[mesh]), devices)):
+        found, found_grads = value_and_grads(
+            lambda *qkv: attention(*qkv, segment, text, backend="blockwise", keys="none"), (q, k, v), weight
+        )
+    assert found == pytest.approx(float(value), abs=1e-4)
+    for one, other in zip(grads, found_grads, strict=True):
+        assert np.allclose(one, other, atol=1e-5)
+
+
+def test_backends_are_chosen_by_platform_and_size():
+    assert {module.chosen(name, 144, 144, 4) for name in ("cpu", "gpu", "tpu")} == {"reference"}
+    assert [module.chosen(name, 4096, 4096, 4) for name in ("cpu", "gpu", "tpu")] == ["blockwise", "triton", "splash"]
+    # A kernel that cannot take the sizes is not chosen.
+    assert {module.chosen(name, 4100, 4100, 4) for name in ("gpu", "tpu")} == {"blockwise"}
+    assert module.chosen("gpu", 4096, 256, 4) == "blockwise" and module.chosen("tpu", 4096, 256, 4) == "splash"
+    assert module.chosen("tpu", 1024, 1024, 3, split=4) == "blockwise"
+    assert module.chosen("cpu", 256, 256, 4, split=4) == "blockwise"
+
+
+def test_what_a_backend_cannot_take_is_told(rng):
+    inputs, segment, _ = long_rows(rng, tokens=250)
+    with pytest.raises(ValueError, match="'flash' is none of auto, reference"):
+        attention(*inputs, segment, segment, backend="flash")
+    with pytest.raises(ValueError, match="multiples of 128 tokens, not 250 and 250"):
+        attention(*inputs, segment, segment, backend="splash")
+    with pytest.raises(ValueError, match="multiple of 64, not 250"):
+        attention(*inputs, segment, segment, backend="triton")
+    inputs, segment, _ = long_rows(rng, heads=2)
+    with (
+        jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 4), jax.devices()[:4])),
+        pytest.raises(ValueError, match="2 heads do not divide over 4 devices of mesh axis sequence"),
+    ):
+        attention(*inputs, segment, segment, backend="splash")

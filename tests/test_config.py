@@ -83,3 +83,13 @@ def test_differences_name_the_leaves():
         "a.c: 2 -> 3",
         "d: None -> 4",
     ]
+
+
+def test_a_config_from_before_a_key_was_added_does_what_it_did():
+    tree = quickstart.get_config("dit").to_dict()
+    old = config.to_dict(config.from_config_dict(tree))
+    assert old["dit"].pop("predict") and old["dit"].pop("attention")
+    assert config.from_stored(old) == config.from_config_dict(tree)
+    # A config that is written today must have every key.
+    with pytest.raises(config.ConfigError, match="lacks the key"):
+        config.from_config_dict(old)

@@ -165,7 +165,7 @@ def spread_slots(x_BS: Any, slot_BN: Any) -> Any:
 def load_run(path: Path, step: int | None = None) -> DiTRun:
     """The resolved config of a DiT's work dir. Raises FileNotFoundError or ConfigError."""
     meta = checkpoint.read_meta(path, step)
-    run = config.from_config_dict(meta.get("config", {}))
+    run = config.from_stored(meta.get("config", {}))
     if not isinstance(run, DiTRun):
         raise config.ConfigError(
             f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT"

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from sora_jax import sharding, structs
 from sora_jax.models import text_encoder
 from sora_jax.nn import rope
-from sora_jax.nn.attention import attention
+from sora_jax.nn.attention import BACKENDS, attention
 from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm
 
 # Below it the velocity of a predicted clean patch is held, as it would grow without bound.
@@ -39,7 +39,7 @@ class DiTConfig:
 
     predict is what the last layer gives: the 'velocity', or the 'clean' patches, from which the velocity follows. A velocity
     holds all of a patch's noise, and of large patches it is hardly learned; what is clean lies in fewer directions
-    (arXiv:2511.13720, and experiments/README.md).
+    (arXiv:2511.13720, and experiments/README.md). attention is the backend of self-attention (nn/attention.BACKENDS).
     """
 
     width: int
@@ -53,6 +53,7 @@ class DiTConfig:
     dtype: str = "float32"
     remat: str = "none"
     predict: str = "velocity"
+    attention: str = "auto"
     text: text_encoder.TextEncoderConfig | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class DiTConfig:
             raise ValueError(f"dit.remat {self.remat!r} is none of {', '.join(REMAT)}")
         if min(self.width, self.blocks, self.heads, *self.patch, self.channels) < 1:
             raise ValueError("dit: width, blocks, heads, patch and channels must be positive")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"dit.attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.predict not in ("velocity", "clean"):
             raise ValueError(f"dit.predict {self.predict!r} is neither velocity nor clean")
         if self.dtype not in ("float32", "bfloat16"):
@@ -110,13 +113,15 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(config.width, 3 * config.width, rngs=rngs, dtype=config.dtype)
         self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.heads, self.dtype = config.heads, config.dtype
+        self.config = config
 
     def __call__(self, x_BND: Array, turn: tuple[Array, Array], segment_BN: Array) -> Array:
-        q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=self.heads)
+        config = self.config
+        q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=config.heads)
         q, k = rope.rotate(self.q_norm(q), turn), rope.rotate(self.k_norm(k), turn)
         q, k, v = (sharding.constrain(a, "rows", "tokens", "heads", "none") for a in (q, k, v))
-        return self.out(rearrange(attention(q, k, v, segment_BN, segment_BN, self.dtype), "b n k e -> b n (k e)"))
+        attended = attention(q, k, v, segment_BN, segment_BN, config.dtype, config.attention)
+        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
 
 
 class CrossAttention(nnx.Module):
@@ -128,12 +133,17 @@ class CrossAttention(nnx.Module):
         self.kv = Linear(config.width, 2 * config.width, rngs=rngs, dtype=config.dtype)
         self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype, gain=0.0)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.heads, self.dtype = config.heads, config.dtype
+        self.config = config
 
     def __call__(self, x_BND: Array, text_BLD: Array, segment_BN: Array, text_segment_BL: Array) -> Array:
-        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads)
-        k, v = rearrange(self.kv(text_BLD), "b l (k two e) -> two b l k e", two=2, k=self.heads)
-        attended = attention(self.q_norm(q), self.k_norm(k), v, segment_BN, text_segment_BL, self.dtype)
+        heads = self.config.heads
+        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=heads)
+        k, v = rearrange(self.kv(text_BLD), "b l (k two e) -> two b l k e", two=2, k=heads)
+        # The GPU's kernel takes as many keys as queries.
+        backend = "auto" if self.config.attention == "triton" else self.config.attention
+        attended = attention(
+            self.q_norm(q), self.k_norm(k), v, segment_BN, text_segment_BL, self.config.dtype, backend, keys="none"
+        )
         return self.out(rearrange(attended, "b n k e -> b n (k e)"))
 
 

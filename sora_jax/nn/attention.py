@@ -1,17 +1,28 @@
 """One attention function for the whole package: queries and keys attend within their segment.
 
-Other kernels belong behind this function; whatever runs, the result is that of the reference here.
+Which kernel runs is chosen by platform and size, or said by name; whatever runs, the result is that of reference().
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from sora_jax import sharding
+from sora_jax.nn import kernels, ring
+from sora_jax.nn.blockwise import blockwise
+
+BACKENDS = ("auto", "reference", "blockwise", "splash", "triton")
+KERNELS = {"splash": kernels.splash, "triton": kernels.triton}
 # Far below any logit, yet finite: a fully masked row (padding) gives finite numbers instead of NaN.
 MASKED = -1e9
+# The most (query, key) pairs of a row that the reference is chosen for: their logits stay in a cache.
+SHORT = 512 * 512
 
 
 def attention(
@@ -21,12 +32,63 @@ def attention(
     q_segment_BN: Int[Array, "B N"],
     k_segment_BM: Int[Array, "B M"],
     dtype: str = "float32",
+    backend: str = "auto",
+    keys: str = "tokens",
 ) -> Float[Array, "B N K E"]:
     """softmax(q k^T / sqrt(E)) v over the keys of the query's own segment.
 
     Dots take operands in dtype and accumulate in float32; the softmax is float32. Segment 0 is padding: what it returns is
-    finite and means nothing.
+    finite and means nothing, as for a query without keys. keys is the logical axis of the keys' tokens: 'tokens' where they
+    are split over devices as queries are, 'none' where each device has all. Raises ValueError for an unknown backend, or one
+    that cannot take these sizes.
     """
+    heads, split = sharding.shards("heads"), sharding.shards("tokens") if keys == "tokens" else 1
+    if backend == "auto":
+        tokens = q_BNKE.shape[1] // sharding.shards("tokens"), k_BMKE.shape[1] // split
+        backend = chosen(sharding.platform(), *tokens, q_BNKE.shape[2] // heads, split)
+    inputs = q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM
+    if backend == "reference":
+        return reference(*inputs, dtype)
+    function = _on_a_device(backend, dtype, split)
+    of_k = ("rows", keys, "heads", "none"), ("rows", keys)
+    of_q = ("rows", "tokens", "heads", "none"), ("rows", "tokens")
+    return sharding.on_each_device(function, (of_q[0], of_k[0], of_k[0], of_q[1], of_k[1]), of_q[0])(*inputs)
+
+
+def chosen(platform: str, queries: int, keys: int, heads: int, split: int = 1) -> str:
+    """The backend for so many queries, keys and heads of a row on a device, where keys are split over `split` devices."""
+    if queries * split * keys * split <= SHORT:
+        return "reference"
+    # Kernels see all tokens of some heads where tokens are split, so there must be enough heads.
+    fits, same = heads % split == 0, queries == keys
+    if (
+        platform == "tpu"
+        and fits
+        and queries * split % kernels.SPLASH_LANES == 0 == keys * split % kernels.SPLASH_LANES
+    ):
+        return "splash"
+    if platform in ("gpu", "cuda", "rocm") and fits and same and queries * split % kernels.TRITON_BLOCK == 0:
+        return "triton"
+    return "blockwise"
+
+
+def _on_a_device(backend: str, dtype: str, split: int) -> Callable[..., Array]:
+    """What a device does with its own part, if keys are split over so many devices."""
+    axis = sharding.mesh_axis("tokens")
+    if backend == "blockwise":
+        if split > 1:
+            return functools.partial(ring.ring, axis=axis, dtype=dtype)
+        return lambda q, k, v, q_segment, k_segment: blockwise(q, k, v, q_segment, k_segment, dtype)[0]
+    if backend not in KERNELS:
+        raise ValueError(f"attention {backend!r} is none of {', '.join(BACKENDS)}")
+    kernel = functools.partial(KERNELS[backend], dtype=dtype)
+    return functools.partial(ring.all_to_all, kernel=kernel, axis=axis) if split > 1 else kernel
+
+
+def reference(
+    q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str = "float32"
+) -> Array:
+    """Attention with all logits of a row at once: the fastest for short rows, and what the others are held against."""
     compute = jnp.dtype(dtype)
     scale = q_BNKE.shape[-1] ** -0.5
     logits_BKNM = jnp.einsum(

@@ -201,9 +201,17 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
     if checkpoint.latest_step(workdir) is None:
         return state, 0.0
     stored = checkpoint.read_meta(workdir)
-    changed = config.differences(stored["config"], config.to_dict(task.run))
+    changed = config.differences(config.to_dict(config.from_stored(stored["config"])), config.to_dict(task.run))
     # A longer or shorter run is another schedule: only what is written and shown may change.
-    free = ("loop.log_every", "loop.save_every", "loop.evaluate_every", "loop.sample_every", "loop.keep", "mesh.")
+    free = (
+        "loop.log_every",
+        "loop.save_every",
+        "loop.evaluate_every",
+        "loop.sample_every",
+        "loop.keep",
+        "mesh.",
+        "dit.attention",
+    )
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
         raise config.ConfigError(

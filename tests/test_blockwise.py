@@ -1,0 +1,96 @@
+"""Attention in blocks: parts are put together, other clips' blocks are skipped, padding costs nothing and stays finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.nn import blockwise
+from sora_jax.nn.attention import reference
+
+N, K, E = 50, 3, 8
+
+
+@pytest.fixture
+def inputs(rng):
+    q, k, v = (jnp.asarray(rng.standard_normal((2, N, K, E)), jnp.float32) for _ in range(3))
+    segment = np.stack([np.sort(rng.integers(1, 5, N)), np.repeat([1, 2, 0], [20, 20, 10])])
+    return q, k, v, jnp.asarray(segment, jnp.int32)
+
+
+@pytest.mark.parametrize("block", [7, 16, 64])
+def test_blocks_that_do_not_divide_the_row(inputs, block):
+    q, k, v, segment = inputs
+    out, _ = blockwise.blockwise(q, k, v, segment, segment, block=block)
+    real = np.asarray(segment) > 0
+    assert np.allclose(out[real], reference(q, k, v, segment, segment)[real], atol=1e-5)
+    assert np.all(out[~real] == 0)
+
+
+def test_segments_in_any_order(inputs, rng):
+    q, k, v, segment = inputs
+    mixed = jnp.asarray(rng.permuted(np.asarray(segment), axis=1))
+    out, _ = blockwise.blockwise(q, k, v, mixed, mixed, block=8)
+    real = np.asarray(mixed) > 0
+    assert np.allclose(out[real], reference(q, k, v, mixed, mixed)[real], atol=1e-5)
+
+
+def test_parts_over_some_keys_are_one_attention(inputs):
+    """Also through gradients, which reach a part's logarithm of its sum."""
+    q, k, v, segment = inputs
+    weight = (segment > 0)[..., None, None] * jnp.cos(jnp.arange(q.size).reshape(q.shape))
+
+    def whole(k):
+        return (blockwise.blockwise(q, k, v, segment, segment, block=16)[0] * weight).sum()
+
+    def parts(k):
+        one, other = (
+            blockwise.blockwise(q, k[:, part], v[:, part], segment, segment[:, part], block=16)
+            for part in (slice(0, 23), slice(23, N))
+        )
+        return (blockwise.merge(one, other)[0] * weight).sum()
+
+    assert np.allclose(jax.grad(whole)(k), jax.grad(parts)(k), atol=1e-6)
+
+
+def test_only_blocks_with_a_clip_in_common_are_computed():
+    segment = jnp.asarray([np.repeat([1, 2, 3, 0], 16), np.repeat([1, 2], 32)], jnp.int32)
+    zeros = jnp.zeros((2, 64, 1, 8))
+    inputs = blockwise.prepared(zeros, zeros, zeros, segment, segment, "float32", 16)
+    (row, i, j), count = blockwise._pairs(inputs, 16)
+    pairs = list(zip(*(np.asarray(part[:count]).tolist() for part in (row, i, j)), strict=True))
+    assert pairs[:3] == [(0, 0, 0), (0, 1, 1), (0, 2, 2)]
+    assert pairs[3:] == [(1, a, b) for a in range(4) for b in range(4) if a // 2 == b // 2]
+
+
+def test_extreme_logits_stay_finite(inputs):
+    q, k, v, segment = inputs
+    out, grads = jax.value_and_grad(lambda q: blockwise.blockwise(1e4 * q, k, v, segment, segment, block=16)[0].sum())(
+        q
+    )
+    assert np.isfinite(out) and np.all(np.isfinite(grads))
+
+
+def test_a_query_without_keys_has_no_value_and_no_gradient(inputs):
+    q, k, v, segment = inputs
+    (out, log_sum), grads = jax.vjp(
+        lambda q: blockwise.blockwise(q, k, v, jnp.full_like(segment, 9), segment, block=16), q
+    )
+    assert np.all(out == 0) and np.all(log_sum == blockwise.LEAST)
+    assert np.all(grads((jnp.ones_like(out), jnp.zeros_like(log_sum)))[0] == 0)
+
+
+def test_memory_grows_with_tokens_not_with_their_square():
+    """By the compiler's own account, forward and backward."""
+
+    def temporaries(tokens):
+        shape = jax.ShapeDtypeStruct((1, tokens, 2, 32), jnp.float32)
+        segment = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+        def loss(q, k, v, segment):
+            return blockwise.blockwise(q, k, v, segment, segment, block=128)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, segment).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.5 * temporaries(2048)
