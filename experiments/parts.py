@@ -144,7 +144,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 text=None,
             ),
             pack=dict(rows=10, row_tokens=144, row_slots=9, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),
-            loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
+            loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0, lanes=1),
             flow=dict(mean=0.4, std=1.0, shift=1.0),
             sampler=dict(steps=16, method="euler", guidance=5.0, shift=1.0),
             optimizer=muon(0.014, 3e-3),

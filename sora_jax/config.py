@@ -261,7 +261,7 @@ def from_config_dict(tree: Any) -> Run:
 
 
 # Keys that configs did not always have, with what was done before.
-ADDED: dict[str, dict[str, Any]] = {"dit": {"dit.predict": "velocity", "dit.attention": "auto"}}
+ADDED: dict[str, dict[str, Any]] = {"dit": {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}}
 
 
 def from_stored(tree: Any) -> Run:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sora_jax.generate.pipeline import Pipeline
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+LOST = 75  # processes.LOST, known here without jax
 SUFFIXES = (".mp4", ".gif", ".png")
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
 SHOWN_WIDTH = 256
@@ -217,9 +218,26 @@ def _add_train(verbs: Any) -> None:
         """examples:
   sora-jax train --config=experiments/quickstart.py:vae --workdir=runs/vae
   sora-jax train --config=experiments/quickstart.py:dit --config.vae_checkpoint=runs/vae --workdir=runs/dit
-  sora-jax train --config=experiments/quickstart.py:vae --config.loop.steps=50 --workdir=runs/short""",
+  sora-jax train --config=experiments/quickstart.py:vae --config.loop.steps=50 --workdir=runs/short
+  sora-jax train --config=experiments/dit.py:full --workdir=/shared/dit --coordinator=host0:8476 --processes=2 --process=0""",
     )
     _add_run_flags(parser)
+    group = parser.add_argument_group(
+        "several processes",
+        "The same command on every machine, with a --workdir that all of them see. Where one dies the others stop within\n"
+        f"seconds with exit code {LOST}; started again they resume.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where the first process listens (default: one process)"
+    )
+    group.add_argument("--processes", type=_count, metavar="N", help="how many there are; with --coordinator")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0; with --coordinator")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the other processes by the environment: Slurm, Open MPI, a TPU pod, Kubernetes or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (default: one process)",
+    )
 
 
 def _add_study(verbs: Any) -> None:
@@ -604,7 +622,7 @@ def _value_at(tree: ConfigDict, override: str) -> Any:
 def train(arguments: argparse.Namespace) -> None:
     """Trains the stage of --config in --workdir, or goes on with it."""
     run = load_run(arguments.config, arguments.overrides)
-    from sora_jax import checkpoint, config
+    from sora_jax import checkpoint, config, processes
     from sora_jax.train import loop
 
     if isinstance(run, config.StudyRun):
@@ -613,10 +631,11 @@ def train(arguments: argparse.Namespace) -> None:
             f"{arguments.config} is a study; use sora-jax study, or train a stage: {_variants(name, run.stages)}"
         )
     _make_folder(arguments.workdir)
-    task = _task(run, arguments.workdir)
     try:
-        with _errors_for_users():
-            loop.fit(task, arguments.workdir)
+        with _meeting(arguments):
+            task = _task(run, arguments.workdir)
+            with _errors_for_users():
+                loop.fit(task, arguments.workdir)
     except loop.DivergedError as error:
         raise Failure(error, RUN_ERROR) from error
     except KeyboardInterrupt:
@@ -625,7 +644,33 @@ def train(arguments: argparse.Namespace) -> None:
         raise Failure(
             f"interrupted; {kept if step is None else f'the same command resumes from step {step}'}", INTERRUPTED
         ) from None
-    print(f"trained: {arguments.workdir}")
+    if processes.is_first():
+        print(f"trained: {arguments.workdir}")
+
+
+@contextlib.contextmanager
+def _meeting(arguments: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes of a run, if the flags say that there are any, and leaves them in order."""
+    given = (arguments.coordinator, arguments.processes, arguments.process)
+    if given == (None, None, None) and not arguments.distributed:
+        yield
+        return
+    if None in given and not arguments.distributed:
+        raise Failure("--coordinator, --processes and --process go together; or give --distributed")
+    from sora_jax import processes
+
+    try:
+        processes.start(*given)
+    except (RuntimeError, ValueError) as error:
+        raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
+    try:
+        yield
+    except BaseException:
+        # The others wait for this one in some collective, and jax would wait for them at the end.
+        traceback.print_exc()
+        processes.fail()
+        raise
+    processes.leave()
 
 
 def _task(run: VAERun | DiTRun, workdir: Path) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -188,3 +189,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Batches: split over rows."""
     return NamedSharding(mesh, P(RULES["rows"]))
+
+
+def own_rows(mesh: Mesh, count: int) -> range:
+    """Which of a batch's rows lie on devices of this process. Raises ValueError if they do not divide over the devices."""
+    over = math.prod(mesh.shape[axis] for axis in RULES["rows"] or ())
+    if count % over:
+        raise ValueError(f"{count} rows do not divide over {over} devices of mesh axes {RULES['rows']}; change either")
+    places = rows(mesh).addressable_devices_indices_map((count,)).values()
+    starts = [place[0].indices(count)[:2] for place in places if place is not None]
+    found = range(min(start for start, _ in starts), max(stop for _, stop in starts))
+    if len(found) != sum(stop - start for start, stop in set(starts)):
+        raise ValueError(
+            f"the rows of this process are not next to each other on mesh {dict(mesh.shape)}; change the mesh"
+        )
+    return found
+
+
+def place_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+    """A batch of `count` rows on the mesh, from this process's own_rows of it."""
+    placed = rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, placed)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x), (count, *x.shape[1:])), tree
+    )
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays that every device of the mesh of the context has whole: results that every process may read."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays as numpy, also such as lie on devices of other processes."""
+    if all(getattr(x, "is_fully_addressable", True) or x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return jax.device_get(jax.jit(everywhere)(tree))

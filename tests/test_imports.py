@@ -13,6 +13,7 @@ PACKAGE = ROOT / "sora_jax"
 # A module may import modules of its own floor and of the floors above its own in this list.
 FLOORS = [
     {"structs"},
+    {"processes"},
     {"sharding"},
     {"nn"},
     {"models"},

@@ -72,6 +72,44 @@ def test_resume_goes_on_exactly(store, before):
         assert same(next(again)[0], batch)
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_processes_read_parts_of_the_same_batches(store, lanes):
+    """Whatever the number of processes; and they go on as another number of them."""
+    packing = dataclasses.replace(PACKING, rows=4)
+    tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, lanes=lanes), packing, GEOMETRY, text, seed=3)
+    whole = loader.batches(store, tokeniser, 6)
+    parts = [loader.batches(store, tokeniser, 6, rows) for rows in (range(0, 2), range(2, 4))]
+    for _ in range(5):
+        batch, count = next(whole)
+        found = [next(part) for part in parts]
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part for part, _ in found))
+        assert same(batch, joined)
+        assert count.tokens == sum(counted.tokens for _, counted in found)
+    states = [part.get_state() for part in parts]
+    again = loader.batches(store, tokeniser, 6)
+    again.set_state(states[0] | states[1])
+    assert same(next(again)[0], next(whole)[0])
+
+
+def test_processes_open_different_clips(store, monkeypatch):
+    opened = []
+    read = latents.LatentStore.__getitem__
+    monkeypatch.setattr(latents.LatentStore, "__getitem__", lambda self, i: (opened.append(i), read(self, i))[1])
+    tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, lanes=2), PACKING, GEOMETRY, text, seed=3)
+    firsts = []
+    for rows in (range(0, 1), range(1, 2)):
+        opened.clear()
+        next(loader.batches(store, tokeniser, 6, rows))
+        firsts.append(set(opened[: PACKING.window]))
+    assert len(firsts[0]) == len(firsts[1]) == PACKING.window and not firsts[0] & firsts[1]
+
+
+def test_lanes_divide_rows(store):
+    tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, lanes=3), PACKING, GEOMETRY, text, seed=3)
+    with pytest.raises(ValueError, match=r"pack\.rows 2 must be a multiple of loader\.lanes 3"):
+        loader.batches(store, tokeniser, 6)
+
+
 def test_every_pass_draws_every_clip_once(store):
     source, drawn = batches(store), []
     while len(drawn) < 3 * CLIPS:

@@ -24,13 +24,15 @@ class LoaderConfig:
 
     long_captions is the share of descriptive captions, the rest are short; caption_dropout the share without caption (for
     classifier-free guidance); known_frames the share of clips whose first latents are given. workers is the number of
-    loader processes, 0 loads in a thread.
+    loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
+    which a batch has equally many of each: with as many lanes as training processes, or more, each reads its own clips alone.
     """
 
     long_captions: float = 0.2
     caption_dropout: float = 0.1
     known_frames: float = 0.0
     workers: int = 0
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("long_captions", "caption_dropout", "known_frames"):
@@ -38,6 +40,8 @@ class LoaderConfig:
                 raise ValueError(f"loader.{name} is {getattr(self, name)}; it is a share in [0, 1]")
         if self.workers < 0:
             raise ValueError(f"loader.workers is {self.workers}; it must not be negative")
+        if self.lanes < 1:
+            raise ValueError(f"loader.lanes is {self.lanes}; there must be at least one")
 
 
 # caption -> (states (L, M), None) or (None, token ids (L,))
@@ -98,7 +102,7 @@ class PackRows(grain.IterDataset):
         parent: grain.IterDataset,
         config: pack.PackConfig,
         finish: Callable[[list[pack.Tokens]], PackedBatch],
-        seed: int,
+        seed: tuple[int, ...],
     ):
         super().__init__(parent)
         self.config, self.finish, self.seed = config, finish, seed
@@ -111,7 +115,11 @@ class PackRowsIterator(grain.DatasetIterator):
     """State: where the window began in the parent, its number, and how many of its rows were handed out."""
 
     def __init__(
-        self, parent: Any, config: pack.PackConfig, finish: Callable[[list[pack.Tokens]], PackedBatch], seed: int
+        self,
+        parent: Any,
+        config: pack.PackConfig,
+        finish: Callable[[list[pack.Tokens]], PackedBatch],
+        seed: tuple[int, ...],
     ):
         super().__init__(parent)
         self.config, self.finish, self.seed = config, finish, seed
@@ -135,7 +143,7 @@ class PackRowsIterator(grain.DatasetIterator):
             tokens, dropped = next(self._parent)
             clips.append(tokens)
             count.add(dropped)
-        self.rows, packed = pack.pack_rows(clips, self.config, np.random.default_rng((self.seed, self.window)))
+        self.rows, packed = pack.pack_rows(clips, self.config, np.random.default_rng((*self.seed, self.window)))
         count.add(packed)
         if not self.rows:
             raise ValueError(
@@ -155,32 +163,79 @@ class PackRowsIterator(grain.DatasetIterator):
             self._read_window()
 
 
-def join(rows: list[tuple[PackedBatch, pack.Count]]) -> tuple[PackedBatch, pack.Count]:
-    """Rows and their counts as one batch."""
-    count = pack.Count()
-    for _, each in rows:
-        count.add(each)
-    return pack.stack([row for row, _ in rows]), count
+# Rows of a batch with what was counted for them.
+Rows = list[tuple[PackedBatch, pack.Count]]
+
+
+class Lanes(grain.IterDataset):
+    """Batches of rows from several streams of lists of rows; of the rows only those in `wanted` are kept."""
+
+    def __init__(self, lanes: dict[int, grain.IterDataset], lane_rows: int, wanted: range):
+        super().__init__(list(lanes.values()))
+        self.names, self.lane_rows, self.wanted = list(lanes), lane_rows, wanted
+
+    def __iter__(self) -> LanesIterator:
+        return LanesIterator([parent.__iter__() for parent in self._parents], self.names, self.lane_rows, self.wanted)
+
+
+class LanesIterator(grain.DatasetIterator):
+    """State: that of each lane by its number, so that processes with other lanes add theirs to it."""
+
+    def __init__(self, lanes: list[Any], names: list[int], lane_rows: int, wanted: range):
+        super().__init__(lanes)
+        self.names, self.lane_rows, self.wanted = names, lane_rows, wanted
+
+    def __next__(self) -> tuple[PackedBatch, pack.Count]:
+        rows, count = [], pack.Count()
+        for name, lane in zip(self.names, self._parents, strict=True):
+            first = name * self.lane_rows
+            for number, (row, counted) in enumerate(next(lane), first):
+                if number in self.wanted:
+                    rows.append(row)
+                # Where several processes read a lane, it is counted by the one that has its first row.
+                if first in self.wanted:
+                    count.add(counted)
+        return pack.stack(rows), count
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(name): lane.get_state() for name, lane in zip(self.names, self._parents, strict=True)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, lane in zip(self.names, self._parents, strict=True):
+            lane.set_state(state[str(name)])
 
 
 def batches(
-    store: LatentStore, tokeniser: Tokeniser, text_width: int | None
+    store: LatentStore, tokeniser: Tokeniser, text_width: int | None, wanted: range | None = None
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
-    """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew."""
-    packing, seed = tokeniser.packing, tokeniser.seed
+    """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew.
+
+    wanted are the rows of a batch that this process trains on, by default all; whatever they are, the batches of all processes
+    together are the same. Raises ValueError if lanes do not divide the rows.
+    """
+    packing, seed, lanes = tokeniser.packing, tokeniser.seed, tokeniser.config.lanes
     patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.mean.shape[-1]
+    wanted = range(packing.rows) if wanted is None else wanted
+    if packing.rows % lanes:
+        raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {lanes}")
+    lane_rows = packing.rows // lanes
 
     def draw(index: int, number: int) -> tuple[pack.Tokens, pack.Count]:
         return tokeniser(store[number], index // len(store))
 
     clips = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().map_with_index(draw)
-    rows = PackRows(
-        clips.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)),
-        packing,
-        lambda members: pack.fill_row(members, packing, patch_dim, text_width),
-        seed,
-    )
-    dataset = rows.batch(packing.rows, batch_fn=join)
+
+    def lane(number: int) -> grain.IterDataset:
+        mine = clips if lanes == 1 else clips.slice(slice(number, None, lanes))
+        return PackRows(
+            mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)),
+            packing,
+            lambda members: pack.fill_row(members, packing, patch_dim, text_width),
+            (seed,) if lanes == 1 else (seed, number),
+        ).batch(lane_rows, batch_fn=list)
+
+    read = {row // lane_rows for row in wanted}
+    dataset: grain.IterDataset = Lanes({number: lane(number) for number in sorted(read)}, lane_rows, wanted)
     if tokeniser.config.workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=tokeniser.config.workers))
     else:

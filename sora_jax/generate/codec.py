@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sora_jax import sharding
 from sora_jax.models import vae
 
 # Latent frames a chunk: large enough for short clips to be one chunk, small enough for long ones to fit.
@@ -40,16 +41,16 @@ class Codec:
         def encode_chunk(weights: Any, frames: Any, pasts: Any) -> Any:
             model = nnx.merge(graphdef, *weights)
             posterior, following = model.encode_chunk(to_unit(frames), pasts)
-            return model.normalise(posterior), following
+            return sharding.everywhere(model.normalise(posterior)), following
 
         @jax.jit
         def decode_chunk(weights: Any, latent: Any, pasts: Any) -> Any:
             model = nnx.merge(graphdef, *weights)
             frames, following = model.decode_chunk(model.denormalise(latent), pasts)
-            return to_uint8(frames), following
+            return sharding.everywhere(to_uint8(frames)), following
 
         # On the host, so that they go wherever the context computes: one device or a mesh.
-        self._weights = jax.device_get((params, rest))
+        self._weights = sharding.on_host((params, rest))
         self._encode_chunk, self._decode_chunk = encode_chunk, decode_chunk
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -154,7 +154,7 @@ class Pipeline:
             conditional, unconditional = jnp.split(twice, 2)
             return sampler.guided(conditional, unconditional, settings.guidance)
 
-        return sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP)
+        return sharding.everywhere(sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP))
 
 
 def spread_slots(x_BS: Any, slot_BN: Any) -> Any:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.scipy.special import ndtri
 
-from sora_jax import compute, config, sharding
+from sora_jax import compute, config, processes, sharding
 from sora_jax.checkpoint import fingerprints, read_meta
 from sora_jax.config import DiTRun
 from sora_jax.data import latents, loader, pack
@@ -70,6 +70,7 @@ class DiTTask:
             )
         self.unit = "tokens"
         self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
+        self.rows = run.pack.rows
         self.flops_per_step = compute.dit_step(run.dit, run.pack).total
         self.flops_before = float(read_meta(source)["total_flops"])
         self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
@@ -89,22 +90,25 @@ class DiTTask:
             {sharding.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.vae_params)}
         )
         name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
-        return {
-            split: encode_split(self.encoded, self.run.data, split, network, name) for split in ("train", "heldout")
-        }
+
+        def of(split: world.Split) -> latents.LatentStore:
+            return processes.first_then_all(lambda: encode_split(self.encoded, self.run.data, split, network, name))
+
+        return {split: of(split) for split in ("train", "heldout")}
 
     @functools.cached_property
     def text(self) -> CaptionText:
         text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
-        text.prepare(["", *latents.unique_captions(list(self.stores.values()))])
+        captions = ["", *latents.unique_captions(list(self.stores.values()))]
+        processes.first_then_all(lambda: text.prepare(captions))
         return text
 
     def _tokeniser(self, packing: pack.PackConfig, settings: loader.LoaderConfig) -> loader.Tokeniser:
         return loader.Tokeniser(settings, packing, self.geometry, self.text, self.run.seed)
 
-    def batches(self) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
+    def batches(self, wanted: range) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
         tokeniser = self._tokeniser(self.run.pack, self.run.loader)
-        return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width))
+        return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width, wanted))
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class DiTTask:
             _, error_BN, weight_BN = self._flow_loss(params, batch, time_BS, root)
             slots_BNS = jax.nn.one_hot(batch.layout.slot_BN, batch.clip_BS.shape[1])
             error_BS, tokens_BS = (jnp.einsum("bn,bns->bs", x_BN, slots_BNS) for x_BN in (error_BN, weight_BN))
-            return error_BS, tokens_BS, time_BS
+            return sharding.everywhere((error_BS, tokens_BS, time_BS))
 
         return jax.jit(one)
 
@@ -191,7 +195,8 @@ class DiTTask:
             request_of(scene, prompt, seed) for seed, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True))
         ]
         made = self.pipeline(state).sample(requests, self.run.sampler)
-        files.write_image(path, files.contact_sheet(made, labels=prompts))
+        if processes.is_first():
+            files.write_image(path, files.contact_sheet(made, labels=prompts))
 
     def pipeline(self, state: TrainState) -> pipeline.Pipeline:
         weights = state.rest["vae"]

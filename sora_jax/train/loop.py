@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 import sora_jax
-from sora_jax import checkpoint, config, sharding
+from sora_jax import checkpoint, config, processes, sharding
 from sora_jax.structs import TrainState
 from sora_jax.train import optimizer, progress
 
@@ -34,6 +34,7 @@ class Task(Protocol):
     run: Any
     unit: str  # what a step consumes: 'tokens' or 'clips'
     units_per_step: float
+    rows: int  # of a batch, over all processes
     flops_per_step: float
     flops_before: float  # spent on what this run builds on, such as the VAE of a DiT
 
@@ -43,7 +44,7 @@ class Task(Protocol):
 
     def loss(self, params: Any, rest: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]: ...
 
-    def batches(self) -> Iterator[tuple[Any, dict[str, float]]]: ...
+    def batches(self, wanted: range) -> Iterator[tuple[Any, dict[str, float]]]: ...
 
     def evaluate(self, state: TrainState) -> dict[str, float]: ...
 
@@ -129,9 +130,10 @@ def fit(task: Task, workdir: Path) -> TrainState:
     tx = optimizer.make(run.optimizer, loop.steps)
     with jax.set_mesh(mesh):
         state = new_state(task, tx, mesh)
-        source = task.batches()
+        source = task.batches(sharding.own_rows(mesh, task.rows))
         state, seconds = _resume(task, workdir, state, source)
-        (workdir / "config.json").write_text(config.to_json(run))
+        if processes.is_first():
+            (workdir / "config.json").write_text(config.to_json(run))
         if int(state.step) >= loop.steps:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
@@ -145,12 +147,12 @@ def _run(
     task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, seconds: float
 ) -> TrainState:
     loop = task.run.loop
-    rows = sharding.rows(jax.sharding.get_mesh())
+    mesh = jax.sharding.get_mesh()
     number, bad_in_a_row = int(state.step), 0
     began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
     while number < loop.steps:
         batch, host_metrics = next(source)
-        state, metrics = step(state, jax.device_put(batch, rows))
+        state, metrics = step(state, sharding.place_rows(batch, mesh, task.rows))
         number += 1
         window.add(metrics, host_metrics)
         last = number == loop.steps
@@ -190,7 +192,7 @@ def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: fl
         "total_flops": task.flops_before + number * task.flops_per_step,
         "flops_before": task.flops_before,
         "seconds": seconds,
-        "loader": source.get_state(),
+        "loader": processes.joined(source.get_state()),
         "versions": versions(),
     } | task.meta()
     checkpoint.save(workdir, number, _items(state), meta, keep=task.run.loop.keep)

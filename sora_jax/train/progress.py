@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sora_jax import processes
+
 # Host metrics that are counts add up between two log lines.
 SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -56,6 +58,7 @@ class Window:
             name: float(np.mean([step[name] for step in good])) for name in (good[0] if good else {}) if name != "bad"
         }
         seconds = time.perf_counter() - self._since
+        self._host = processes.summed(self._host)
         line |= self._host | {
             "steps": float(len(steps)),
             "bad_steps": float(len(steps) - len(good)),
@@ -70,7 +73,7 @@ class Window:
 
 
 class Reporter:
-    """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed."""
+    """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed: the first process's does."""
 
     def __init__(self, workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> None:
         self.workdir, self.steps, self.start = workdir, steps, start
@@ -78,6 +81,8 @@ class Reporter:
         self.began = time.perf_counter()
 
     def __enter__(self) -> Reporter:
+        if not processes.is_first():
+            return self
         import tensorboardX
         import tqdm
 
@@ -88,11 +93,14 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
-        self._board.close()
-        self._lines.close()
+        if processes.is_first():
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
 
     def train(self, step: int, line: dict[str, float]) -> None:
+        if not processes.is_first():
+            return
         left = (self.steps - step) * (time.perf_counter() - self.began) / max(1, step - self.start)
         speed = f"{si(line['units_per_second'])}{self.unit}/s"
         words = f"loss {line.get('loss', math.nan):.4f}  {speed}  {si(line['flops_per_second'])}FLOP/s"
@@ -104,6 +112,8 @@ class Reporter:
         self._write("train", step, line)
 
     def evaluation(self, step: int, line: dict[str, float]) -> None:
+        if not processes.is_first():
+            return
         # The losses of parts and the counts behind attributes are for metrics.jsonl.
         shown = [name for name in line if name != "total_flops" and not name.startswith("val_loss_")]
         words = "  ".join(f"{name} {line[name]:.4g}" for name in shown if not name.endswith("_count"))

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sora_jax import compute, sharding
+from sora_jax import compute, processes, sharding
 from sora_jax.config import VAERun, VAETrainConfig
-from sora_jax.data.worlds import clips
+from sora_jax.data.worlds import clips, world
 from sora_jax.evaluate import reader, reconstruction
 from sora_jax.generate import codec, files
 from sora_jax.models import vae
@@ -56,6 +56,7 @@ class VAETask:
         settings = self.run.vae_train
         self.unit = "clips"
         self.units_per_step = float(settings.batch)
+        self.rows = settings.batch
         self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop).total
         self.flops_before = 0.0
         self.graphdef = vae.split(nnx.eval_shape(lambda: vae.VAE(self.run.vae, nnx.Rngs(0))))[0]
@@ -77,8 +78,8 @@ class VAETask:
         mse = jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - clean))
         return sum(terms.values(), jnp.float32(0)), terms | {"psnr": reconstruction.psnr_of_mse(mse)}
 
-    def batches(self) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
-        """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state."""
+    def batches(self, wanted: range) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+        """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state; of a batch the clips in wanted."""
         settings, data = self.run.vae_train, self.run.data
         dataset = (
             grain.MapDataset.range(data.train_clips)
@@ -86,15 +87,22 @@ class VAETask:
             .shuffle()
             .repeat()
             .batch(settings.batch)
-            .map_with_index(self._crops)
+            .map_with_index(functools.partial(self._crops, wanted))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1))
         )
         return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4))
 
-    def _crops(self, index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def _crops(self, wanted: range, index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         rng = np.random.default_rng((self.run.seed, index))
-        found = list(clips.clips(self.run.data.world, "train", ids.tolist()))
-        return np.stack([crop(clip.frames_THWC, self.run.vae_train.crop, rng) for clip in found]), {}
+        # What is drawn for a clip is drawn for those before it too, so that parts are parts of the same batch.
+        scenes = [world.sample_scene(self.run.data.world, "train", number) for number in ids.tolist()]
+        corners = [
+            corner((scene.num_frames, scene.height, scene.width), self.run.vae_train.crop, rng) for scene in scenes
+        ]
+        found = clips.clips(self.run.data.world, "train", ids[wanted.start : wanted.stop].tolist())
+        own = corners[wanted.start : wanted.stop]
+        size = self.run.vae_train.crop
+        return np.stack([crop(clip.frames_THWC, size, at) for clip, at in zip(found, own, strict=True)]), {}
 
     @functools.cached_property
     def heldout(self) -> list[Clip]:
@@ -118,7 +126,10 @@ class VAETask:
         """A contact sheet: each held-out clip above its reconstruction."""
         some = self.heldout[:SHOWN_CLIPS]
         pairs = zip((clip.frames_THWC for clip in some), self._reconstruct(state, some), strict=True)
-        files.write_image(path, files.contact_sheet([video for pair in pairs for video in pair], frames_per_video=5))
+        if processes.is_first():
+            files.write_image(
+                path, files.contact_sheet([video for pair in pairs for video in pair], frames_per_video=5)
+            )
 
     def finish(self, state: TrainState) -> TrainState:
         """Measure the statistics that normalise the latents, so that diffusion sees unit variance along every axis."""
@@ -133,12 +144,15 @@ class VAETask:
         return state._replace(rest=jax.device_put(rest, jax.tree.map(lambda leaf: leaf.sharding, state.rest)))
 
 
-def crop(frames_THWC: np.ndarray, size: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random window in space from the clip's first frames on. Raises ValueError for a clip smaller than the window."""
-    T, H, W = size
-    if any(have < need for have, need in zip(frames_THWC.shape, size, strict=False)):
-        raise ValueError(
-            f"a clip of {frames_THWC.shape[:3]} is smaller than vae_train.crop {size}; crop less or draw larger clips"
-        )
-    top, left = (int(rng.integers(have - need + 1)) for have, need in zip(frames_THWC.shape[1:3], (H, W), strict=True))
+def corner(shape: tuple[int, int, int], size: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int]:
+    """Top and left of a random window of `size` in a clip. Raises ValueError for a clip smaller than the window."""
+    if any(have < need for have, need in zip(shape, size, strict=True)):
+        raise ValueError(f"a clip of {shape} is smaller than vae_train.crop {size}; crop less or draw larger clips")
+    top, left = (int(rng.integers(have - need + 1)) for have, need in zip(shape[1:], size[1:], strict=True))
+    return top, left
+
+
+def crop(frames_THWC: np.ndarray, size: tuple[int, int, int], at: tuple[int, int]) -> np.ndarray:
+    """A window from the clip's first frames on."""
+    (T, H, W), (top, left) = size, at
     return frames_THWC[:T, top : top + H, left : left + W]

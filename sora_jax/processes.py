@@ -1,0 +1,173 @@
+"""Several processes of one program, each with its own devices: how they meet, what they agree on, and what ends them.
+
+One process is the rule, and then nothing here does anything. With several, every process runs the same program on its part of
+the same arrays; the first alone writes logs and metrics. A process that dies leaves the others waiting in a collective for
+ever, so each watches the others' heartbeats and leaves with LOST when one stops: what started them starts them again, and they
+go on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# Exit code of a process that lost another: EX_TEMPFAIL of sysexits.h, try again.
+LOST = 75
+BEAT = 1.0  # seconds between heartbeats
+PATIENCE = 10.0  # seconds without one after which a process is lost
+MEETING = 300  # seconds for all to be there
+# jax's own watch ends a process with a core dump; it is for what this one cannot see.
+JAX_PATIENCE = 30
+LONGEST_WAIT = 24 * 3600.0  # seconds for what the first process does while the others wait
+
+Value = TypeVar("Value")
+_watch: _Watch | None = None
+_meetings = 0
+
+
+def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    """Joins `count` processes as number `index` at the coordinator's host:port, and begins to watch the others.
+
+    What is None is found out by jax, from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI, a TPU
+    pod or Kubernetes. Must come before anything else asks for devices. Raises RuntimeError if they do not meet.
+    """
+    global _watch
+
+    def number(given: int | None, variable: str) -> int | None:
+        return int(os.environ[variable]) if given is None and variable in os.environ else given
+
+    jax.distributed.initialize(
+        coordinator,
+        # jax reads the address from the environment by itself, but not the numbers.
+        number(count, "JAX_NUM_PROCESSES"),
+        number(index, "JAX_PROCESS_ID"),
+        heartbeat_timeout_seconds=JAX_PATIENCE,
+        initialization_timeout=MEETING,
+        shutdown_timeout_seconds=JAX_PATIENCE,
+    )
+    if jax.process_count() > 1:
+        _watch = _Watch(jax.process_index(), jax.process_count())
+        _watch.start()
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def leave() -> None:
+    """Every process at its end: the others must not take it for lost."""
+    if _watch is not None:
+        _watch.stop()
+
+
+def fail(code: int = 1) -> None:
+    """Ends this process at once after an error of its own: with several, jax would wait for the others at the end."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def lost(reason: object) -> None:
+    """Ends this process at once, as others that are gone cannot be waited for."""
+    logging.error("%s; start all processes again, they go on from the newest checkpoint", reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST)
+
+
+def first_then_all(action: Callable[[], Value]) -> Value:
+    """action in the first process, then in the others: for what is made once, on a disk that all see, and then found."""
+    global _meetings
+    if jax.process_count() == 1:
+        return action()
+    _meetings += 1
+    if is_first():
+        value = action()
+        _client().wait_at_barrier(f"sora_jax/first/{_meetings}", int(1000 * LONGEST_WAIT))
+        return value
+    _client().wait_at_barrier(f"sora_jax/first/{_meetings}", int(1000 * LONGEST_WAIT))
+    return action()
+
+
+def summed(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of the same names added up over all processes."""
+    if jax.process_count() == 1:
+        return dict(numbers)
+    names = sorted(numbers)
+    values = np.array([numbers[name] for name in names], np.float64)
+    # As bits: jax would round float64.
+    bits = multihost_utils.process_allgather(values.view(np.uint32), tiled=False)
+    total = np.ascontiguousarray(bits, np.uint32).view(np.float64).sum(0)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def joined(tree: Any) -> Any:
+    """JSON dicts of all processes as one; where two say something of one key, the later process is believed."""
+    if jax.process_count() == 1:
+        return tree
+    text = np.frombuffer(json.dumps(tree).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(text)], np.int32), tiled=False))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    every = np.asarray(multihost_utils.process_allgather(padded, tiled=False))
+    found = [json.loads(each[:length].tobytes()) for each, length in zip(every, lengths, strict=True)]
+    result = found[0]
+    for other in found[1:]:
+        result = _merged(result, other)
+    return result
+
+
+def _merged(one: Any, other: Any) -> Any:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one | {key: _merged(one[key], value) if key in one else value for key, value in other.items()}
+    return other
+
+
+def _client() -> Any:
+    return jax._src.distributed.global_state.client  # type: ignore[attr-defined]
+
+
+class _Watch(threading.Thread):
+    """Tells the others each second that this process lives, and looks whether they do."""
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(name="heartbeats", daemon=True)
+        self.index, self.others = index, [other for other in range(count) if other != index]
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        client, number = _client(), 0
+        seen = {other: ("", time.monotonic()) for other in self.others}
+        while not self._stopped.wait(BEAT):
+            number += 1
+            try:
+                client.key_value_set(f"sora_jax/beat/{self.index}", str(number), allow_overwrite=True)
+                beats = {key.rpartition("/")[2]: value for key, value in client.key_value_dir_get("sora_jax/beat/")}
+            except Exception as error:  # the coordinator is gone, and with it the first process
+                if not self._stopped.is_set():
+                    lost(
+                        f"process {self.index}: the first process cannot be reached ({str(error).splitlines()[0][:120]})"
+                    )
+                return
+            for other, (last, since) in seen.items():
+                beat = beats.get(str(other), "")
+                if beat != last:
+                    seen[other] = beat, time.monotonic()
+                elif beat not in ("", "left") and time.monotonic() - since > PATIENCE:
+                    lost(f"process {self.index}: process {other} has given no sign of life for {PATIENCE:.0f} s")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+        _client().key_value_set(f"sora_jax/beat/{self.index}", "left", allow_overwrite=True)
