@@ -14,20 +14,34 @@ SIZES = {
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
-    "7B": (4096, 28, 32),
+}
+# What clusters are planned for: width, blocks, heads; rows and tokens of a row; the mesh; and the topology that it is for.
+CLUSTERS = {
+    "0.7b": ((1152, 24, 9), (8, 16384), (2, 4, 1, 1), "v5e:2x4"),
+    "7b": ((3584, 25, 28), (128, 32768), (8, 16, 1, 1), "v5p:4x4x8"),
+    "30b": ((6144, 36, 48), (512, 65536), (16, 32, 1, 2), "v5p:8x8x16"),
 }
 LADDER = {f"{multiplier}x": multiplier for multiplier in parts.RUNGS}
-ARGUMENTS = ("compact", "full", *LADDER, *(f"{name}/{patch}" for name in (*TOYS, *SIZES) for patch in (1, 2)))
+ARGUMENTS = (
+    "compact",
+    "full",
+    *LADDER,
+    *CLUSTERS,
+    *(f"{name}/{patch}" for name in (*TOYS, *SIZES) for patch in (1, 2)),
+)
 
 
 def get_config(arg: str = "compact") -> ConfigDict:
     """'compact' is the quickstart's, 'full' a small one for the whole world.
 
     '1x', '4x' and '32x' spend multiples of one budget on the compact world, along the frontier (see scaling.py).
-    'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to '7B/2' sizes for accelerators.
+    'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to 'XL/2' sizes for accelerators; '0.7b', '7b' and '30b' are for clusters and
+    long videos of up to 768x768 in patches of 1x2x2, to be looked at with sora-jax plan first.
     """
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
+    if arg in CLUSTERS:
+        return cluster(*CLUSTERS[arg][:3])
     if arg == "compact":
         return parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="runs/vae")
     if arg in LADDER:
@@ -52,4 +66,33 @@ def get_config(arg: str = "compact") -> ConfigDict:
     run.pack.update(rows=64, row_tokens=1024, window=1024)
     run.loop.steps, run.loop.ema = 400_000, 0.9999
     run.optimizer.rate, run.optimizer.adam_rate, run.optimizer.warmup_steps = 0.01, 1e-3, 2000
+    return run
+
+
+def cluster(size: tuple[int, ...], rows: tuple[int, int], mesh: tuple[int, ...]) -> ConfigDict:
+    """A large DiT on native sizes up to 768x768 and four seconds, in the latents of vae.py:video."""
+    run = parts.dit_run(parts.full_world(), steps=200_000, vae_checkpoint="runs/vae-video")
+    world = run.data.world
+    world.frame_sizes = ((256, 256), (256, 448), (448, 256), (512, 512), (480, 832), (832, 480), (768, 768))
+    world.frame_counts, world.fps = (1, 17, 33, 65) if rows[1] > 16384 else (1, 17, 33), (8.0, 16.0)
+    if rows[1] <= 16384:
+        world.frame_sizes = world.frame_sizes[:4]
+    run.data.train_clips, run.data.heldout_clips = 10_000_000, 2048
+    run.dit.width, run.dit.blocks, run.dit.heads = size
+    run.dit.patch, run.dit.channels, run.dit.dtype, run.dit.remat = (1, 2, 2), 16, "bfloat16", "full"
+    run.pack.update(rows=rows[0], row_tokens=rows[1], row_slots=128, row_text=2048, window=1024)
+    run.loader.update(known_frames=0.1, workers=4, lanes=rows[0] // 4)
+    run.optimizer = ConfigDict(
+        dict(
+            name="adamw",
+            rate=2e-4,
+            adam_rate=2e-4,
+            warmup_steps=2000,
+            decay="cosine",
+            weight_decay=0.01,
+            clip_norm=1.0,
+        )
+    )
+    run.loop.update(ema=0.9999, log_every=100, save_every=1000, evaluate_every=5000, sample_every=5000)
+    run.mesh.update(dict(zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=True)))
     return run

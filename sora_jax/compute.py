@@ -82,7 +82,7 @@ def dit(
     pairs = rows * row_tokens**2 if pairs is None else pairs
     text_pairs = rows * row_tokens * row_text if text_pairs is None else text_pairs
     # Dots without a batch axis are kept by the policy "dots", attention's and the slots' are not.
-    plain, batched = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}[config.remat]
+    plain, batched = {"none": (0, 0), "dots": (0, 1), "offload": (0, 1), "full": (1, 1)}[config.remat]
     learned = int(config.text is not None)  # text states that need gradients
 
     def block(part: str, flops: float, gradients: int = 2, again: int = plain) -> Product:

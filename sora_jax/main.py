@@ -144,7 +144,7 @@ environment:
         "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
-    for add in (_add_train, _add_study, _add_sample, _add_evaluate, _add_inspect):
+    for add in (_add_train, _add_study, _add_plan, _add_sample, _add_evaluate, _add_inspect):
         add(verbs)
     return parser
 
@@ -156,6 +156,17 @@ def _add_verb(verbs: Any, name: str, verb: Any, summary: str, description: str, 
 
 
 def _add_run_flags(parser: Parser) -> None:
+    _add_config_flag(parser)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for checkpoints, metrics and samples (required); resumed from if it holds a checkpoint",
+    )
+
+
+def _add_config_flag(parser: Parser) -> None:
     parser.add_argument(
         "--config",
         required=True,
@@ -167,13 +178,6 @@ def _add_run_flags(parser: Parser) -> None:
     group.description = (
         "--config.KEY=VALUE sets a key of that file, such as --config.loop.steps=500 or\n"
         "--config.vae_train.crop='(9, 32, 32)'; repeatable (default: what the file says)"
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder for checkpoints, metrics and samples (required); resumed from if it holds a checkpoint",
     )
 
 
@@ -330,6 +334,38 @@ def _add_sample(verbs: Any) -> None:
         help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide; "
         "for --vbench 1)",
     )
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "plan",
+        plan,
+        "tell what a run needs on hardware that is not there",
+        "Compile the real training step of a diffusion transformer for a topology, on any machine, and tell its memory,\n"
+        "collectives, time by a roofline, and what the whole run takes. TPUs need libtpu: pip install -e '.[tpu]'.",
+        """examples:
+  sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video
+  sora-jax plan --config=experiments/dit.py:0.7b --topology=v5e:2x4 --vae=experiments/vae.py:video --search=6
+  sora-jax plan --config=experiments/dit.py:compact --topology=cpu:8 --vae=experiments/vae.py:compact""",
+    )
+    _add_config_flag(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="KIND:SHAPE", help="v4, v5e, v5p or v6e with a shape, or cpu:N (required)"
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="FILE[:ARG]",
+        help="config of the VAE that will be trained (default: that of the checkpoint at config.vae_checkpoint)",
+    )
+    parser.add_argument(
+        "--search",
+        type=_count,
+        metavar="N",
+        help="compile the N most promising meshes, remat policies and batch sizes and rank them (default: the config's alone)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON (default: only print)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page of HTML (default: none)")
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -702,12 +738,12 @@ def study(arguments: argparse.Namespace) -> None:
     with _errors_for_users(ValueError):
         for stage in run.stages.values():
             sharding.make_mesh(stage.mesh)
-    from sora_jax.study import plan, runner
+    from sora_jax.study import dry_run, runner
 
     with _errors_for_users():
-        stages = plan.plan(run)
+        stages = dry_run.plan(run)
     if arguments.dry_run:
-        print(plan.table(stages, plan.matmul_speed()))
+        print(dry_run.table(stages, dry_run.matmul_speed()))
         return
     _make_folder(arguments.workdir)
     try:
@@ -771,7 +807,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.vbench is not None:
         _sample_for_vbench(arguments, prompts)
         return
-    videos = plan(prompts, arguments.samples or 1, arguments.seed, arguments.out)
+    videos = arrange(prompts, arguments.samples or 1, arguments.seed, arguments.out)
     manifest = _manifest_path(arguments.out)
     pipeline, step, size, settings = _loaded(arguments)
     _make_folder(arguments.out.parent)
@@ -856,6 +892,51 @@ def _seeds(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints what a run needs on a topology."""
+    if arguments.topology.startswith("cpu:"):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", arguments.topology.removeprefix("cpu:"))
+    # Nothing is computed: no chip of this machine is claimed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    run = load_run(arguments.config, arguments.overrides)
+    from sora_jax import config, plan_page
+    from sora_jax import plan as planning
+    from sora_jax.generate import files, pipeline
+    from sora_jax.train import dit
+
+    if not isinstance(run, config.DiTRun):
+        raise Failure(f"{arguments.config} is no diffusion transformer; plans are of those")
+    with _errors_for_users(ValueError):
+        if arguments.vae is None:
+            _refuse_file(run.vae_checkpoint)
+            network = pipeline.load_vae_config(Path(run.vae_checkpoint))
+        else:
+            other = load_run(arguments.vae, [])
+            if not isinstance(other, config.VAERun):
+                raise Failure(f"--vae={arguments.vae} is no VAE")
+            network = other.vae
+        where = planning.target(arguments.topology)
+        run = dit.resolve(run)
+        if arguments.search is None:
+            numbers = planning.plan(run, network, where)
+        else:
+            ranked = planning.search(run, network, where, arguments.search)
+            if not ranked:
+                raise Failure("no mesh, remat policy and batch size works; see the reasons above")
+            print(planning.ranking([each for _, each in ranked]), end="\n\n")
+            numbers = ranked[0][1]
+    print(planning.table(numbers))
+    for path, content in (
+        (arguments.out, lambda: json.dumps(numbers | {"command": arguments.command}, indent=2) + "\n"),
+        (arguments.page, lambda: plan_page.page(numbers, arguments.command)),
+    ):
+        if path is not None:
+            with _errors_of_writing(path):
+                files.write_atomically(path, content().encode())
+    if not numbers["verdict"]["fits"]:
+        raise Failure("the run does not fit this topology", RUN_ERROR)
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints the scores of a trained model, and writes them as JSON."""
     if arguments.fvd_videos is not None and arguments.i3d_weights is None:
@@ -889,7 +970,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             files.write_atomically(arguments.out, (json.dumps(found, indent=2) + "\n").encode())
 
 
-def plan(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Video]:
+def arrange(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Video]:
     """Every prompt with seeds seed, seed + 1, ...: one file if there is one video or one sheet, else out-0, out-1, ...
 
     Raises Failure for a suffix that cannot be written and a seed too large.

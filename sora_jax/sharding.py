@@ -62,17 +62,22 @@ class MeshConfig:
             )
 
 
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes over `count` devices. Raises ValueError if they do not fit."""
+    others = config.fsdp * config.tensor * config.sequence
+    data = config.data or count // others
+    if data * others != count:
+        raise ValueError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} sequence={config.sequence} does not cover "
+            f"{count} devices; choose sizes whose product is {count}"
+        )
+    return data, config.fsdp, config.tensor, config.sequence
+
+
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh with the axes AXES over the given devices (all by default). Raises ValueError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
-    others = config.fsdp * config.tensor * config.sequence
-    data = config.data or len(devices) // others
-    if data * others != len(devices):
-        raise ValueError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} sequence={config.sequence} does not cover "
-            f"{len(devices)} devices; choose sizes whose product is {len(devices)}"
-        )
-    shape = (data, config.fsdp, config.tensor, config.sequence)
+    shape = mesh_shape(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

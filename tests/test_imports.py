@@ -19,10 +19,10 @@ FLOORS = [
     {"models"},
     {"diffusion", "data"},
     {"config"},
-    {"compute", "checkpoint", "text", "evaluate"},
+    {"compute", "checkpoint", "text", "evaluate", "hlo"},
     {"generate"},
     {"train"},
-    {"study", "plan"},
+    {"study", "plan", "plan_page"},
     {"main"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -494,10 +494,9 @@ def test_sizes_come_from_what_was_trained_on(caplog):
 
 
 def test_one_video_keeps_its_name_and_several_are_numbered():
-    plan = main.plan
-    assert plan(["x"], 1, 3, Path("a/b.mp4")) == [main.Video("x", 3, Path("a/b.mp4"))]
-    assert [video.path.name for video in plan(["x", "y"], 1, 0, Path("b.mp4"))] == ["b-0.mp4", "b-1.mp4"]
-    assert {video.path.name for video in plan(["x", "y"], 2, 0, Path("b.png"))} == {"b.png"}
+    assert main.arrange(["x"], 1, 3, Path("a/b.mp4")) == [main.Video("x", 3, Path("a/b.mp4"))]
+    assert [video.path.name for video in main.arrange(["x", "y"], 1, 0, Path("b.mp4"))] == ["b-0.mp4", "b-1.mp4"]
+    assert {video.path.name for video in main.arrange(["x", "y"], 2, 0, Path("b.png"))} == {"b.png"}
 
 
 def test_inspect_shows_text_or_json(trained, capsys):

@@ -1,85 +1,189 @@
-"""A plan says what its stages cost, and refuses what could only fail later."""
+"""A plan tells what the compiled step needs, and refuses what could never work before anything is compiled."""
 
 import dataclasses
+import math
 
+import dit as dit_experiment
+import jax
 import pytest
 import quickstart
 
-from sora_jax import compute, config
-from sora_jax.study import plan
+from sora_jax import config, plan, plan_page, sharding
+from sora_jax.models import dit as dit_model
+from sora_jax.train import dit
 
 
 @pytest.fixture(scope="module")
-def study():
-    run = config.from_config_dict(quickstart.get_config())
-    scratch = dataclasses.replace(run.stages["dit"].text, encoder="scratch")
-    return with_dit(run, text=scratch)
+def network():
+    return config.from_config_dict(quickstart.get_config("vae")).vae
 
 
-def with_dit(study, **changes):
-    dit = dataclasses.replace(study.stages["dit"], **changes)
-    return dataclasses.replace(study, stages=study.stages | {"dit": dit})
+FSDP = sharding.MeshConfig(data=2, fsdp=4)
 
 
-def test_stages_cost_what_they_train_for(study):
-    vae, dit = plan.plan(study)
-    run = study.stages["vae"]
-    assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
-    assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
-    assert (dit.steps, dit.units, dit.unit) == (1700, 1700 * 10 * 144, "tokens")
-    assert 5e5 < vae.parameters < 2e6 and 5e5 < dit.parameters < 3e6
+def resolved(mesh=FSDP, **changes):
+    run = config.from_config_dict(quickstart.get_config("dit"))
+    run = dataclasses.replace(
+        run,
+        text=dataclasses.replace(run.text, encoder="scratch"),
+        dit=dataclasses.replace(run.dit, width=32, blocks=3, heads=2, **changes),
+        pack=dataclasses.replace(run.pack, rows=8),
+        # Muon turns whole stacks of matrices at once.
+        optimizer=dataclasses.replace(run.optimizer, name="adamw"),
+        mesh=mesh,
+    )
+    return dit.resolve(run)
 
 
-def test_a_multiplied_budget_shows(study):
-    settings = dataclasses.replace(study.stages["dit"].compute, multiplier=4.0)
-    dit, larger = plan.plan(study)[1], plan.plan(with_dit(study, compute=settings))[1]
-    assert larger.flops == pytest.approx(4 * dit.flops, rel=0.01) and larger.steps == 4 * dit.steps
+@pytest.fixture(scope="module")
+def target():
+    return plan.target("cpu:8")
 
 
-def test_the_table_has_a_line_a_stage(study):
-    lines = plan.table(plan.plan(study), speed=160e9).splitlines()
-    assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
-    total = sum(stage.flops for stage in plan.plan(study))
-    assert f"{total:.3g}" in lines[3] and plan.progress.clock(total / 40e9) in lines[3]
+@pytest.fixture(scope="module")
+def numbers(network, target):
+    return plan.plan(resolved(), network, target)
 
 
-def test_what_cannot_work_is_refused(study):
-    dit = study.stages["dit"]
-    cases = {
-        "its VAE has 24": {"dit": dataclasses.replace(dit.dit, channels=8)},
-        "neither a stage nor a checkpoint": {"vae_checkpoint": "nowhere"},
-        r"raise pack\.row_tokens": {"pack": dataclasses.replace(dit.pack, row_tokens=64)},
-        "not a multiple of the patch": {"dit": dataclasses.replace(dit.dit, patch=(1, 4, 4))},
-        r"raise compute\.budget": {"compute": dataclasses.replace(dit.compute, budget=1e8)},
+def test_memory_of_a_device_is_the_compilers_and_its_kinds_add_up(numbers):
+    memory = numbers["memory"]
+    assert sum(size for kind, size in memory.items() if kind != "total") == memory["total"]
+    # Kernels are split over fsdp, vectors are not.
+    whole = 4 * numbers["model"]["parameters"]
+    assert whole / 4 < memory["parameters"] < whole and memory["ema"] == memory["parameters"]
+    assert min(memory.values()) > 0
+
+
+def test_what_blocks_keep_is_told_apart(network, target, numbers):
+    frugal = plan.plan(resolved(remat="full"), network, target)
+    run = resolved()
+    tokens = run.pack.rows * run.pack.row_tokens / 8
+    # With full recomputation a block keeps its input alone.
+    assert frugal["memory"]["activations"] == pytest.approx(tokens * run.dit.width * 4 * run.dit.blocks, rel=0.01)
+    assert numbers["memory"]["activations"] > 4 * frugal["memory"]["activations"]
+
+
+def test_collectives_are_those_of_the_mesh(network, target, numbers):
+    found = {(each["kind"], each["axes"]) for each in numbers["collectives"]}
+    assert ("all-gather", "fsdp") in found and not any("tensor" in axes or "sequence" in axes for _, axes in found)
+    other = plan.plan(resolved(sharding.MeshConfig(8)), network, target)
+    assert {each["axes"] for each in other["collectives"]} == {"data"}
+
+
+def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
+    """In the compiled step no stacked weight of all blocks is whole on a device: only one block's at a time."""
+    run = resolved()
+    mesh = plan.mesh_on(target.devices, run.mesh)
+    step = plan.compile_step(run, mesh)
+    program = plan.hlo.Program(step.compiled.as_text())
+    stacked = {
+        x.shape
+        for x in jax.tree.leaves(step.shapes.params["blocks"])
+        if len(x.shape) == 3 and x.shape[0] == run.dit.blocks
     }
-    for message, changes in cases.items():
-        with pytest.raises(config.ConfigError, match=message):
-            plan.plan(with_dit(study, **changes))
-    with pytest.raises(config.ConfigError, match="put vae before it in order"):
-        plan.plan(dataclasses.replace(study, order=("dit", "vae")))
+    gathered = {
+        shape
+        for name in program.runs
+        for each in program.computations[name].instructions.values()
+        if each.kind.startswith("all-gather")
+        for _, shape in plan.hlo.arrays(each.type)
+    }
+    assert stacked and not stacked & gathered
+    inner = [
+        each for each in program.collectives(mesh.shape) if each.kind == "all-gather" and each.times == run.dit.blocks
+    ]
+    assert inner
 
 
-def test_a_frontier_is_found_before_it_is_followed(study):
-    dit = study.stages["dit"]
-    sweep = {
-        f"{width}_{number}": dataclasses.replace(
-            dit,
-            dit=dataclasses.replace(dit.dit, width=width),
-            compute=config.ComputeConfig(budget, 1.0, "steps", 0.5),
+def test_what_cannot_work_is_refused_before_it_is_compiled(network, target, monkeypatch):
+    monkeypatch.setattr(plan, "compile_step", None)
+    run = resolved()
+    short = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=60))
+    with pytest.raises(config.ConfigError, match=r"longest clip has 120 tokens and rows 60; raise pack\.row_tokens"):
+        plan.plan(short, network, target)
+    few = dataclasses.replace(run, data=dataclasses.replace(run.data, train_clips=8))
+    with pytest.raises(config.ConfigError, match="less than a batch of 8"):
+        plan.plan(few, network, target)
+    with pytest.raises(ValueError, match="product is 8"):
+        plan.plan(dataclasses.replace(run, mesh=sharding.MeshConfig(5)), network, target)
+    odd = dataclasses.replace(run, pack=dataclasses.replace(run.pack, rows=6))
+    with pytest.raises(ValueError, match="6 rows do not divide over 8 devices"):
+        plan.plan(odd, network, target)
+
+
+def test_unknown_topologies_are_told():
+    for name in ("v9:2x2", "v5e", "v5e:twoxfour", "cpu:"):
+        with pytest.raises(config.ConfigError, match="none of v4, v5e"):
+            plan.target(name)
+    with pytest.raises(config.ConfigError, match="JAX_NUM_CPU_DEVICES=4096"):
+        plan.target("cpu:4096")
+
+
+def test_a_step_that_is_too_large_is_a_verdict(network, target, monkeypatch):
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 50.06G of 31.25G hbm. Exceeded ...")
+
+    monkeypatch.setattr(plan, "compile_step", too_large)
+    numbers = plan.plan(resolved(), network, target)
+    assert not numbers["verdict"]["fits"]
+    assert numbers["verdict"]["why"][0] == "the step needs 50.06G of 31.25G a chip"
+    assert "DOES NOT FIT" in plan.table(numbers) and "Does not fit" in plan_page.page(numbers, "sora-jax plan")
+
+
+def test_times_follow_from_peaks(network, target):
+    """On a chip twice as fast in everything a step takes half as long; MFU stays."""
+    run = resolved()
+    slow, fast = (
+        plan.plan(
+            run, network, dataclasses.replace(target, chip=plan.Chip(16, *(times * x for x in (1e12, 1e11, 1e10))))
         )
-        for number, budget in enumerate((1e13, 2e13))
-        for width in (48, 96, 144)
-    }
-    rung = {"4x": dataclasses.replace(dit, compute=config.ComputeConfig(1e13, 4.0, "frontier", 0.5))}
-    vae = {"vae": study.stages["vae"]}
+        for times in (1, 2)
+    )
+    for one, other in zip(slow["seconds"]["step"], fast["seconds"]["step"], strict=True):
+        assert one == pytest.approx(2 * other)
+    assert slow["mfu"] == pytest.approx(fast["mfu"]) and 0 < slow["mfu"][0] <= slow["mfu"][1] <= 1
+    assert slow["run"]["flops"] == pytest.approx(run.loop.steps * slow["step"]["flops"])
+    text = plan.table(slow)
+    assert "MFU" in text and "chip-hours" in text
+    page = plan_page.page(slow, "sora-jax plan --topology=<x>")
+    assert "&lt;x&gt;" in page and "fsdp 4" in page
 
-    def planned(*parts, isoflop=tuple(sweep)):
-        stages = {name: stage for part in parts for name, stage in part.items()}
-        groups = {"isoflop": isoflop, "ladder": ("4x",)}
-        return plan.plan(dataclasses.replace(study, order=tuple(stages), stages=stages, groups=groups))
 
-    assert planned(vae, sweep, rung)[-1].flops == pytest.approx(4e13, rel=0.01)
-    with pytest.raises(config.ConfigError, match="before it in order"):
-        planned(vae, rung, sweep)
-    with pytest.raises(config.ConfigError, match="two budgets with three sizes"):
-        planned(vae, sweep, rung, isoflop=("48_0", "96_0", "144_0", "96_1"))
+def test_candidates_cover_the_chips():
+    run = resolved()
+    run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=1024))
+    shapes = plan.mesh_shapes(8, run)
+    assert all(math.prod(shape) == 8 for shape in shapes) and len(set(shapes)) == len(shapes)
+    # Two heads do not divide over four.
+    assert {shape[2] for shape in shapes} == {1, 2} and {shape[3] for shape in shapes} == {1, 2, 4, 8}
+
+
+def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
+    tried = []
+
+    def fake(run, network, where):
+        tried.append(run)
+        fits = run.dit.remat != "none"
+        return {
+            "verdict": {"fits": fits, "why": []},
+            "tokens_per_second": [float(run.pack.rows), 0.0],
+            "mesh": dataclasses.asdict(run.mesh),
+            "model": {"remat": run.dit.remat},
+            "step": {"rows": run.pack.rows},
+        }
+
+    monkeypatch.setattr(plan, "plan", fake)
+    run = resolved()
+    run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=256))
+    ranked = plan.search(run, network, target, tries=12)
+    assert len(tried) == 12 and len({(r.mesh, r.dit.remat, r.pack.rows) for r in tried}) == 12
+    speeds = [(each["verdict"]["fits"], each["tokens_per_second"][0]) for _, each in ranked]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(plan.ranking([each for _, each in ranked]).splitlines()) == 13
+
+
+def test_an_estimate_prefers_what_fits():
+    run = config.from_config_dict(dit_experiment.get_config("0.7b"))
+    where = plan.Target("v5e:2x4", [None] * 8, plan.CHIPS["v5e"])
+    assert plan.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="none")), where) == math.inf
+    assert plan.estimate(run, where) < math.inf and set(dit_model.REMAT) == {"none", "dots", "full", "offload"}

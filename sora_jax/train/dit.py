@@ -53,6 +53,44 @@ def with_encoder(run: DiTRun) -> DiTRun:
     return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
 
 
+class Objective:
+    """What a DiT of a run is trained on: the flow-matching loss of packed rows on unknown tokens."""
+
+    def __init__(self, run: DiTRun) -> None:
+        self.run = run
+        self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
+
+    def __call__(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """The loss of a training step, as loop.Loss.
+
+        Times and noise are keyed by (seed, clip, draw) rather than by the step's key: neither mesh nor packing nor the number
+        of hosts changes what a clip is trained on.
+        """
+        root = jax.random.key(self.run.seed)
+        normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
+        loss, _, weight_BN = self.at(params, batch, flow.times(normal_BS, self.run.flow), root)
+        return loss, {"weight": weight_BN.sum()}
+
+    def at(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, Array, Array]:
+        """(loss, weighted squared error of each token, weights)."""
+        model, layout = nnx.merge(self.graphdef, params), batch.layout
+        clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
+        draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
+        patch_dim = batch.mean_BNP.shape[-1]
+
+        def draw(purpose: int) -> Array:
+            return flow.token_noise(jax.random.fold_in(root, purpose), clip_BN, draw_BN, batch.index_BN, patch_dim)
+
+        clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
+        time_BS = jnp.where(batch.known_BS, 0.0, time_BS)
+        time_BN = pipeline.spread_slots(time_BS, layout.slot_BN)
+        known_BN = pipeline.spread_slots(batch.known_BS, layout.slot_BN)
+        predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
+        weight_BN = ((layout.segment_BN > 0) & ~known_BN).astype(jnp.float32)
+        loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
+        return loss, error_BN * weight_BN, weight_BN
+
+
 @dataclasses.dataclass
 class DiTTask:
     """loop.Task of a DiTRun. Encodes the world's clips and captions into `encoded` before the first step."""
@@ -73,7 +111,7 @@ class DiTTask:
         self.rows = run.pack.rows
         self.flops_per_step = compute.dit_step(run.dit, run.pack).total
         self.flops_before = float(read_meta(source)["total_flops"])
-        self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
+        self.objective = Objective(run)
         self.geometry = pack.Geometry(run.dit.patch, self.vae_config.stride)
 
     def meta(self) -> dict[str, Any]:
@@ -117,34 +155,7 @@ class DiTTask:
         return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
 
     def loss(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
-        """Flow-matching loss on unknown tokens.
-
-        Times and noise are keyed by (seed, clip, draw) rather than by the step's key: neither mesh nor packing nor the number
-        of hosts changes what a clip is trained on.
-        """
-        root = jax.random.key(self.run.seed)
-        normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
-        loss, _, weight_BN = self._flow_loss(params, batch, flow.times(normal_BS, self.run.flow), root)
-        return loss, {"weight": weight_BN.sum()}
-
-    def _flow_loss(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, Array, Array]:
-        """(loss, weighted squared error of each token, weights)."""
-        model, layout = nnx.merge(self.graphdef, params), batch.layout
-        clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
-        draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
-        patch_dim = batch.mean_BNP.shape[-1]
-
-        def draw(purpose: int) -> Array:
-            return flow.token_noise(jax.random.fold_in(root, purpose), clip_BN, draw_BN, batch.index_BN, patch_dim)
-
-        clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
-        time_BS = jnp.where(batch.known_BS, 0.0, time_BS)
-        time_BN = pipeline.spread_slots(time_BS, layout.slot_BN)
-        known_BN = pipeline.spread_slots(batch.known_BS, layout.slot_BN)
-        predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
-        weight_BN = ((layout.segment_BN > 0) & ~known_BN).astype(jnp.float32)
-        loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
-        return loss, error_BN * weight_BN, weight_BN
+        return self.objective(params, rest, batch, key)
 
     # Judgement -------------------------------------------------------------------------------------------------------
 
@@ -157,7 +168,7 @@ class DiTTask:
             quantile_BS = ((batch.clip_BS + 0.5) * GOLDEN) % 1.0
             root = jax.random.fold_in(jax.random.key(0), VALIDATION)
             time_BS = flow.times(ndtri(quantile_BS), self.run.flow)
-            _, error_BN, weight_BN = self._flow_loss(params, batch, time_BS, root)
+            _, error_BN, weight_BN = self.objective.at(params, batch, time_BS, root)
             slots_BNS = jax.nn.one_hot(batch.layout.slot_BN, batch.clip_BS.shape[1])
             error_BS, tokens_BS = (jnp.einsum("bn,bns->bs", x_BN, slots_BNS) for x_BN in (error_BN, weight_BN))
             return sharding.everywhere((error_BS, tokens_BS, time_BS))

@@ -1,0 +1,102 @@
+"""A plan as a page: what fills a chip's memory, where a step's time goes, what is sent, and the verdict."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from sora_jax import plan
+from sora_jax.train import progress
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 860px; margin: 2rem auto; padding: 0 1rem;
+color: #1c2430; background: #fff }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.05rem; margin-top: 2rem }
+.verdict { font-weight: 600; padding: .5rem .8rem; border-radius: 6px; background: #e4f3e8 } .verdict.no { background: #fbe4e1 }
+.bar { display: flex; height: 26px; border-radius: 4px; overflow: hidden; background: #eef0f3 } .bar div { min-width: 1px }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #e6e8ec }
+td:first-child, th:first-child { text-align: left } .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px }
+.quiet { color: #66707f; font-size: .9rem } @media (prefers-color-scheme: dark) { body { color: #dfe4ec; background: #14181f }
+.verdict { background: #1f3a28 } .verdict.no { background: #4a231e } .bar { background: #262c36 } td, th { border-color: #2c333f } }
+"""
+COLOURS = ("#2f5d8a", "#5b8cbb", "#9bbcdc", "#c9a227", "#d9772b", "#8a8f98")
+
+
+def page(numbers: Mapping[str, Any], command: str) -> str:
+    """One self-contained HTML page of a plan's numbers."""
+    verdict, step = numbers["verdict"], numbers["step"]
+    word = "Fits" if verdict["fits"] else "Does not fit"
+    mesh = " \u00d7 ".join(f"{axis} {size}" for axis, size in numbers["mesh"].items() if size > 1) or "one device"
+    model = numbers["model"]
+    size = f"{progress.si(model['parameters'])}parameters, " if "parameters" in model else ""
+    parts = [
+        f"<h1>{html.escape(numbers['topology'])}</h1>",
+        f"<p class=quiet>{numbers['chips']} chips, {mesh}. {size}width {model['width']}, {model['blocks']} blocks, remat "
+        f"{html.escape(model['remat'])}. {step['rows']} rows of {step['row_tokens']:,} tokens, filled to "
+        f"{numbers['packing']['fill']:.1%}.</p>",
+        f"<p class='verdict{'' if verdict['fits'] else ' no'}'>{word}: {html.escape('; '.join(verdict['why']))}</p>",
+    ]
+    if "memory" in numbers:
+        parts.append(_memory(numbers))
+    if "seconds" in numbers:
+        parts.append(_time(numbers))
+    if numbers.get("collectives"):
+        parts.append(_sent(numbers))
+    if "peaks" in numbers:
+        parts.append(f"<p class=quiet>Peaks: {html.escape(_peaks(numbers['peaks']))}</p>")
+    parts.append(f"<p class=quiet><code>{html.escape(command)}</code></p>")
+    head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Plan</title>"
+    return f"{head}<style>{STYLE}</style>" + "\n".join(parts)
+
+
+def _memory(numbers: Mapping[str, Any]) -> str:
+    kinds = {name: size for name, size in numbers["memory"].items() if name != "total"}
+    total = numbers["memory"]["total"]
+    limit = max(total, numbers.get("peaks", {}).get("memory", 0) * plan.GIB)
+    bars = "".join(
+        f"<div style='width:{100 * size / limit:.2f}%;background:{colour}' title='{name}'></div>"
+        for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
+    )
+    rows = "".join(
+        f"<tr><td><span class=key style='background:{colour}'></span> {name}</td><td>{plan.size_of(size)}</td></tr>"
+        for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
+    )
+    title = f"Memory of a chip: {total / plan.GIB:.1f} of {limit / plan.GIB:.0f} GiB"
+    return f"<h2>{title}</h2><div class=bar>{bars}</div><table>{rows}</table>"
+
+
+def _time(numbers: Mapping[str, Any]) -> str:
+    seconds = numbers["seconds"]
+    longest = max(seconds[name] for name in ("compute", "memory", "interconnect"))
+    rows = "".join(
+        f"<tr><td>{name}</td><td style='width:60%'><div class=bar><div style='width:{100 * seconds[name] / longest:.1f}%;"
+        f"background:{colour}'></div></div></td><td>{seconds[name]:.3f} s</td></tr>"
+        for name, colour in zip(("compute", "memory", "interconnect"), COLOURS, strict=False)
+    )
+    low, high = numbers["mfu"]
+    rates = " to ".join(progress.si(rate).strip() for rate in numbers["tokens_per_second"])
+    run = numbers["run"]
+    return (
+        f"<h2>A step: {seconds['step'][0]:.3f} to {seconds['step'][1]:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
+        f"<p>{rates} tokens/s; {run['steps']:,} steps take {run['hours'][0]:,.0f} to {run['hours'][1]:,.0f} hours, "
+        f"{run['chip_hours'][0]:,.0f} to {run['chip_hours'][1]:,.0f} chip-hours.</p>"
+    )
+
+
+def _sent(numbers: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{each['kind']}</td><td>{html.escape(each['axes'])}</td><td>{each['count']:,}</td>"
+        f"<td>{plan.size_of(each['bytes'])}</td></tr>"
+        for each in numbers["collectives"]
+    )
+    head = "<tr><th>collective</th><th>over</th><th>times</th><th></th></tr>"
+    return f"<h2>Sent by a chip in a step</h2><table>{head}{rows}</table>"
+
+
+def _peaks(peaks: Mapping[str, Any]) -> str:
+    return (
+        f"{peaks['memory']:g} GiB, {peaks['flops'] / 1e12:g} TFLOP/s in bfloat16, {peaks['bandwidth'] / 1e12:g} TB/s of memory, "
+        f"{peaks['link'] / 1e9:g} GB/s along an axis of the interconnect. {peaks['source']}."
+    )

@@ -1,0 +1,85 @@
+"""A plan says what its stages cost, and refuses what could only fail later."""
+
+import dataclasses
+
+import pytest
+import quickstart
+
+from sora_jax import compute, config
+from sora_jax.study import dry_run
+
+
+@pytest.fixture(scope="module")
+def study():
+    run = config.from_config_dict(quickstart.get_config())
+    scratch = dataclasses.replace(run.stages["dit"].text, encoder="scratch")
+    return with_dit(run, text=scratch)
+
+
+def with_dit(study, **changes):
+    dit = dataclasses.replace(study.stages["dit"], **changes)
+    return dataclasses.replace(study, stages=study.stages | {"dit": dit})
+
+
+def test_stages_cost_what_they_train_for(study):
+    vae, dit = dry_run.plan(study)
+    run = study.stages["vae"]
+    assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
+    assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
+    assert (dit.steps, dit.units, dit.unit) == (1700, 1700 * 10 * 144, "tokens")
+    assert 5e5 < vae.parameters < 2e6 and 5e5 < dit.parameters < 3e6
+
+
+def test_a_multiplied_budget_shows(study):
+    settings = dataclasses.replace(study.stages["dit"].compute, multiplier=4.0)
+    dit, larger = dry_run.plan(study)[1], dry_run.plan(with_dit(study, compute=settings))[1]
+    assert larger.flops == pytest.approx(4 * dit.flops, rel=0.01) and larger.steps == 4 * dit.steps
+
+
+def test_the_table_has_a_line_a_stage(study):
+    lines = dry_run.table(dry_run.plan(study), speed=160e9).splitlines()
+    assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
+    total = sum(stage.flops for stage in dry_run.plan(study))
+    assert f"{total:.3g}" in lines[3] and dry_run.progress.clock(total / 40e9) in lines[3]
+
+
+def test_what_cannot_work_is_refused(study):
+    dit = study.stages["dit"]
+    cases = {
+        "its VAE has 24": {"dit": dataclasses.replace(dit.dit, channels=8)},
+        "neither a stage nor a checkpoint": {"vae_checkpoint": "nowhere"},
+        r"raise pack\.row_tokens": {"pack": dataclasses.replace(dit.pack, row_tokens=64)},
+        "not a multiple of the patch": {"dit": dataclasses.replace(dit.dit, patch=(1, 4, 4))},
+        r"raise compute\.budget": {"compute": dataclasses.replace(dit.compute, budget=1e8)},
+    }
+    for message, changes in cases.items():
+        with pytest.raises(config.ConfigError, match=message):
+            dry_run.plan(with_dit(study, **changes))
+    with pytest.raises(config.ConfigError, match="put vae before it in order"):
+        dry_run.plan(dataclasses.replace(study, order=("dit", "vae")))
+
+
+def test_a_frontier_is_found_before_it_is_followed(study):
+    dit = study.stages["dit"]
+    sweep = {
+        f"{width}_{number}": dataclasses.replace(
+            dit,
+            dit=dataclasses.replace(dit.dit, width=width),
+            compute=config.ComputeConfig(budget, 1.0, "steps", 0.5),
+        )
+        for number, budget in enumerate((1e13, 2e13))
+        for width in (48, 96, 144)
+    }
+    rung = {"4x": dataclasses.replace(dit, compute=config.ComputeConfig(1e13, 4.0, "frontier", 0.5))}
+    vae = {"vae": study.stages["vae"]}
+
+    def planned(*parts, isoflop=tuple(sweep)):
+        stages = {name: stage for part in parts for name, stage in part.items()}
+        groups = {"isoflop": isoflop, "ladder": ("4x",)}
+        return dry_run.plan(dataclasses.replace(study, order=tuple(stages), stages=stages, groups=groups))
+
+    assert planned(vae, sweep, rung)[-1].flops == pytest.approx(4e13, rel=0.01)
+    with pytest.raises(config.ConfigError, match="before it in order"):
+        planned(vae, rung, sweep)
+    with pytest.raises(config.ConfigError, match="two budgets with three sizes"):
+        planned(vae, sweep, rung, isoflop=("48_0", "96_0", "144_0", "96_1"))

@@ -1,0 +1,147 @@
+"""Programs are read as they run: loops counted, devices of collectives found in every notation, slices counted as slices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sora_jax import hlo, sharding
+
+MESH = {"data": 2, "fsdp": 4}
+
+TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%scattered (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  %all-reduce.7 = f32[64,8]{1,0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %place = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %own = f32[16,8]{1,0} dynamic-slice(%all-reduce.7, %place, %zero), dynamic_slice_sizes={16,8}
+}
+
+%begun (shard: bf16[8,8]) -> (bf16[8,8], bf16[32,8]) {
+  %shard = bf16[8,8]{1,0} parameter(0)
+  %gather.1 = bf16[32,8]{1,0} all-gather(%shard), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %both = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) custom-call(%gather.1), custom_call_target="x"
+}
+
+%body (state: (s32[], f32[64,8], bf16[8,8])) -> (s32[], f32[64,8], bf16[8,8]) {
+  %state = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[64,8]{1,0} get-tuple-element(%state), index=1
+  %w = bf16[8,8]{1,0} get-tuple-element(%state), index=2
+  %first = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) fusion(%w), kind=kCustom, calls=%begun
+  %second = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) fusion(%w), kind=kCustom, calls=%begun
+  %kernel = f32[64,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+ "words":"{}"
+}}, metadata={op_name="attention"}
+  %part = f32[16,8]{1,0} fusion(%kernel), kind=kCustom, calls=%scattered
+  ROOT %next = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) tuple(%i, %kernel, %w)
+}
+
+%condition (state.1: (s32[], f32[64,8], bf16[8,8])) -> pred[] {
+  %state.1 = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: (s32[], f32[64,8], bf16[8,8])) -> f32[64,8] {
+  %p = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %loop = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) while(%p), condition=%condition, body=%body
+  %x.2 = f32[64,8]{1,0} get-tuple-element(%loop), index=1
+  ROOT %passed = f32[64,8]{1,0} collective-permute(%x.2), channel_id=9, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return hlo.Program(TEXT)
+
+
+def test_collectives_are_counted_as_often_as_they_run(program):
+    found = {(each.kind, each.axes): each for each in program.collectives(MESH)}
+    assert set(found) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("collective-permute", "data")}
+    gather = found["all-gather", "fsdp"]
+    # Begun and ended in two fusions it is one; five times round the loop.
+    assert (gather.times, gather.bytes, gather.devices) == (5, 32 * 8 * 2, 4)
+    assert gather.sent == 5 * 32 * 8 * 2 * 3 / 4
+    # A sum of which everyone keeps a slice is sent once, not twice.
+    assert found["reduce-scatter", "fsdp"].sent == 5 * 64 * 8 * 4 * 3 / 4
+    assert found["collective-permute", "data"].sent == 64 * 8 * 4
+    assert program.kernels() == {"kernel": 5} and not program.unknown_loops
+
+
+@pytest.mark.parametrize(
+    ("written", "axes"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", "fsdp"),
+        ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("[2,4]<=[8]", "fsdp"),
+        ("[4,2]<=[2,4]T(1,0)", "data"),
+        ("[1,8]<=[8]", "data+fsdp"),
+        ("mesh['a'=2,'b'=4] {'b'}", "fsdp"),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", "data"),
+        ("mesh['a'=2,'b'=4] {'a','b'}", "data+fsdp"),
+        ("{}", "data+fsdp"),
+    ],
+)
+def test_devices_of_a_collective_in_every_notation(written, axes):
+    assert (
+        hlo._axes(hlo._groups(f"channel_id=1, replica_groups={written}, use_global_device_ids=true", 8), MESH) == axes
+    )
+
+
+def test_an_unknown_notation_is_an_error():
+    with pytest.raises(ValueError, match="unknown way"):
+        hlo._groups("replica_groups=<new>", 8)
+
+
+def test_sizes_of_types():
+    assert hlo.size_of("(bf16[2,3]{1,0:T(8,128)}, f32[], /*index=2*/s32[4]{0})") == 12 + 4 + 16
+    # What the compiler keeps in fast memory moves nothing through the main memory.
+    assert hlo.size_of("f32[8]{0:S(1)}") == 0 and hlo.size_of("f32[8]{0:S(1)}", fast=True) == 32
+
+
+def compiled(function, *arguments):
+    return hlo.Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_a_loop_reads_a_slice_of_its_stack_each_time():
+    """Not the whole stack: of 64 layers' weights 64 slices are one reading of all."""
+    stack, x = jnp.ones((64, 128, 128)), jnp.ones((128, 128))
+    program = compiled(lambda stack, x: jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0], stack, x)
+    once = stack.nbytes + 64 * 2 * x.nbytes
+    assert once < program.memory_traffic() < 4 * once
+
+
+def test_a_loop_of_unknown_length_is_told():
+    def until(x, n):
+        return jax.lax.while_loop(lambda state: state[1] < n, lambda state: (state[0] * 2, state[1] + 1), (x, 0))
+
+    program = compiled(until, jnp.ones(8), 5)
+    assert program.runs and len(program.unknown_loops) == 1
+
+
+def test_what_a_real_program_sends():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
+    whole = NamedSharding(mesh, P())
+    program = hlo.Program(jax.jit(lambda x: x * 2, out_shardings=whole).lower(x).compile().as_text())
+    (gather,) = program.collectives(mesh.shape)
+    assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", "fsdp", 64 * 32 * 4)
+    assert np.isclose(gather.sent, 64 * 32 * 4 * 3 / 4)
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no program"):
+        hlo.Program("nothing")
