@@ -1,5 +1,7 @@
 """The table of shardings is total, refuses what cannot be, and changes nothing about results."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sora_jax import config, sharding
+from sora_jax.data import pack
 from sora_jax.models import dit, text_encoder, vae
 from sora_jax.structs import Layout
 
@@ -124,3 +127,96 @@ def test_sharded_equals_unsharded(rng, sizes):
     assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded_grads), strict=True):
         assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny DiT with an untrained VAE, a batch of its loader's shape, and weights that are not zero anywhere."""
+    import tiny
+
+    from sora_jax.train import dit as train_dit
+    from sora_jax.train import vae as train_vae
+
+    vae_run = tiny.vae_run()
+    vae_params, vae_rest = train_vae.VAETask(vae_run).init(jax.random.key(0))
+    run = train_dit.resolve(tiny.dit_run("none"))
+    model = dit.DiT(run.dit, nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf[...] = leaf[...] + 0.05 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return run, params, vae_run.vae, jax.device_get((vae_params, vae_rest))
+
+
+def batch_of(run, rng):
+    """Rows of two clips and padding."""
+    rows = []
+    for number in range(run.pack.rows):
+        clips = []
+        for clip in (2 * number, 2 * number + 1):
+            tokens = 16
+            clips.append(
+                pack.Tokens(
+                    mean_NP=rng.standard_normal((tokens, run.dit.patch_dim)).astype(np.float32),
+                    std_NP=np.ones((tokens, run.dit.patch_dim), np.float32),
+                    position_N3=rng.uniform(0, 30, (tokens, 3)).astype(np.float32),
+                    index_N=np.arange(tokens, dtype=np.int32),
+                    known_N=np.arange(tokens) < 4 * (clip % 2),
+                    extent_3=np.ones(3, np.float32),
+                    clip=clip,
+                    draw=0,
+                    text_LM=None,
+                    text_token_L=rng.integers(1, 200, 5).astype(np.int32),
+                )
+            )
+        rows.append(pack.fill_row(clips, run.pack, run.dit.patch_dim, None))
+    return pack.stack(rows)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
+    from sora_jax.structs import TrainState
+    from sora_jax.train import dit as train_dit
+    from sora_jax.train import loop, optimizer
+
+    settings, params, _, _ = run
+    # AdamW: Muon's directions of tiny gradients are those of rounding.
+    tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=1e-3, warmup_steps=0), 10)
+    batch = batch_of(settings, rng)
+
+    def updated(here):
+        with jax.set_mesh(here):
+            state = TrainState(jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)))
+            state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
+            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0))
+            state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))
+            return jax.device_get((state.params, metrics["loss"]))
+
+    one, loss = updated(sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1]))
+    other, other_loss = updated(mesh(*sizes))
+    assert other_loss == pytest.approx(float(loss), abs=1e-5)
+    # Adam's first step is the sign of the gradient; where that is rounding's, it may turn.
+    moved = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(params), strict=True)]
+    apart = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
+    assert max(x.max() for x in moved) > 1e-4
+    assert np.mean(np.concatenate([x.ravel() for x in apart]) > 1e-5) < 0.002
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+def test_one_sample_is_the_same_on_every_mesh(run, sizes):
+    from sora_jax.generate import pipeline
+    from sora_jax.text.captions import CaptionText
+
+    settings, params, vae_config, vae_weights = run
+    text = CaptionText(settings.text, "scratch")
+    requests = [pipeline.Request(f"a red circle {n}", 32, 32, 5, 8.0, seed=n) for n in range(8)]
+
+    def sampled(here):
+        with jax.set_mesh(here):
+            placed = jax.device_put(params, sharding.parameter_shardings(params, here))
+            made = pipeline.Pipeline(settings, vae_config, placed, vae_weights, text)
+            return made.sample_latents(requests, dataclasses.replace(settings.sampler, steps=2, guidance=3.0))
+
+    one = sampled(sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1]))
+    other = sampled(mesh(*sizes))
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
+    assert np.abs(one[0] - one[1]).max() > 0.1

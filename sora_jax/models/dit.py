@@ -22,7 +22,7 @@ from sora_jax import sharding, structs
 from sora_jax.models import text_encoder
 from sora_jax.nn import rope
 from sora_jax.nn.attention import BACKENDS, attention
-from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm
+from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm, whole
 
 # Below it the velocity of a predicted clean patch is held, as it would grow without bound.
 LEAST_TIME = 0.05
@@ -91,15 +91,6 @@ def axis_features(x: Float[Array, "... 3"], wavelengths: tuple[tuple[float, floa
     return jnp.concatenate(
         [fourier(x[..., axis], short, 2 * long, count) for axis, (short, long) in enumerate(wavelengths)], -1
     )
-
-
-def whole(x_BND: Array) -> Array:
-    """Tokens with their whole width on one device.
-
-    Every activation of the residual stream is constrained, because a width that XLA's partitioner splits by itself, to suit
-    the next weight, comes out wrong on a mesh of data, fsdp and tensor (jax 0.10.2, with either partitioner).
-    """
-    return sharding.constrain(x_BND, "rows", "tokens", "width")
 
 
 def modulate(x_BND: Array, shift_BND: Array, scale_BND: Array) -> Array:
@@ -230,9 +221,14 @@ class DiT(nnx.Module):
         pooled_BSM = jnp.einsum("bsl,blm->bsm", belongs_BSL, text_BLM) / jnp.maximum(
             belongs_BSL.sum(-1, keepdims=True), 1
         )
-        time_BSD = self.time_out(jax.nn.silu(self.time_in(fourier(time_BS, 0.02, 4.0, 32))))
-        extent_BSD = self.extent_in(axis_features(layout.extent_BS3, config.wavelengths, 8))
-        return jax.nn.silu(time_BSD + extent_BSD + self.pooled_in(pooled_BSM))
+        parts = (
+            self.time_out(jax.nn.silu(self.time_in(fourier(time_BS, 0.02, 4.0, 32)))),
+            self.extent_in(axis_features(layout.extent_BS3, config.wavelengths, 8)),
+            self.pooled_in(pooled_BSM),
+        )
+        # For the same reason as in nn.layers.whole, each by itself: their sum came out wrong for a part of the rows.
+        time_BSD, extent_BSD, pooled_BSD = (sharding.constrain(part, "rows", "slots", "width") for part in parts)
+        return jax.nn.silu(time_BSD + extent_BSD + pooled_BSD)
 
     def __call__(
         self, noisy_BNP: Float[Array, "B N P"], time_BS: Float[Array, "B S"], layout: structs.Layout
@@ -247,8 +243,8 @@ class DiT(nnx.Module):
             text_BLD=sharding.constrain(layer_norm(self.text_in(text_BLM)), "rows", "none", "width"),
             slot_one_hot_BNS=jax.nn.one_hot(layout.slot_BN, layout.slot_segment_BS.shape[1]),
         )
-        x_BND = self.patch_in(noisy_BNP) + self.position_in(axis_features(layout.position_BN3, config.wavelengths, 8))
-        x_BND = whole(x_BND)
+        place_BNF = axis_features(layout.position_BN3, config.wavelengths, 8)
+        x_BND = whole(whole(self.patch_in(noisy_BNP)) + whole(self.position_in(place_BNF)))
 
         # The stacked blocks are one scan: compile time does not grow with depth.
         graphdef, stacked = nnx.split(self.blocks)

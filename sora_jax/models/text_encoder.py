@@ -14,7 +14,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from sora_jax.nn.layers import Linear
+from sora_jax import sharding
+from sora_jax.nn.layers import Linear, whole
 
 NORM_EPSILON = 1e-12  # BERT's; safe because norms are computed in float32
 # Of new embeddings: a step of Adam at 3e-4 is small beside them, unlike beside the 0.02 of BERT, and a word's state is
@@ -69,7 +70,7 @@ class TextEncoder(nnx.Module):
         its own segment only. A token id or position beyond its table gives NaN, not a wrong word: text/tokenise.py
         truncates.
         """
-        x_BLM = self.norm(self.token(token_BL) + self.position(segment_positions(segment_BL)))
+        x_BLM = whole(self.norm(self.token(token_BL) + self.position(segment_positions(segment_BL))), "none")
         same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
         graphdef, layers = nnx.split(self.blocks)
 
@@ -96,13 +97,17 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
 
     def __call__(self, x_BLM: Float[Array, "B L M"], same_BLL: Bool[Array, "B L L"]) -> Float[Array, "B L M"]:
-        x_BLM = self.attention_norm(x_BLM + self.out(self.attend(x_BLM, same_BLL)))
-        return self.mlp_norm(x_BLM + self.down(jax.nn.gelu(self.up(x_BLM), approximate=False)))
+        x_BLM = whole(self.attention_norm(x_BLM + self.out(self.attend(x_BLM, same_BLL))), "none")
+        up_BLF = sharding.constrain(self.up(x_BLM), "rows", "none", "hidden")
+        return whole(self.mlp_norm(x_BLM + self.down(jax.nn.gelu(up_BLF, approximate=False))), "none")
 
     def attend(self, x_BLM: Float[Array, "B L M"], same_BLL: Bool[Array, "B L L"]) -> Float[Array, "B L M"]:
         query_BKLE, key_BKLE, value_BKLE = (
             rearrange(project(x_BLM), "b l (k e) -> b k l e", k=self.heads).astype(self.dtype)
             for project in (self.query, self.key, self.value)
+        )
+        query_BKLE, key_BKLE, value_BKLE = (
+            sharding.constrain(x, "rows", "heads", "none", "none") for x in (query_BKLE, key_BKLE, value_BKLE)
         )
         scores_BKLL = jnp.einsum("bkle,bkse->bkls", query_BKLE, key_BKLE, preferred_element_type=jnp.float32)
         scores_BKLL *= query_BKLE.shape[-1] ** -0.5

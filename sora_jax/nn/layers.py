@@ -21,6 +21,15 @@ def dot(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     )
 
 
+def whole(x_BND: Array, tokens: str = "tokens") -> Array:
+    """Tokens with their whole width on one device; tokens is the logical axis of the tokens.
+
+    Every activation of a residual stream is constrained, because a width that XLA's partitioner splits by itself, to suit
+    the next weight, comes out wrong on a mesh of data, fsdp and tensor (jax 0.10.2, with either partitioner).
+    """
+    return sharding.constrain(x_BND, "rows", tokens, "width")
+
+
 class Linear(nnx.Module):
     """Affine map of the last axis. gain scales the fan-in initialisation; 0 starts the map at zero."""
 

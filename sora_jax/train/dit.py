@@ -79,7 +79,9 @@ class Objective:
         patch_dim = batch.mean_BNP.shape[-1]
 
         def draw(purpose: int) -> Array:
-            return flow.token_noise(jax.random.fold_in(root, purpose), clip_BN, draw_BN, batch.index_BN, patch_dim)
+            noise_BNP = flow.token_noise(jax.random.fold_in(root, purpose), clip_BN, draw_BN, batch.index_BN, patch_dim)
+            # For the same reason as in nn.layers.whole: a patch is whole on a device.
+            return sharding.constrain(noise_BNP, "rows", "tokens", "none")
 
         clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
         time_BS = jnp.where(batch.known_BS, 0.0, time_BS)

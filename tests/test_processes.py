@@ -1,0 +1,137 @@
+"""Several real processes: the same losses as one, parts of a batch read apart, a killed peer noticed, and resumed from."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sora_jax import processes
+
+ROOT = Path(__file__).parent.parent
+# Trains a tiny VAE and a DiT on it, in the folder that is its first argument, with as many steps as the second says.
+PROGRAM = """
+import dataclasses, logging, pathlib, sys, tiny
+logging.basicConfig(level=logging.INFO)
+from sora_jax import processes, sharding
+if "--distributed" in sys.argv:
+    processes.start()
+from sora_jax.train import dit, loop, vae
+folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+mesh = sharding.MeshConfig(data=2, fsdp=4)
+run = dataclasses.replace(tiny.vae_run(steps=4, log_every=1), mesh=mesh)
+loop.fit(vae.VAETask(run), folder / "vae")
+run = dataclasses.replace(tiny.dit_run(folder / "vae", steps=steps, log_every=1, save_every=4), mesh=mesh)
+run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
+loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
+processes.leave()
+"""
+
+
+def environment(devices):
+    paths = [str(ROOT / "tests"), str(ROOT / "experiments")]
+    found = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return found | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+    }
+
+
+def launch(folder, steps, count=2, devices=4):
+    """tools/launch_local with the program, its own process group."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "launch_local"),
+        f"--processes={count}",
+        f"--devices={devices}",
+        "--",
+    ]
+    return subprocess.Popen(
+        [*command, sys.executable, "-c", PROGRAM, str(folder), str(steps)],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def losses(folder, stage):
+    return [line["loss"] for line in tiny.lines(folder / stage) if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-c", PROGRAM, str(folder), "8"]
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_train_as_one_does(alone, tmp_path):
+    process = launch(tmp_path, 8)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    for stage in ("vae", "dit"):
+        one, two = losses(alone, stage), losses(tmp_path, stage)
+        assert len(one) == len(two) and two == pytest.approx(one, abs=1e-5)
+    # What is counted is counted once.
+    one, two = (
+        [line["packing/tokens"] for line in tiny.lines(folder / "dit") if line["kind"] == "train"]
+        for folder in (alone, tmp_path)
+    )
+    assert one == two
+    assert told.count("trained") <= 1 and "exit codes 0, 0" in told
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
+    process = launch(tmp_path, 100_000)
+    try:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "dit").glob("[0-9]*")):
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.2)
+        os.kill(children(process.pid)[victim], signal.SIGKILL)
+        began = time.monotonic()
+        told, _ = process.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert seconds <= 15 + 2, told  # of starting and ending Python
+    codes = [int(code) for code in re.search(r"exit codes (-?\d+), (-?\d+)", told).groups()]
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == processes.LOST, told
+    assert "start all processes again" in told
+    if victim == 1:
+        # Started again, on another number of processes, it goes on from the newest checkpoint.
+        again = launch(tmp_path, 100_000, count=1, devices=8)
+        try:
+            lines = iter(again.stdout.readline, "")
+            assert any("resumed from step" in line for line in lines)
+        finally:
+            os.killpg(again.pid, signal.SIGKILL)
+            again.communicate()
+
+
+def test_numbers_and_dicts_of_one_process_are_its_own():
+    assert processes.summed({"a": 1.5}) == {"a": 1.5}
+    assert processes.joined({"0": {"x": 1}}) == {"0": {"x": 1}}
+    assert processes.first_then_all(lambda: 3) == 3 and processes.is_first()
+
+
+def test_dicts_are_joined_key_by_key():
+    assert processes._merged({"0": {"x": 1}, "n": 1}, {"1": {"x": 2}, "n": 2}) == {"0": {"x": 1}, "1": {"x": 2}, "n": 2}
