@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 ARGUMENTS = ("", "seeds", "models", "rates")
 # Budgets of the isoflop sweep as multiples of 1x, none beyond 4x, and the width, blocks and heads of the models around the
 # best of each: most that are too large or too small for a budget would say nothing of its bottom.
-SIZES = ((28, 2, 2), (36, 2, 2), (48, 2, 2), (60, 2, 2), (72, 3, 2), (84, 3, 3), (96, 4, 3))
-SWEPT = {0.125: SIZES[:3], 0.25: SIZES[:4], 0.5: SIZES[1:5], 1: SIZES[2:6], 2: SIZES[2:6], 4: SIZES[3:]}
+SIZES = ((36, 2, 2), (48, 2, 2), (60, 2, 2), (72, 3, 2), (84, 3, 3), (96, 4, 3))
+SWEPT = {0.5: SIZES[:4], 1: SIZES[1:5], 2: SIZES[1:5], 4: SIZES[2:]}
 # The models whose Frechet distances are compared.
 MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
 # Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
