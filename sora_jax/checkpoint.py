@@ -222,8 +222,11 @@ def fingerprints(arrays: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     values that moved. Arrays in host memory are summed where they are; others by a jitted function, so that each device
     reads its own shard.
     """
-    pending = {path: _words_host(leaf) if _on_host(leaf) else _fingerprint(leaf) for path, leaf in arrays.items()}
-    return {path: (int(pair[0]), int(pair[1])) for path, pair in jax.device_get(pending).items()}
+    found = {path: _words_host(leaf) for path, leaf in arrays.items() if _on_host(leaf)}
+    # One program for all: many small ones at once, each of which waits for all devices, can starve each other of threads.
+    elsewhere = _fingerprints({path: leaf for path, leaf in arrays.items() if path not in found})
+    found |= {path: (int(one), int(other)) for path, (one, other) in jax.device_get(elsewhere).items()}
+    return {path: found[path] for path in arrays}
 
 
 def _on_host(leaf: Any) -> bool:
@@ -248,6 +251,10 @@ def _words_host(leaf: Any) -> tuple[int, int]:
 
 
 @jax.jit
+def _fingerprints(arrays: Flat) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {path: _fingerprint(leaf) for path, leaf in arrays.items()}
+
+
 def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     # 8 bytes become two words on a new last axis, low word first, as numpy views them.
