@@ -10,7 +10,7 @@ ARGUMENTS = ("", "vae", "dit")
 # Small frames teach much for few tokens: a size is drawn by the inverse square of its latent cells.
 CELLS_OF_SMALLEST = 16
 # Training FLOPs of the DiT.
-BUDGET = 1.5e13
+BUDGET = 6e13
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -45,7 +45,7 @@ def dit() -> ConfigDict:
         (CELLS_OF_SMALLEST / (height // 8 * (width // 8))) ** 2 for height, width in run.data.world.frame_sizes
     )
     run.data.train_clips, run.data.heldout_clips = 16384, 512
-    run.dit.width, run.dit.channels = 80, 32
+    run.dit.width, run.dit.channels = 112, 32
     # The longest clip: 17 frames of 96x64 are 5 x 12 x 8 tokens.
     run.pack.update(rows=1, row_tokens=480, row_slots=24, row_text=240, window=512)
     run.flow.mean = 0.6
