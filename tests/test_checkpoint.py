@@ -152,7 +152,7 @@ def test_fingerprint_is_one_number_on_host_and_devices(dtype):
     rows = 8 % jax.device_count() == 0
     spec = jax.sharding.PartitionSpec("x") if rows else jax.sharding.PartitionSpec()
     sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
-    assert tuple(map(int, checkpoint._fingerprint(sharded))) == expected
+    assert tuple(map(int, checkpoint._fingerprints({"x": sharded})["x"])) == expected
     assert checkpoint.fingerprints({"": sharded})[""] == expected
     # By the definition, in unbounded integers.
     array = np.asarray(values)
@@ -163,7 +163,7 @@ def test_fingerprint_is_one_number_on_host_and_devices(dtype):
 def test_fingerprint_sees_every_flipped_bit_and_moved_values():
     values = np.random.default_rng(0).normal(size=(70_000,)).astype(np.float32)  # more than one block
     expected = checkpoint.fingerprints({"": values})[""]
-    assert tuple(map(int, checkpoint._fingerprint(values))) == expected
+    assert tuple(map(int, checkpoint._fingerprints({"x": values})["x"])) == expected
     for bit in range(0, values.nbytes * 8, 17_001):
         damaged = values.copy()
         damaged.view(np.uint8)[bit // 8] ^= 1 << bit % 8

@@ -60,8 +60,11 @@ def test_sizes_are_those_of_the_paper(name, millions):
     assert (num_parameters(shape) - cross) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
-def test_the_7b_class_has_seven_billion():
-    assert 6.5e9 < num_parameters(config.from_config_dict(dit_experiment.get_config("7B/1")).dit) < 11e9
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("0.7b", 0.65e9, 0.75e9), ("7b", 6.5e9, 7.5e9), ("30b", 28e9, 32e9)]
+)
+def test_clusters_are_as_large_as_they_say(name, least, most):
+    assert least < num_parameters(config.from_config_dict(dit_experiment.get_config(name)).dit) < most
 
 
 def test_the_quickstart_fills_its_rows(tmp_path):
