@@ -15,7 +15,8 @@ import tiny
 from sora_jax import processes
 
 ROOT = Path(__file__).parent.parent
-# Trains a tiny VAE and a DiT on it, in the folder that is its first argument, with as many steps as the second says.
+# Trains a tiny VAE, and a DiT on it for as many steps as its second argument says, in the folder that is its first; or, of
+# very many steps, the VAE alone.
 PROGRAM = """
 import dataclasses, logging, pathlib, sys, tiny
 logging.basicConfig(level=logging.INFO)
@@ -25,7 +26,8 @@ if "--distributed" in sys.argv:
 from sora_jax.train import dit, loop, vae
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 mesh = sharding.MeshConfig(data=2, fsdp=4)
-run = dataclasses.replace(tiny.vae_run(steps=4, log_every=1), mesh=mesh)
+long = {"steps": steps, "save_every": 4} if steps > 1000 else {"steps": 4}
+run = dataclasses.replace(tiny.vae_run(log_every=1, **long), mesh=mesh)
 loop.fit(vae.VAETask(run), folder / "vae")
 run = dataclasses.replace(tiny.dit_run(folder / "vae", steps=steps, log_every=1, save_every=4), mesh=mesh)
 run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
@@ -102,7 +104,7 @@ def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
     process = launch(tmp_path, 100_000)
     try:
         deadline = time.monotonic() + 240
-        while not list((tmp_path / "dit").glob("[0-9]*")):
+        while not list((tmp_path / "vae").glob("[0-9]*")):
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.2)
         os.kill(children(process.pid)[victim], signal.SIGKILL)
