@@ -8,9 +8,11 @@ go on from the newest checkpoint.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -56,6 +58,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         shutdown_timeout_seconds=JAX_PATIENCE,
     )
     if jax.process_count() > 1:
+        if not is_first():
+            ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
         _watch = _Watch(jax.process_index(), jax.process_count())
         _watch.start()
 
@@ -83,6 +87,16 @@ def lost(reason: object) -> None:
     logging.error("%s; start all processes again, they go on from the newest checkpoint", reason)
     sys.stdout.flush()
     sys.stderr.flush()
+    os._exit(LOST)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+    """jax's runtime aborts by itself, at times before the watch has seen it, when the first process and with it the coordinator
+    are gone. Python's own handlers do not run then: an abort ends a process before the interpreter's next turn."""
+    os.write(
+        2, b"the runtime aborted (see above), as it does when the first process is gone; start all processes again\n"
+    )
     os._exit(LOST)
 
 
