@@ -15,11 +15,12 @@ SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-# What clusters are planned for: width, blocks, heads; rows and tokens of a row; the mesh; and the topology that it is for.
+# What clusters are planned for: width, blocks, heads; rows and tokens of a row; the mesh, of a v5e:2x4, a
+# v5p:4x4x8 and a v5p:8x8x16.
 CLUSTERS = {
-    "0.7b": ((1152, 24, 9), (8, 16384), (2, 4, 1, 1), "v5e:2x4"),
-    "7b": ((3584, 25, 28), (128, 32768), (8, 16, 1, 1), "v5p:4x4x8"),
-    "30b": ((6144, 36, 48), (512, 65536), (16, 32, 1, 2), "v5p:8x8x16"),
+    "0.7b": ((1152, 24, 9), (8, 16384), (2, 4, 1, 1)),
+    "7b": ((3584, 25, 28), (128, 32768), (8, 16, 1, 1)),
+    "30b": ((6144, 36, 48), (512, 65536), (16, 32, 1, 2)),
 }
 LADDER = {f"{multiplier}x": multiplier for multiplier in parts.RUNGS}
 ARGUMENTS = (
@@ -41,7 +42,7 @@ def get_config(arg: str = "compact") -> ConfigDict:
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     if arg in CLUSTERS:
-        return cluster(*CLUSTERS[arg][:3])
+        return cluster(*CLUSTERS[arg])
     if arg == "compact":
         return parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="runs/vae")
     if arg in LADDER:

@@ -59,13 +59,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. Without argv it is the whole process, of sys.argv."""
     if argv is not None:
         return _run(argv)
-    code = _run(sys.argv[1:])
-    if code == INTERRUPTED:
-        # Saves are atomic, so nothing is lost; but orbax's threads would wait minutes for one that was cut short.
+    try:
+        code = _run(sys.argv[1:])
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = RUN_ERROR
+    if code == INTERRUPTED or (code and _one_of_several()):
+        # Saves are atomic, so nothing is lost; but orbax's threads would wait minutes for one that was cut short, and jax for
+        # the other processes, which wait for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _one_of_several() -> bool:
+    processes = sys.modules.get("sora_jax.processes")
+    return processes is not None and processes.several()
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -234,8 +246,10 @@ def _add_train(verbs: Any) -> None:
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where the first process listens (default: one process)"
     )
-    group.add_argument("--processes", type=_count, metavar="N", help="how many there are; with --coordinator")
-    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0; with --coordinator")
+    group.add_argument("--processes", type=_count, metavar="N", help="how many there are (required with --coordinator)")
+    group.add_argument(
+        "--process", type=int, metavar="I", help="which one this is, from 0 (required with --coordinator)"
+    )
     group.add_argument(
         "--distributed",
         action="store_true",
@@ -699,13 +713,7 @@ def _meeting(arguments: argparse.Namespace) -> Iterator[None]:
         processes.start(*given)
     except (RuntimeError, ValueError) as error:
         raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
-    try:
-        yield
-    except BaseException:
-        # The others wait for this one in some collective, and jax would wait for them at the end.
-        traceback.print_exc()
-        processes.fail()
-        raise
+    yield
     processes.leave()
 
 
@@ -894,14 +902,15 @@ def _seeds(first: int, count: int) -> list[int]:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a run needs on a topology."""
-    if arguments.topology.startswith("cpu:"):
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", arguments.topology.removeprefix("cpu:"))
+    kind, _, devices = arguments.topology.partition(":")
+    if kind == "cpu" and devices.isdecimal():
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", devices)
     # Nothing is computed: no chip of this machine is claimed.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     run = load_run(arguments.config, arguments.overrides)
-    from sora_jax import config, plan_page
-    from sora_jax import plan as planning
+    from sora_jax import config
     from sora_jax.generate import files, pipeline
+    from sora_jax.plan import page, roofline, search, text, topology
     from sora_jax.train import dit
 
     if not isinstance(run, config.DiTRun):
@@ -915,20 +924,20 @@ def plan(arguments: argparse.Namespace) -> None:
             if not isinstance(other, config.VAERun):
                 raise Failure(f"--vae={arguments.vae} is no VAE")
             network = other.vae
-        where = planning.target(arguments.topology)
+        where = topology.target(arguments.topology)
         run = dit.resolve(run)
         if arguments.search is None:
-            numbers = planning.plan(run, network, where)
+            numbers = roofline.plan(run, network, where)
         else:
-            ranked = planning.search(run, network, where, arguments.search)
+            ranked = search.search(run, network, where, arguments.search)
             if not ranked:
                 raise Failure("no mesh, remat policy and batch size works; see the reasons above")
-            print(planning.ranking([each for _, each in ranked]), end="\n\n")
-            numbers = ranked[0][1]
-    print(planning.table(numbers))
+            print(text.ranking(ranked), end="\n\n")
+            numbers = ranked[0]
+    print(text.table(numbers))
     for path, content in (
         (arguments.out, lambda: json.dumps(numbers | {"command": arguments.command}, indent=2) + "\n"),
-        (arguments.page, lambda: plan_page.page(numbers, arguments.command)),
+        (arguments.page, lambda: page.page(numbers, arguments.command)),
     ):
         if path is not None:
             with _errors_of_writing(path):

@@ -68,18 +68,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether this process has met others."""
+    return _watch is not None
+
+
 def leave() -> None:
     """Every process at its end: the others must not take it for lost."""
     if _watch is not None:
         _watch.stop()
-
-
-def fail(code: int = 1) -> None:
-    """Ends this process at once after an error of its own: with several, jax would wait for the others at the end."""
-    if jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def lost(reason: object) -> None:

@@ -22,7 +22,7 @@ FLOORS = [
     {"compute", "checkpoint", "text", "evaluate", "hlo"},
     {"generate"},
     {"train"},
-    {"study", "plan", "plan_page"},
+    {"study", "plan"},
     {"main"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import quickstart
 
-from sora_jax import checkpoint, config, main
+from sora_jax import checkpoint, config, main, processes
 from sora_jax.generate import pipeline
+from sora_jax.plan import roofline
 from sora_jax.study import runner
 from sora_jax.train import loop, vae
 
-VERBS = ("train", "study", "sample", "evaluate", "inspect")
+VERBS = ("train", "study", "plan", "sample", "evaluate", "inspect")
 
 # Two files, as experiments has them, so that the import of the one beside it is part of every test.
 PARTS = """
@@ -57,10 +58,10 @@ def dit():
         text=dict(encoder="scratch", max_tokens=16, scratch=TEXT),
         dit=dict(
             width=16, blocks=1, heads=1, patch=(1, 1, 1), channels=4, mlp_ratio=1, text_width=16, dtype="float32",
-            wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", predict="velocity", text=TEXT,
+            wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", predict="velocity", attention="auto", text=TEXT,
         ),
         pack=dict(rows=2, row_tokens=32, row_slots=8, row_text=64, window=8, drop_rate=0.0, drop_repeats=0.0),
-        loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0),
+        loader=dict(long_captions=0.2, caption_dropout=0.1, known_frames=0.0, workers=0, lanes=1),
         flow=dict(mean=0.0, std=1.0, shift=1.0),
         sampler=dict(steps=2, method="euler", guidance=3.0, shift=1.0),
     ))
@@ -337,6 +338,71 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     sentence = refusal(capsys, *command, "--config.stages.dit.pack.row_tokens=8")
     assert "raise pack.row_tokens" in sentence
+
+
+def test_a_process_of_several_says_who_it_is(tiny, tmp_path, capsys):
+    command = ["train", f"--config={tiny}:vae", f"--workdir={tmp_path}"]
+    sentence = refusal(capsys, *command, "--coordinator=localhost:1", "--processes=2")
+    assert "--coordinator, --processes and --process go together; or give --distributed" in sentence
+    flags = ["--coordinator=localhost:1", "--processes=2", "--process=1"]
+    with (
+        mock.patch.object(processes, "start") as start,
+        mock.patch.object(processes, "leave") as leave,
+        mock.patch.object(loop, "fit"),
+    ):
+        assert main.run([*command, *flags]) == 0 and main.run([*command, "--distributed"]) == 0
+        assert [call.args for call in start.call_args_list] == [("localhost:1", 2, 1), (None, None, None)]
+        assert leave.call_count == 2
+    with mock.patch.object(processes, "start", side_effect=RuntimeError("timed\nout")):
+        assert "the processes did not meet: timed out" in refusal(capsys, *command, "--distributed", code=1)
+
+
+def test_a_failing_process_of_several_does_not_wait_for_the_others(tiny, tmp_path):
+    """jax would, at the end of Python; here it ends at once, with its error told."""
+    code = f"""
+import sys
+from unittest import mock
+from sora_jax import main, processes
+from sora_jax.train import loop
+sys.argv = ["sora-jax", "train", "--config={tiny}:vae", "--workdir={tmp_path}"]
+import atexit
+atexit.register(lambda: print("waited"))
+with mock.patch.object(processes, "several", lambda: True), mock.patch.object(loop, "fit", side_effect=ERROR):
+    sys.exit(main.run())
+"""
+    for error, told in (
+        ("ValueError('shapes differ')", "ValueError: shapes differ"),
+        ("loop.DivergedError('nan')", "error: nan"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("ERROR", error)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1 and told in done.stderr and "waited" not in done.stdout, done.stderr
+
+
+def test_a_plan_is_printed_and_written(tiny, tmp_path, capsys):
+    out, shown = tmp_path / "plan.json", tmp_path / "plan.html"
+    command = ["plan", f"--config={tiny}:dit", f"--vae={tiny}:vae", "--topology=cpu:2"]
+    assert main.run([*command, f"--out={out}", f"--page={shown}"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("cpu:2: 2 chips as data 2") and "memory of a chip:" in text and "fits: " in text
+    numbers = json.loads(out.read_text())
+    assert numbers["topology"] == "cpu:2" and shlex.split(numbers["command"])[1:5] == command
+    assert "<title>Plan</title>" in shown.read_text()
+
+
+def test_plans_that_cannot_be_made_are_refused(tiny, capsys):
+    command = ["plan", f"--config={tiny}:dit", f"--vae={tiny}:vae"]
+    assert "none of v4" in refusal(capsys, *command, "--topology=v9:2x2")
+    assert "none of v4" in refusal(capsys, *command, "--topology=cpu:")
+    assert "is no VAE" in refusal(capsys, *command[:2], f"--vae={tiny}:dit", "--topology=cpu:2")
+    assert "is no diffusion transformer" in refusal(
+        capsys, "plan", f"--config={tiny}:vae", f"--vae={tiny}:vae", "--topology=cpu:2"
+    )
+    assert "raise pack.row_tokens" in refusal(capsys, *command, "--topology=cpu:2", "--config.pack.row_tokens=8")
+    with mock.patch.object(roofline, "compile_step", side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):
+        assert main.run([*command, "--topology=cpu:2"]) == 1
+    assert "the run does not fit this topology" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

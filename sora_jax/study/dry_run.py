@@ -17,7 +17,6 @@ from flax import nnx
 
 from sora_jax import checkpoint, compute
 from sora_jax.config import ConfigError, DiTRun, StudyRun, VAERun
-from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
@@ -95,27 +94,14 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun) -
         raise ConfigError(f"stage {name}: {error}") from error
     if network.channels != run.dit.channels:
         raise ConfigError(f"stage {name}: dit.channels is {run.dit.channels}, its VAE has {network.channels}")
-    world = run.data.world
     try:
-        longest = max(
-            _tokens(network, run, frames, *size) for frames in world.frame_counts for size in world.frame_sizes
-        )
+        dit.longest_clip(run, network)
     except ValueError as error:
         raise ConfigError(f"stage {name}: {error}") from error
-    if longest > run.pack.row_tokens:
-        raise ConfigError(
-            f"stage {name}: the world's longest clip has {longest} tokens and would be left out; "
-            f"raise pack.row_tokens ({run.pack.row_tokens}) or make clips shorter or smaller"
-        )
     tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens
     shapes = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops)
-
-
-def _tokens(network: vae_model.VAEConfig, run: DiTRun, frames: int, height: int, width: int) -> int:
-    t, h, w = pack.grid_shape(network.latent_shape(frames, height, width), run.dit.patch)
-    return t * h * w
 
 
 def _size(model: nnx.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sora_jax.diffusion import flow
 from sora_jax.evaluate import validation
 from sora_jax.generate import files, pipeline
 from sora_jax.models import dit
+from sora_jax.models.vae import VAEConfig
 from sora_jax.structs import PackedBatch, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
@@ -51,6 +53,22 @@ def with_encoder(run: DiTRun) -> DiTRun:
         text_width=run.text.scratch.width if scratch else text_encode.text_encoder.MINILM.width,
     )
     return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
+
+
+def longest_clip(run: DiTRun, network: VAEConfig) -> int:
+    """Tokens of the longest clip of the run's world. Raises ConfigError if no row can hold it, as it would be left out."""
+    world = run.data.world
+    longest = max(
+        math.prod(pack.grid_shape(network.latent_shape(frames, *size), run.dit.patch))
+        for frames in world.frame_counts
+        for size in world.frame_sizes
+    )
+    if longest > run.pack.row_tokens:
+        raise config.ConfigError(
+            f"the world's longest clip has {longest} tokens and would be left out; "
+            f"raise pack.row_tokens ({run.pack.row_tokens}) or make clips shorter or smaller"
+        )
+    return longest
 
 
 class Objective:

@@ -138,7 +138,7 @@ def fit(task: Task, workdir: Path) -> TrainState:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed), donate_argnums=0)
-        with progress.Reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
+        with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
             state = _run(task, workdir, state, source, step, report, seconds)
     return state
 

@@ -72,8 +72,24 @@ class Window:
         return line
 
 
+class Silent:
+    """The reporter of every process but the first."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def train(self, step: int, line: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, line: dict[str, float]) -> None:
+        pass
+
+
 class Reporter:
-    """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed: the first process's does."""
+    """Writes metrics.jsonl and TensorBoard events into workdir and keeps the terminal informed."""
 
     def __init__(self, workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> None:
         self.workdir, self.steps, self.start = workdir, steps, start
@@ -81,8 +97,6 @@ class Reporter:
         self.began = time.perf_counter()
 
     def __enter__(self) -> Reporter:
-        if not processes.is_first():
-            return self
         import tensorboardX
         import tqdm
 
@@ -93,14 +107,11 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if processes.is_first():
-            self._bar.close()
-            self._board.close()
-            self._lines.close()
+        self._bar.close()
+        self._board.close()
+        self._lines.close()
 
     def train(self, step: int, line: dict[str, float]) -> None:
-        if not processes.is_first():
-            return
         left = (self.steps - step) * (time.perf_counter() - self.began) / max(1, step - self.start)
         speed = f"{si(line['units_per_second'])}{self.unit}/s"
         words = f"loss {line.get('loss', math.nan):.4f}  {speed}  {si(line['flops_per_second'])}FLOP/s"
@@ -112,8 +123,6 @@ class Reporter:
         self._write("train", step, line)
 
     def evaluation(self, step: int, line: dict[str, float]) -> None:
-        if not processes.is_first():
-            return
         # The losses of parts and the counts behind attributes are for metrics.jsonl.
         shown = [name for name in line if name != "total_flops" and not name.startswith("val_loss_")]
         words = "  ".join(f"{name} {line[name]:.4g}" for name in shown if not name.endswith("_count"))
@@ -127,6 +136,11 @@ class Reporter:
         self._lines.flush()
         for name, value in line.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def reporter(workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> Reporter | Silent:
+    """Of several processes the first reports."""
+    return Reporter(workdir, steps, start, unit, units_per_step) if processes.is_first() else Silent()
 
 
 def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:

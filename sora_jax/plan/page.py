@@ -6,7 +6,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from sora_jax import plan
+from sora_jax.plan.text import size_of
+from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
 STYLE = """
@@ -54,16 +55,16 @@ def page(numbers: Mapping[str, Any], command: str) -> str:
 def _memory(numbers: Mapping[str, Any]) -> str:
     kinds = {name: size for name, size in numbers["memory"].items() if name != "total"}
     total = numbers["memory"]["total"]
-    limit = max(total, numbers.get("peaks", {}).get("memory", 0) * plan.GIB)
+    limit = max(total, numbers.get("peaks", {}).get("memory", 0) * GIB)
     bars = "".join(
         f"<div style='width:{100 * size / limit:.2f}%;background:{colour}' title='{name}'></div>"
         for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
     )
     rows = "".join(
-        f"<tr><td><span class=key style='background:{colour}'></span> {name}</td><td>{plan.size_of(size)}</td></tr>"
+        f"<tr><td><span class=key style='background:{colour}'></span> {name}</td><td>{size_of(size)}</td></tr>"
         for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
     )
-    title = f"Memory of a chip: {total / plan.GIB:.1f} of {limit / plan.GIB:.0f} GiB"
+    title = f"Memory of a chip: {total / GIB:.1f} of {limit / GIB:.0f} GiB"
     return f"<h2>{title}</h2><div class=bar>{bars}</div><table>{rows}</table>"
 
 
@@ -88,7 +89,7 @@ def _time(numbers: Mapping[str, Any]) -> str:
 def _sent(numbers: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{each['kind']}</td><td>{html.escape(each['axes'])}</td><td>{each['count']:,}</td>"
-        f"<td>{plan.size_of(each['bytes'])}</td></tr>"
+        f"<td>{size_of(each['bytes'])}</td></tr>"
         for each in numbers["collectives"]
     )
     head = "<tr><th>collective</th><th>over</th><th>times</th><th></th></tr>"
