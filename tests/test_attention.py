@@ -128,7 +128,7 @@ def test_backends_are_chosen_by_platform_and_size():
     assert {module.chosen(name, 4100, 4100, 4) for name in ("gpu", "tpu")} == {"blockwise"}
     assert module.chosen("gpu", 4096, 256, 4) == "blockwise" and module.chosen("tpu", 4096, 256, 4) == "splash"
     assert module.chosen("tpu", 1024, 1024, 3, split=4) == "blockwise"
-    assert module.chosen("cpu", 256, 256, 4, split=4) == "blockwise"
+    assert module.chosen("cpu", 1024, 1024, 4, split=4) == "blockwise"
 
 
 def test_what_a_backend_cannot_take_is_told(rng):

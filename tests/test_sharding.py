@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 import vae as vae_experiment
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sora_jax import config, sharding
 from sora_jax.data import pack
+from sora_jax.generate import pipeline
 from sora_jax.models import dit, text_encoder, vae
-from sora_jax.structs import Layout
+from sora_jax.structs import Layout, TrainState
+from sora_jax.text.captions import CaptionText
+from sora_jax.train import dit as train_dit
+from sora_jax.train import loop, optimizer
+from sora_jax.train import vae as train_vae
 
 TEXT = text_encoder.TextEncoderConfig(
     vocab_size=32, width=16, layers=2, heads=2, mlp_width=32, max_tokens=8, dtype="float32"
@@ -132,10 +138,6 @@ def test_sharded_equals_unsharded(rng, sizes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny DiT with an untrained VAE, a batch of its loader's shape, and weights that are not zero anywhere."""
-    import tiny
-
-    from sora_jax.train import dit as train_dit
-    from sora_jax.train import vae as train_vae
 
     vae_run = tiny.vae_run()
     vae_params, vae_rest = train_vae.VAETask(vae_run).init(jax.random.key(0))
@@ -174,9 +176,6 @@ def batch_of(run, rng):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
-    from sora_jax.structs import TrainState
-    from sora_jax.train import dit as train_dit
-    from sora_jax.train import loop, optimizer
 
     settings, params, _, _ = run
     # AdamW: Muon's directions of tiny gradients are those of rounding.
@@ -201,10 +200,39 @@ def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
     assert np.mean(np.concatenate([x.ravel() for x in apart]) > 1e-5) < 0.002
 
 
+@pytest.fixture(scope="module")
+def curve(run):
+    """Losses of 20 steps of the run's own optimizer on a mesh over the first devices."""
+    settings, params, _, _ = run
+    tx = optimizer.make(dataclasses.replace(settings.optimizer, warmup_steps=4), 20)
+    batches = [batch_of(settings, np.random.default_rng(number)) for number in range(20)]
+
+    def losses(*sizes):
+        here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        with jax.set_mesh(here):
+            state = TrainState(jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)))
+            state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
+            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0))
+            found = []
+            for batch in batches:
+                state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))
+                found.append(float(metrics["loss"]))
+        return found
+
+    return losses
+
+
+def test_twenty_steps_have_the_same_losses_on_1_2_4_and_8_devices(curve):
+    one = curve(1, 1, 1, 1)
+    assert one[-1] < one[0] - 0.01
+    for sizes in [(1, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 2)]:
+        other = curve(*sizes)
+        print(sizes, max(abs(a - b) for a, b in zip(one, other, strict=True)))
+        assert other == pytest.approx(one, abs=1e-5), sizes
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_one_sample_is_the_same_on_every_mesh(run, sizes):
-    from sora_jax.generate import pipeline
-    from sora_jax.text.captions import CaptionText
 
     settings, params, vae_config, vae_weights = run
     text = CaptionText(settings.text, "scratch")

@@ -42,10 +42,12 @@ def attention(
     are split over devices as queries are, 'none' where each device has all. Raises ValueError for an unknown backend, or one
     that cannot take these sizes.
     """
-    heads, split = sharding.shards("heads"), sharding.shards("tokens") if keys == "tokens" else 1
+    split = sharding.shards("tokens") if keys == "tokens" else 1
     if backend == "auto":
-        tokens = q_BNKE.shape[1] // sharding.shards("tokens"), k_BMKE.shape[1] // split
-        backend = chosen(sharding.platform(), *tokens, q_BNKE.shape[2] // heads, split)
+        # Keys that every device has are met by its own queries alone.
+        queries = q_BNKE.shape[1] * split // sharding.shards("tokens")
+        heads = q_BNKE.shape[2] // sharding.shards("heads")
+        backend = chosen(sharding.platform(), queries, k_BMKE.shape[1], heads, split)
     inputs = q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM
     if backend == "reference":
         return reference(*inputs, dtype)
@@ -56,18 +58,14 @@ def attention(
 
 
 def chosen(platform: str, queries: int, keys: int, heads: int, split: int = 1) -> str:
-    """The backend for so many queries, keys and heads of a row on a device, where keys are split over `split` devices."""
-    if queries * split * keys * split <= SHORT:
+    """The backend for a row of so many queries and keys and a device's heads, its tokens split over `split` devices."""
+    if queries * keys <= SHORT:
         return "reference"
     # Kernels see all tokens of some heads where tokens are split, so there must be enough heads.
-    fits, same = heads % split == 0, queries == keys
-    if (
-        platform == "tpu"
-        and fits
-        and queries * split % kernels.SPLASH_LANES == 0 == keys * split % kernels.SPLASH_LANES
-    ):
+    fits = heads % split == 0
+    if platform == "tpu" and fits and queries % kernels.SPLASH_LANES == 0 == keys % kernels.SPLASH_LANES:
         return "splash"
-    if platform in ("gpu", "cuda", "rocm") and fits and same and queries * split % kernels.TRITON_BLOCK == 0:
+    if platform in ("gpu", "cuda", "rocm") and fits and queries == keys and queries % kernels.TRITON_BLOCK == 0:
         return "triton"
     return "blockwise"
 
