@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,14 +33,33 @@ class Chip:
 
 SOURCE = (
     "Google Cloud documentation of TPU versions; Austin et al., How to Scale Your Model (jax-ml.github.io/scaling-book), "
-    "chapter 2"
+    "chapter 2; NVIDIA H100 data sheet (SXM, dense bfloat16, NVLink)"
 )
 CHIPS = {
     "v4": Chip(32, 275e12, 1.23e12, 9.0e10),
     "v5e": Chip(16, 197e12, 0.82e12, 9.0e10),
     "v5p": Chip(95, 459e12, 2.77e12, 1.8e11),
     "v6e": Chip(32, 918e12, 1.64e12, 1.8e11),
+    "h100": Chip(80, 989e12, 3.35e12, 4.5e11),
 }
+# Several nodes of GPUs are joined by 400 Gb/s a GPU. That all that is sent goes through there is the cautious assumption.
+BETWEEN_NODES = 5.0e10
+# What the compiler asks of a GPU, as an XLA GpuTargetConfigProto: NVIDIA's CUDA programming guide, compute capability 9.0.
+GPU = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  l2_cache_size: 52428800  memory_bandwidth: 3352320000000  device_memory_size: 84978434048
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 WORKER = {"v4": "v4-8", "v5e": "v5litepod-8", "v5p": "v5p-8", "v6e": "v6e-8"}
 
 
@@ -52,7 +73,10 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """'v5p:4x4x8', 'v5e:2x4', 'v6e:8x8' or 'cpu:8'. Raises ConfigError for what is unknown or cannot be compiled for here."""
+    """'v5p:4x4x8', 'v5e:2x4', 'v6e:8x8', 'h100:1x8' (nodes x GPUs) or 'cpu:8'.
+
+    Raises ConfigError for what is unknown or cannot be compiled for here.
+    """
     kind, _, shape = name.partition(":")
     if not re.fullmatch(r"\d+(x\d+)*", shape) or kind not in (*CHIPS, "cpu"):
         raise ConfigError(
@@ -64,6 +88,10 @@ def target(name: str) -> Target:
                 f"topology {name}: this process has {len(jax.devices('cpu'))} CPU devices; set JAX_NUM_CPU_DEVICES={shape}"
             )
         return Target(name, jax.devices("cpu")[: int(shape)], None)
+    return _gpus(name, shape) if kind == "h100" else _tpus(name, kind)
+
+
+def _tpus(name: str, kind: str) -> Target:
     # libtpu looks for the machine's own chips unless it is told what it is.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -71,19 +99,42 @@ def target(name: str) -> Target:
         "TPU_ACCELERATOR_TYPE": WORKER[kind],
     }.items():
         os.environ.setdefault(key, value)
+    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu"), CHIPS[kind])
+
+
+def _gpus(name: str, shape: str) -> Target:
+    nodes, _, each = shape.rpartition("x")
+    if "x" in nodes:
+        raise ConfigError(f"topology {name}: a shape of GPUs is nodes x GPUs of a node, such as h100:2x8")
+    # The compiler of CUDA's programs is a package of its own; XLA looks elsewhere.
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations if package and package.submodule_search_locations else ():
+        if (Path(folder) / "cuda_nvcc").is_dir() and "xla_gpu_cuda_data_dir" not in os.environ.get("XLA_FLAGS", ""):
+            flag = f"--xla_gpu_cuda_data_dir={Path(folder) / 'cuda_nvcc'}"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    layout = f"1x{nodes or 1}x{each}"
+    devices = _described(name, "jax's CUDA plugin", "cuda12", platform="cuda", target_config=GPU, topology=layout)
+    chip = CHIPS["h100"]
+    return Target(name, devices, chip if int(nodes or 1) == 1 else dataclasses.replace(chip, link=BETWEEN_NODES))
+
+
+def _described(name: str, package: str, extra: str, **description: Any) -> Sequence[Any]:
+    """The devices of a described topology. Raises ConfigError if its package is missing or refuses it."""
     try:
-        found = topologies.get_topology_desc(name, platform="tpu")
+        return topologies.get_topology_desc(**description).devices
     except Exception as error:
-        if "libtpu" in str(error) or "No module" in str(error) or "not found" in str(error).lower():
-            raise ConfigError(f"topology {name} needs libtpu to compile for it: pip install -e '.[tpu]'") from error
-        raise ConfigError(f"topology {name}: {str(error).splitlines()[0]}") from error
-    return Target(name, found.devices, CHIPS[kind])
+        told = str(error)
+        if any(word in told.lower() for word in ("libtpu", "no module", "not found", "not implemented for")):
+            raise ConfigError(
+                f"topology {name} needs {package} to compile for it: pip install -e '.[{extra}]'"
+            ) from error
+        raise ConfigError(f"topology {name}: {told.splitlines()[0]}") from error
 
 
 def mesh_on(devices: Sequence[Any], config: sharding.MeshConfig) -> Mesh:
     """The config's mesh laid over devices as their network lies. Raises ValueError if the sizes do not fit."""
     shape = sharding.mesh_shape(config, len(devices))
-    if devices[0].platform == "cpu":
+    if devices[0].platform != "tpu":
         return sharding.make_mesh(config, list(devices))
     laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     return Mesh(laid, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
