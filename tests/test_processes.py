@@ -38,8 +38,8 @@ processes.leave()
 
 def environment(devices):
     paths = [str(ROOT / "tests"), str(ROOT / "experiments")]
-    found = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return found | {
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join(paths),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

@@ -1,0 +1,72 @@
+"""A step of 1 B parameters, compiled for TPUs that are not there. Skipped where libtpu is not to be found (tools/test gets it)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Beside the other packages rather than among them: with libtpu installed jax looks for a TPU at every start.
+LIBTPU = Path(sys.prefix) / "libtpu"
+COMMAND = [
+    "plan", "--config=experiments/dit.py:0.7b", "--vae=experiments/vae.py:video", "--topology=v5p:2x2x2",
+    "--config.dit.width=1408", "--config.dit.heads=11", "--config.text.encoder=minilm", "--config.pack.row_tokens=8192",
+    "--config.data.world.frame_counts=(1, 17)", "--config.data.world.frame_sizes=((256, 256), (256, 448))",
+]  # fmt: skip
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    if not (LIBTPU.is_dir() or importlib.util.find_spec("libtpu")):
+        pytest.skip("libtpu is not installed")
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "PYTHONPATH": str(LIBTPU)
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "sora_jax.main", *COMMAND, f"--out={out}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_a_billion_parameters_fit_as_measured(numbers):
+    memory, count = numbers["memory"], numbers["model"]["parameters"]
+    assert count > 1e9 and numbers["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+    # float32 weights, their average and two moments, over the four chips of fsdp, but for the vectors.
+    for name, times in (("parameters", 1), ("ema", 1), ("optimizer", 2)):
+        assert memory[name] == pytest.approx(times * 4 * count / 4, rel=0.01)
+    # With full recomputation a block keeps its input.
+    assert memory["activations"] == pytest.approx(24 * 8192 * 1408 * 4, rel=0.01)
+    assert 9 * GIB < memory["total"] < 11 * GIB and numbers["verdict"]["fits"]
+
+
+def test_attention_is_the_kernel_of_tpus(numbers):
+    """Forward, again forward, and both halves of backward, of tokens among themselves and with their captions, in 24 blocks."""
+    kernels = {name.split("_segmented")[0]: times for name, times in numbers["kernels"].items()}
+    assert kernels == {"splash_mha_fwd": 96, "splash_mha_dq": 48, "splash_mha_dkv": 48}
+
+
+def test_weights_are_gathered_and_gradients_scattered_block_by_block(numbers):
+    found = {(each["kind"], each["axes"]): each for each in numbers["collectives"]}
+    count = numbers["model"]["parameters"]
+    gathered, scattered, reduced = (
+        found[key]["bytes"] for key in (("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "data"))
+    )
+    # A chip sends its quarter to three others: of bfloat16 weights forward, again, and backward, at most all of them in float32.
+    assert 2 * count * 3 / 4 * 2 < gathered < 3 * count * 3 / 4 * 4
+    assert 2 * count * 3 / 4 <= scattered < 1.2 * 4 * count * 3 / 4
+    # Of two, each sends its own quarter's gradients once.
+    assert 2 * count / 4 <= reduced < 1.2 * 4 * count / 4
+    assert not any("tensor" in axes or "sequence" in axes for _, axes in found)
+    assert "unknown_loops" not in numbers
