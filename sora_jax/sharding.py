@@ -196,19 +196,17 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["rows"]))
 
 
-def own_rows(mesh: Mesh, count: int) -> range:
-    """Which of a batch's rows lie on devices of this process. Raises ValueError if they do not divide over the devices."""
+def own_rows(mesh: Mesh, count: int) -> tuple[int, ...]:
+    """Which of a batch's rows lie on devices of this process, in order.
+
+    They need not be next to each other: meshes follow the network of the devices, not their processes. Raises ValueError if
+    rows do not divide over the devices.
+    """
     over = math.prod(mesh.shape[axis] for axis in RULES["rows"] or ())
     if count % over:
         raise ValueError(f"{count} rows do not divide over {over} devices of mesh axes {RULES['rows']}; change either")
     places = rows(mesh).addressable_devices_indices_map((count,)).values()
-    starts = [place[0].indices(count)[:2] for place in places if place is not None]
-    found = range(min(start for start, _ in starts), max(stop for _, stop in starts))
-    if len(found) != sum(stop - start for start, stop in set(starts)):
-        raise ValueError(
-            f"the rows of this process are not next to each other on mesh {dict(mesh.shape)}; change the mesh"
-        )
-    return found
+    return tuple(sorted({row for place in places if place is not None for row in range(*place[0].indices(count))}))
 
 
 def place_rows(tree: Any, mesh: Mesh, count: int) -> Any:
@@ -216,9 +214,24 @@ def place_rows(tree: Any, mesh: Mesh, count: int) -> Any:
     placed = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, placed)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(placed, np.asarray(x), (count, *x.shape[1:])), tree
-    )
+    return _from_own(tree, placed, own_rows(mesh, count), count)
+
+
+def _from_own(tree: Any, placed: NamedSharding, own: tuple[int, ...], count: int) -> Any:
+    """Arrays of `count` rows from those of the rows `own`."""
+    at = {row: number for number, row in enumerate(own)}
+
+    def array(x: Any) -> jax.Array:
+        x = np.asarray(x)
+
+        def part(index: Any) -> np.ndarray:
+            # Rows of a device are next to each other, and so they are among this process's own.
+            start, stop, _ = index[0].indices(count)
+            return x[at[start] : at[stop - 1] + 1]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), placed, part)
+
+    return jax.tree.map(array, tree)
 
 
 def everywhere(tree: Any) -> Any:

@@ -142,6 +142,7 @@ def test_times_follow_from_peaks(network, target):
     )
     for one, other in zip(slow["seconds"]["step"], fast["seconds"]["step"], strict=True):
         assert one == pytest.approx(2 * other)
+    assert slow["useful_mfu"][0] / slow["mfu"][0] == pytest.approx(slow["step"]["useful_flops"] / slow["step"]["flops"])
     assert slow["mfu"] == pytest.approx(fast["mfu"]) and 0 < slow["mfu"][0] <= slow["mfu"][1] <= 1
     assert slow["run"]["flops"] == pytest.approx(run.loop.steps * slow["step"]["flops"])
     told = text.table(slow)

@@ -7,7 +7,7 @@ Grain gives the order and the workers; what is drawn for a clip (caption, known 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -170,7 +170,7 @@ Rows = list[tuple[PackedBatch, pack.Count]]
 class Lanes(grain.IterDataset):
     """Batches of rows from several streams of lists of rows; of the rows only those in `wanted` are kept."""
 
-    def __init__(self, lanes: dict[int, grain.IterDataset], lane_rows: int, wanted: range):
+    def __init__(self, lanes: dict[int, grain.IterDataset], lane_rows: int, wanted: Sequence[int]):
         super().__init__(list(lanes.values()))
         self.names, self.lane_rows, self.wanted = list(lanes), lane_rows, wanted
 
@@ -181,7 +181,7 @@ class Lanes(grain.IterDataset):
 class LanesIterator(grain.DatasetIterator):
     """State: that of each lane by its number, so that processes with other lanes add theirs to it."""
 
-    def __init__(self, lanes: list[Any], names: list[int], lane_rows: int, wanted: range):
+    def __init__(self, lanes: list[Any], names: list[int], lane_rows: int, wanted: Sequence[int]):
         super().__init__(lanes)
         self.names, self.lane_rows, self.wanted = names, lane_rows, wanted
 
@@ -206,7 +206,7 @@ class LanesIterator(grain.DatasetIterator):
 
 
 def batches(
-    store: LatentStore, tokeniser: Tokeniser, text_width: int | None, wanted: range | None = None
+    store: LatentStore, tokeniser: Tokeniser, text_width: int | None, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
     """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew.
 

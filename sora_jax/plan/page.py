@@ -76,12 +76,13 @@ def _time(numbers: Mapping[str, Any]) -> str:
         f"background:{colour}'></div></div></td><td>{seconds[name]:.3f} s</td></tr>"
         for name, colour in zip(("compute", "memory", "interconnect"), COLOURS, strict=False)
     )
-    low, high = numbers["mfu"]
+    (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
     rates = " to ".join(progress.si(rate).strip() for rate in numbers["tokens_per_second"])
     run = numbers["run"]
     return (
         f"<h2>A step: {seconds['step'][0]:.3f} to {seconds['step'][1]:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
-        f"<p>{rates} tokens/s; {run['steps']:,} steps take {run['hours'][0]:,.0f} to {run['hours'][1]:,.0f} hours, "
+        f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
+        f"{rates} tokens/s; {run['steps']:,} steps take {run['hours'][0]:,.0f} to {run['hours'][1]:,.0f} hours, "
         f"{run['chip_hours'][0]:,.0f} to {run['chip_hours'][1]:,.0f} chip-hours.</p>"
     )
 

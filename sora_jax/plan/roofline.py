@@ -93,6 +93,8 @@ def foretold(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiT
     return {
         "seconds": {"compute": compute_s, "memory": memory_s, "interconnect": link_s, "step": [fast, slow]},
         "mfu": [step["flops"] / chips / chip.flops / seconds for seconds in (slow, fast)],
+        # Without attention between clips of a row, which a kernel may compute and nobody needs.
+        "useful_mfu": [step["useful_flops"] / chips / chip.flops / seconds for seconds in (slow, fast)],
         "tokens_per_second": [step["tokens"] / seconds for seconds in (slow, fast)],
         "run": {
             "steps": steps,

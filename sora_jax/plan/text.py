@@ -39,7 +39,8 @@ def table(numbers: dict[str, Any]) -> str:
         lines += [
             f"roofline: compute {seconds['compute']:.3f} s, memory {seconds['memory']:.3f} s, "
             f"interconnect {seconds['interconnect']:.3f} s; a step {seconds['step'][0]:.3f} to {seconds['step'][1]:.3f} s",
-            f"MFU {numbers['mfu'][0]:.0%} to {numbers['mfu'][1]:.0%}, "
+            f"MFU {numbers['mfu'][0]:.0%} to {numbers['mfu'][1]:.0%} (within clips {numbers['useful_mfu'][0]:.0%} to "
+            f"{numbers['useful_mfu'][1]:.0%}), "
             f"{' to '.join(progress.si(rate).strip() for rate in numbers['tokens_per_second'])} tokens/s",
             f"run: {numbers['run']['steps']:,} steps, {' to '.join(f'{hours:,.0f}' for hours in numbers['run']['hours'])} hours, "
             f"{' to '.join(f'{hours:,.0f}' for hours in numbers['run']['chip_hours'])} chip-hours",

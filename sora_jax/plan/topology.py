@@ -126,7 +126,7 @@ def _described(name: str, package: str, extra: str, **description: Any) -> Seque
         told = str(error)
         if any(word in told.lower() for word in ("libtpu", "no module", "not found", "not implemented for")):
             raise ConfigError(
-                f"topology {name} needs {package} to compile for it: pip install -e '.[{extra}]'"
+                f"topology {name} needs {package} to compile for it: pip install -e '.[{extra}]' ({told.splitlines()[0]})"
             ) from error
         raise ConfigError(f"topology {name}: {told.splitlines()[0]}") from error
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class DiTTask:
     def _tokeniser(self, packing: pack.PackConfig, settings: loader.LoaderConfig) -> loader.Tokeniser:
         return loader.Tokeniser(settings, packing, self.geometry, self.text, self.run.seed)
 
-    def batches(self, wanted: range) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
+    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
         tokeniser = self._tokeniser(self.run.pack, self.run.loader)
         return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width, wanted))
 

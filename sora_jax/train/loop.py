@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -44,7 +44,7 @@ class Task(Protocol):
 
     def loss(self, params: Any, rest: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]: ...
 
-    def batches(self, wanted: range) -> Iterator[tuple[Any, dict[str, float]]]: ...
+    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[Any, dict[str, float]]]: ...
 
     def evaluate(self, state: TrainState) -> dict[str, float]: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class VAETask:
         mse = jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - clean))
         return sum(terms.values(), jnp.float32(0)), terms | {"psnr": reconstruction.psnr_of_mse(mse)}
 
-    def batches(self, wanted: range) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
         """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state; of a batch the clips in wanted."""
         settings, data = self.run.vae_train, self.run.data
         dataset = (
@@ -92,15 +92,15 @@ class VAETask:
         )
         return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4))
 
-    def _crops(self, wanted: range, index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def _crops(self, wanted: Sequence[int], index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         rng = np.random.default_rng((self.run.seed, index))
         # What is drawn for a clip is drawn for those before it too, so that parts are parts of the same batch.
         scenes = [world.sample_scene(self.run.data.world, "train", number) for number in ids.tolist()]
         corners = [
             corner((scene.num_frames, scene.height, scene.width), self.run.vae_train.crop, rng) for scene in scenes
         ]
-        found = clips.clips(self.run.data.world, "train", ids[wanted.start : wanted.stop].tolist())
-        own = corners[wanted.start : wanted.stop]
+        found = clips.clips(self.run.data.world, "train", ids[list(wanted)].tolist())
+        own = [corners[number] for number in wanted]
         size = self.run.vae_train.crop
         return np.stack([crop(clip.frames_THWC, size, at) for clip, at in zip(found, own, strict=True)]), {}
 
