@@ -104,6 +104,26 @@ def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, b
         assert np.allclose(one, other, atol=1e-5)
 
 
+def test_memory_of_a_device_falls_with_the_devices_that_share_a_row():
+    """By the compiler's account of a gradient: halved by twice as many devices. A ring has one copy of keys and values, and of
+    their gradients, on the way, so its first doubling saves less."""
+
+    def size(n):
+        mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1, n), jax.devices()[:n])
+        placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
+        inputs = [jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.float32, sharding=placed)] * 3
+        segment = jax.ShapeDtypeStruct((1, 16384), jnp.int32, sharding=placed)
+        with jax.set_mesh(mesh):
+            gradient = jax.jit(
+                jax.grad(lambda x, s: jnp.sum(jnp.square(attention(*x, s, s, backend="blockwise")))),
+            )
+            found = gradient.lower(inputs, segment).compile().memory_analysis()
+        return found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
+
+    one, two, four, eight = map(size, (1, 2, 4, 8))
+    assert two < one / 1.35 and four < two / 1.85 and eight < four / 1.8
+
+
 @pytest.mark.parametrize("mesh", ["one device", "heads and tokens"])
 def test_captions_that_every_device_has_whole(rng, mesh):
     (q, _, _), segment, weight = long_rows(rng)
