@@ -5,6 +5,7 @@ They come with jax (pallas.ops) and are imported when one is used. interpret=Tru
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -66,7 +67,10 @@ def triton(
     interpret: bool = False,
 ) -> Array:
     """Flash attention on GPU, of tokens among themselves. Raises ValueError for numbers of tokens that are no multiples of 64."""
-    from jax.experimental.pallas.ops.gpu import attention as pallas
+    with warnings.catch_warnings():
+        # jax 0.12 points to tokamax instead, which takes no segment ids.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as pallas
 
     N, M, E = q_BNKE.shape[1], k_BMKE.shape[1], q_BNKE.shape[-1]
     if N != M or N % TRITON_BLOCK:
