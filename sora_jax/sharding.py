@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sora_jax.structs import Share
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 # Logical axis -> mesh axes it is split over. None: every device holds it whole.
@@ -196,30 +198,30 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["rows"]))
 
 
-def own_rows(mesh: Mesh, count: int) -> tuple[int, ...]:
-    """Which of a batch's rows lie on devices of this process, in order.
+def share(mesh: Mesh, count: int) -> Share:
+    """Which of a batch's rows lie on devices of this process.
 
-    They need not be next to each other: meshes follow the network of the devices, not their processes. Raises ValueError if
-    rows do not divide over the devices.
+    They need not be next to each other: meshes follow the network of the devices, not their processes. Where an axis that does
+    not split rows spans processes, several have the same row. Raises ValueError if rows do not divide over the devices.
     """
     over = math.prod(mesh.shape[axis] for axis in RULES["rows"] or ())
     if count % over:
         raise ValueError(f"{count} rows do not divide over {over} devices of mesh axes {RULES['rows']}; change either")
-    places = rows(mesh).addressable_devices_indices_map((count,)).values()
-    return tuple(sorted({row for place in places if place is not None for row in range(*place[0].indices(count))}))
+    here, holders = jax.process_index(), [set[int]() for _ in range(count)]
+    places: Any = rows(mesh).devices_indices_map((count,))
+    for device, place in places.items():
+        for row in range(*place[0].indices(count)):
+            holders[row].add(device.process_index)
+    own = tuple(row for row in range(count) if here in holders[row])
+    return Share(own, frozenset(row for row in own if min(holders[row]) == here))
 
 
 def place_rows(tree: Any, mesh: Mesh, count: int) -> Any:
-    """A batch of `count` rows on the mesh, from this process's own_rows of it."""
+    """A batch of `count` rows on the mesh, from this process's share of it."""
     placed = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, placed)
-    return _from_own(tree, placed, own_rows(mesh, count), count)
-
-
-def _from_own(tree: Any, placed: NamedSharding, own: tuple[int, ...], count: int) -> Any:
-    """Arrays of `count` rows from those of the rows `own`."""
-    at = {row: number for number, row in enumerate(own)}
+    at = {row: number for number, row in enumerate(share(mesh, count).rows)}
 
     def array(x: Any) -> jax.Array:
         x = np.asarray(x)

@@ -35,6 +35,17 @@ class Clip:
     scene: Any = None
 
 
+class Share(NamedTuple):
+    """Which rows of a batch a process has, in order, and which of them it has first, so that each is counted by one process."""
+
+    rows: tuple[int, ...]
+    first: frozenset[int]
+
+    @classmethod
+    def whole(cls, rows: int) -> Share:
+        return cls(tuple(range(rows)), frozenset(range(rows)))
+
+
 class Layout(NamedTuple):
     """Where the tokens of packed rows sit and which text belongs to them: all that a model needs beside values and times.
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax.data import latents, loader, pack
+from sora_jax.structs import Share
 
 GEOMETRY = pack.Geometry((1, 1, 1), (4, 8, 8))
 PACKING = pack.PackConfig(rows=2, row_tokens=40, row_slots=8, row_text=24, window=12, drop_rate=0.3)
@@ -78,13 +79,18 @@ def test_processes_read_parts_of_the_same_batches(store, lanes):
     packing = dataclasses.replace(PACKING, rows=4)
     tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, lanes=lanes), packing, GEOMETRY, text, seed=3)
     whole = loader.batches(store, tokeniser, 6)
-    parts = [loader.batches(store, tokeniser, 6, rows) for rows in (range(0, 2), range(2, 4))]
+    shares = Share((0, 2), frozenset({0})), Share((1, 2, 3), frozenset({1, 2, 3}))
+    parts = [loader.batches(store, tokeniser, 6, share) for share in shares]
     for _ in range(5):
         batch, count = next(whole)
         found = [next(part) for part in parts]
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part for part, _ in found))
-        assert same(batch, joined)
-        assert count.tokens == sum(counted.tokens for _, counted in found)
+        for share, (part, _) in zip(shares, found, strict=True):
+            assert same(jax.tree.map(lambda leaf, rows=share.rows: leaf[list(rows)], batch), part)
+        # A row that both have is counted once.
+        both = pack.Count()
+        for _, counted in found:
+            both.add(counted)
+        assert both == count
     states = [part.get_state() for part in parts]
     again = loader.batches(store, tokeniser, 6)
     again.set_state(states[0] | states[1])
@@ -97,9 +103,9 @@ def test_processes_open_different_clips(store, monkeypatch):
     monkeypatch.setattr(latents.LatentStore, "__getitem__", lambda self, i: (opened.append(i), read(self, i))[1])
     tokeniser = loader.Tokeniser(dataclasses.replace(PLAIN, lanes=2), PACKING, GEOMETRY, text, seed=3)
     firsts = []
-    for rows in (range(0, 1), range(1, 2)):
+    for row in range(2):
         opened.clear()
-        next(loader.batches(store, tokeniser, 6, rows))
+        next(loader.batches(store, tokeniser, 6, Share((row,), frozenset({row}))))
         firsts.append(set(opened[: PACKING.window]))
     assert len(firsts[0]) == len(firsts[1]) == PACKING.window and not firsts[0] & firsts[1]
 

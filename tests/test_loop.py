@@ -12,7 +12,7 @@ import tiny
 
 from sora_jax import checkpoint, config
 from sora_jax.generate import pipeline
-from sora_jax.structs import TrainState
+from sora_jax.structs import Share, TrainState
 from sora_jax.train import dit, loop, optimizer, vae
 
 
@@ -114,7 +114,7 @@ def test_latents_have_unit_variance(trained_vae):
 def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
-    batch, _ = next(task.batches(range(task.rows)))
+    batch, _ = next(task.batches(Share.whole(task.rows)))
     batch = jax.tree.map(jnp.asarray, batch)
     assert batch.known_BS.any() and (batch.layout.segment_BN == 0).any()
     _, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
@@ -125,7 +125,7 @@ def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
 def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, trained_vae):
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)
-    batch, _ = next(task.batches(range(task.rows)))
+    batch, _ = next(task.batches(Share.whole(task.rows)))
     batch = jax.tree.map(jnp.asarray, batch)
     whole, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
     parts = []

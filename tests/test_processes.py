@@ -47,9 +47,26 @@ def environment(devices):
     }
 
 
+# Rows of four on two devices of each of two processes: in turns, and where both have all.
+ROWS = """
+import jax, numpy as np
+from sora_jax import processes, sharding
+processes.start()
+for sizes in (4, 1, 1, 1), (2, 1, 1, 2):
+    devices = [jax.devices()[number] for number in (0, 2, 1, 3)]
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
+    own, first = sharding.share(mesh, 4)
+    batch = np.arange(12).reshape(4, 3)
+    placed = sharding.place_rows(batch[list(own)], mesh, 4)
+    right = all((np.asarray(shard.data) == batch[shard.index]).all() for shard in placed.addressable_shards)
+    print(f"process {jax.process_index()} of {sizes}: rows {own}, first {sorted(first)}, placed right: {right}", flush=True)
+processes.leave()
+"""
+
+
 @contextlib.contextmanager
-def launched(folder, steps, count=2, devices=4):
-    """tools/launch_local with the program, its own process group, and the file of what it says; killed at the end."""
+def launched(folder, *program, count=2, devices=4):
+    """tools/launch_local with a program, its own process group, and the file of what it says; killed at the end."""
     command = [
         sys.executable,
         str(ROOT / "tools" / "launch_local"),
@@ -60,7 +77,7 @@ def launched(folder, steps, count=2, devices=4):
     log = folder / f"log{count}"
     with log.open("w") as told:
         process = subprocess.Popen(
-            [*command, sys.executable, "-c", PROGRAM, str(folder), str(steps)],
+            [*command, sys.executable, "-c", *map(str, program)],
             env=environment(devices),
             stdout=told,
             stderr=subprocess.STDOUT,
@@ -96,7 +113,7 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    with launched(tmp_path, 8) as (process, log):
+    with launched(tmp_path, PROGRAM, tmp_path, 8) as (process, log):
         assert process.wait(600) == 0, log.read_text()
     for stage in ("vae", "dit"):
         one, two = losses(alone, stage), losses(tmp_path, stage)
@@ -111,13 +128,26 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
     assert log.read_text().count("step 8/8  loss") == 1
 
 
+def test_processes_place_the_rows_that_are_theirs(tmp_path):
+    with launched(tmp_path, ROWS, devices=2) as (process, log):
+        assert process.wait(120) == 0, log.read_text()
+    told = log.read_text()
+    for line in (
+        "process 0 of (4, 1, 1, 1): rows (0, 2), first [0, 2], placed right: True",
+        "process 1 of (4, 1, 1, 1): rows (1, 3), first [1, 3], placed right: True",
+        "process 0 of (2, 1, 1, 2): rows (0, 1, 2, 3), first [0, 1, 2, 3], placed right: True",
+        "process 1 of (2, 1, 1, 2): rows (0, 1, 2, 3), first [], placed right: True",
+    ):
+        assert line in told, told
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
-    with launched(tmp_path, 100_000) as (process, log):
+    with launched(tmp_path, PROGRAM, tmp_path, 100_000) as (process, log):
         # A folder is renamed to its number when all of a checkpoint is in it.
         until(lambda: any(path.name.isdigit() for path in tmp_path.glob("vae/*")), process, log)
         os.kill(children(process.pid)[victim], signal.SIGKILL)
@@ -131,7 +161,7 @@ def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
     assert "start all processes again" in told
     if victim == 1:
         # Started again, on another number of processes, it goes on from the newest checkpoint.
-        with launched(tmp_path, 100_000, count=1, devices=8) as (process, log):
+        with launched(tmp_path, PROGRAM, tmp_path, 100_000, count=1, devices=8) as (process, log):
             until(lambda: "/100000  loss" in log.read_text(), process, log)
             assert "resumed from step" in log.read_text()
 

@@ -138,7 +138,6 @@ def test_sharded_equals_unsharded(rng, sizes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny DiT with an untrained VAE, a batch of its loader's shape, and weights that are not zero anywhere."""
-
     vae_run = tiny.vae_run()
     vae_params, vae_rest = train_vae.VAETask(vae_run).init(jax.random.key(0))
     run = train_dit.resolve(tiny.dit_run("none"))
@@ -176,7 +175,6 @@ def batch_of(run, rng):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
-
     settings, params, _, _ = run
     # AdamW: Muon's directions of tiny gradients are those of rounding.
     tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=1e-3, warmup_steps=0), 10)
@@ -227,13 +225,11 @@ def test_twenty_steps_have_the_same_losses_on_1_2_4_and_8_devices(curve):
     assert one[-1] < one[0] - 0.01
     for sizes in [(1, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 2)]:
         other = curve(*sizes)
-        print(sizes, max(abs(a - b) for a, b in zip(one, other, strict=True)))
         assert other == pytest.approx(one, abs=1e-5), sizes
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_one_sample_is_the_same_on_every_mesh(run, sizes):
-
     settings, params, vae_config, vae_weights = run
     text = CaptionText(settings.text, "scratch")
     requests = [pipeline.Request(f"a red circle {n}", 32, 32, 5, 8.0, seed=n) for n in range(8)]

@@ -7,7 +7,7 @@ Grain gives the order and the workers; what is drawn for a clip (caption, known 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -15,7 +15,7 @@ import numpy as np
 
 from sora_jax.data import pack
 from sora_jax.data.latents import Latent, LatentStore
-from sora_jax.structs import PackedBatch
+from sora_jax.structs import PackedBatch, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,32 +168,30 @@ Rows = list[tuple[PackedBatch, pack.Count]]
 
 
 class Lanes(grain.IterDataset):
-    """Batches of rows from several streams of lists of rows; of the rows only those in `wanted` are kept."""
+    """Batches of rows from several streams of lists of rows; of the rows only this process's share is kept."""
 
-    def __init__(self, lanes: dict[int, grain.IterDataset], lane_rows: int, wanted: Sequence[int]):
+    def __init__(self, lanes: dict[int, grain.IterDataset], lane_rows: int, share: Share):
         super().__init__(list(lanes.values()))
-        self.names, self.lane_rows, self.wanted = list(lanes), lane_rows, wanted
+        self.names, self.lane_rows, self.share = list(lanes), lane_rows, share
 
     def __iter__(self) -> LanesIterator:
-        return LanesIterator([parent.__iter__() for parent in self._parents], self.names, self.lane_rows, self.wanted)
+        return LanesIterator([parent.__iter__() for parent in self._parents], self.names, self.lane_rows, self.share)
 
 
 class LanesIterator(grain.DatasetIterator):
     """State: that of each lane by its number, so that processes with other lanes add theirs to it."""
 
-    def __init__(self, lanes: list[Any], names: list[int], lane_rows: int, wanted: Sequence[int]):
+    def __init__(self, lanes: list[Any], names: list[int], lane_rows: int, share: Share):
         super().__init__(lanes)
-        self.names, self.lane_rows, self.wanted = names, lane_rows, wanted
+        self.names, self.lane_rows, self.share = names, lane_rows, share
 
     def __next__(self) -> tuple[PackedBatch, pack.Count]:
         rows, count = [], pack.Count()
         for name, lane in zip(self.names, self._parents, strict=True):
-            first = name * self.lane_rows
-            for number, (row, counted) in enumerate(next(lane), first):
-                if number in self.wanted:
+            for number, (row, counted) in enumerate(next(lane), name * self.lane_rows):
+                if number in self.share.rows:
                     rows.append(row)
-                # Where several processes read a lane, it is counted by the one that has its first row.
-                if first in self.wanted:
+                if number in self.share.first:
                     count.add(counted)
         return pack.stack(rows), count
 
@@ -206,16 +204,16 @@ class LanesIterator(grain.DatasetIterator):
 
 
 def batches(
-    store: LatentStore, tokeniser: Tokeniser, text_width: int | None, wanted: Sequence[int] | None = None
+    store: LatentStore, tokeniser: Tokeniser, text_width: int | None, share: Share | None = None
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
     """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew.
 
-    wanted are the rows of a batch that this process trains on, by default all; whatever they are, the batches of all processes
-    together are the same. Raises ValueError if lanes do not divide the rows.
+    share is what this process trains on of a batch, by default all; whatever it is, the batches of all processes together are
+    the same. Raises ValueError if lanes do not divide the rows.
     """
     packing, seed, lanes = tokeniser.packing, tokeniser.seed, tokeniser.config.lanes
     patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.mean.shape[-1]
-    wanted = range(packing.rows) if wanted is None else wanted
+    share = Share.whole(packing.rows) if share is None else share
     if packing.rows % lanes:
         raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {lanes}")
     lane_rows = packing.rows // lanes
@@ -234,8 +232,8 @@ def batches(
             (seed,) if lanes == 1 else (seed, number),
         ).batch(lane_rows, batch_fn=list)
 
-    read = {row // lane_rows for row in wanted}
-    dataset: grain.IterDataset = Lanes({number: lane(number) for number in sorted(read)}, lane_rows, wanted)
+    read = {row // lane_rows for row in share.rows}
+    dataset: grain.IterDataset = Lanes({number: lane(number) for number in sorted(read)}, lane_rows, share)
     if tokeniser.config.workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=tokeniser.config.workers))
     else:

@@ -30,7 +30,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     """
     packing = packed(run, network)
     mesh = mesh_on(where.devices, run.mesh)
-    sharding.own_rows(mesh, run.pack.rows)
+    sharding.share(mesh, run.pack.rows)
     count = compute.dit_step(run.dit, run.pack)
     useful = compute.dit_step(run.dit, run.pack, packing["pairs"], packing["text_pairs"])
     chips = len(where.devices)

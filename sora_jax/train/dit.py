@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sora_jax.evaluate import validation
 from sora_jax.generate import files, pipeline
 from sora_jax.models import dit
 from sora_jax.models.vae import VAEConfig
-from sora_jax.structs import PackedBatch, TrainState
+from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
 from sora_jax.train.encode import encode_split
@@ -164,9 +164,9 @@ class DiTTask:
     def _tokeniser(self, packing: pack.PackConfig, settings: loader.LoaderConfig) -> loader.Tokeniser:
         return loader.Tokeniser(settings, packing, self.geometry, self.text, self.run.seed)
 
-    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
+    def batches(self, share: Share) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
         tokeniser = self._tokeniser(self.run.pack, self.run.loader)
-        return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width, wanted))
+        return Counted(loader.batches(self.stores["train"], tokeniser, self.text.width, share))
 
     # Loss ------------------------------------------------------------------------------------------------------------
 

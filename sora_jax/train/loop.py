@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from jax import Array
 
 import sora_jax
 from sora_jax import checkpoint, config, processes, sharding
-from sora_jax.structs import TrainState
+from sora_jax.structs import Share, TrainState
 from sora_jax.train import optimizer, progress
 
 # (params, rest, batch, key) -> (loss, metrics): pure; key is made from (seed, step).
@@ -44,7 +44,7 @@ class Task(Protocol):
 
     def loss(self, params: Any, rest: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]: ...
 
-    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[Any, dict[str, float]]]: ...
+    def batches(self, share: Share) -> Iterator[tuple[Any, dict[str, float]]]: ...
 
     def evaluate(self, state: TrainState) -> dict[str, float]: ...
 
@@ -130,7 +130,7 @@ def fit(task: Task, workdir: Path) -> TrainState:
     tx = optimizer.make(run.optimizer, loop.steps)
     with jax.set_mesh(mesh):
         state = new_state(task, tx, mesh)
-        source = task.batches(sharding.own_rows(mesh, task.rows))
+        source = task.batches(sharding.share(mesh, task.rows))
         state, seconds = _resume(task, workdir, state, source)
         if processes.is_first():
             (workdir / "config.json").write_text(config.to_json(run))

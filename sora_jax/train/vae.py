@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sora_jax.data.worlds import clips, world
 from sora_jax.evaluate import reader, reconstruction
 from sora_jax.generate import codec, files
 from sora_jax.models import vae
-from sora_jax.structs import Clip, TrainState
+from sora_jax.structs import Clip, Share, TrainState
 
 # Clips whose latents give the statistics that normalise them.
 STATISTICS_CLIPS = 256
@@ -78,8 +78,8 @@ class VAETask:
         mse = jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - clean))
         return sum(terms.values(), jnp.float32(0)), terms | {"psnr": reconstruction.psnr_of_mse(mse)}
 
-    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
-        """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state; of a batch the clips in wanted."""
+    def batches(self, share: Share) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+        """Crops of training clips, uint8 (B, T, H, W, 3), with get_state and set_state; of a batch this process's share."""
         settings, data = self.run.vae_train, self.run.data
         dataset = (
             grain.MapDataset.range(data.train_clips)
@@ -87,20 +87,20 @@ class VAETask:
             .shuffle()
             .repeat()
             .batch(settings.batch)
-            .map_with_index(functools.partial(self._crops, wanted))
+            .map_with_index(functools.partial(self._crops, share))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1))
         )
         return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4))
 
-    def _crops(self, wanted: Sequence[int], index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def _crops(self, share: Share, index: int, ids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         rng = np.random.default_rng((self.run.seed, index))
         # What is drawn for a clip is drawn for those before it too, so that parts are parts of the same batch.
         scenes = [world.sample_scene(self.run.data.world, "train", number) for number in ids.tolist()]
         corners = [
             corner((scene.num_frames, scene.height, scene.width), self.run.vae_train.crop, rng) for scene in scenes
         ]
-        found = clips.clips(self.run.data.world, "train", ids[list(wanted)].tolist())
-        own = [corners[number] for number in wanted]
+        found = clips.clips(self.run.data.world, "train", ids[list(share.rows)].tolist())
+        own = [corners[number] for number in share.rows]
         size = self.run.vae_train.crop
         return np.stack([crop(clip.frames_THWC, size, at) for clip, at in zip(found, own, strict=True)]), {}
 
