@@ -14,6 +14,10 @@ from sora_jax.models.vae import VAEConfig
 from sora_jax.plan import roofline
 from sora_jax.plan.topology import CHIPS, GIB, Target
 
+# For estimates: weights of a block over its width squared, and what it keeps for the backward pass, in residual streams.
+WEIGHTS = 22
+KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
+
 
 def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[dict[str, Any]]:
     """The most promising meshes, remat policies and rows a batch for a target, compiled, the best first.
@@ -66,23 +70,18 @@ def estimate(run: DiTRun, where: Target) -> float:
     """About the seconds that a token takes, for ranking candidates before they are compiled; more than memory is infinite."""
     chip = where.chip or CHIPS["v5e"]
     chips, mesh, model = len(where.devices), run.mesh, run.dit
-    weights = 22 * model.width**2 * model.blocks
     tokens = run.pack.rows * run.pack.row_tokens
-    own = tokens / (mesh.data * mesh.fsdp * mesh.sequence)
-    kept_ = {"full": 1, "dots": 14, "none": 40, "offload": 1}[model.remat]
-    bytes_ = (
-        16 * weights / (mesh.fsdp * mesh.tensor) + 4 * own * model.width * (kept_ * model.blocks + 40) / mesh.tensor
-    )
-    if bytes_ > chip.memory * GIB:
+    weights = WEIGHTS * model.width**2 * model.blocks
+    stream = 4 * model.width * tokens / (mesh.data * mesh.fsdp * mesh.sequence)
+    # Weights, average and two moments; of the blocks what is kept, and of one of them all while it runs backward.
+    state = 16 * weights / (mesh.fsdp * mesh.tensor)
+    activations = stream * (KEPT[model.remat] * model.blocks + KEPT["none"]) / mesh.tensor
+    if state + activations > chip.memory * GIB:
         return math.inf
+    # Weights in bfloat16 forward, again and backward, and their gradients in float32.
     gathered = (3 * 2 + 4) * weights / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
     reduced = 2 * 4 * weights / (mesh.fsdp * mesh.tensor) * (mesh.data - 1) / mesh.data
-    split = (
-        4
-        * own
-        * model.width
-        * model.blocks
-        * (8 * (mesh.tensor - 1) / mesh.tensor + 6 * (mesh.sequence - 1) / mesh.sequence)
-    )
-    executed = compute.dit_step(model, run.pack).executed
-    return (executed / chips / chip.flops / roofline.MATMUL_SHARE + (gathered + reduced + split) / chip.link) / tokens
+    # The stream is summed over tensor twice a block, both ways; keys and values go round the sequence, three times.
+    over = 8 * (mesh.tensor - 1) / mesh.tensor + 6 * (mesh.sequence - 1) / mesh.sequence
+    seconds = compute.dit_step(model, run.pack).executed / chips / chip.flops / roofline.MATMUL_SHARE
+    return (seconds + (gathered + reduced + stream * model.blocks * over) / chip.link) / tokens

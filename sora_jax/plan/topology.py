@@ -113,22 +113,19 @@ def _gpus(name: str, shape: str) -> Target:
             flag = f"--xla_gpu_cuda_data_dir={Path(folder) / 'cuda_nvcc'}"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     layout = f"1x{nodes or 1}x{each}"
-    devices = _described(name, "jax's CUDA plugin", "cuda12", platform="cuda", target_config=GPU, topology=layout)
+    devices = _described(name, "jax_plugins", "cuda12", platform="cuda", target_config=GPU, topology=layout)
     chip = CHIPS["h100"]
     return Target(name, devices, chip if int(nodes or 1) == 1 else dataclasses.replace(chip, link=BETWEEN_NODES))
 
 
 def _described(name: str, package: str, extra: str, **description: Any) -> Sequence[Any]:
-    """The devices of a described topology. Raises ConfigError if its package is missing or refuses it."""
+    """The devices of a described topology. Raises ConfigError if the compiler for it is missing or refuses it."""
     try:
         return topologies.get_topology_desc(**description).devices
     except Exception as error:
-        told = str(error)
-        if any(word in told.lower() for word in ("libtpu", "no module", "not found", "not implemented for")):
-            raise ConfigError(
-                f"topology {name} needs {package} to compile for it: pip install -e '.[{extra}]' ({told.splitlines()[0]})"
-            ) from error
-        raise ConfigError(f"topology {name}: {told.splitlines()[0]}") from error
+        missing = importlib.util.find_spec(package) is None
+        remedy = f"its compiler is not installed: pip install -e '.[{extra}]'; " if missing else ""
+        raise ConfigError(f"topology {name}: {remedy}{str(error).splitlines()[0]}") from error
 
 
 def mesh_on(devices: Sequence[Any], config: sharding.MeshConfig) -> Mesh:
