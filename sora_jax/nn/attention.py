@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from sora_jax import sharding
 from sora_jax.nn import kernels, ring
 from sora_jax.nn.blockwise import blockwise
+from sora_jax.nn.products import product
 
 BACKENDS = ("auto", "reference", "blockwise", "splash", "triton")
 KERNELS = {"splash": kernels.splash, "triton": kernels.triton}
@@ -87,13 +88,7 @@ def reference(
     q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str = "float32"
 ) -> Array:
     """Attention with all logits of a row at once: the fastest for short rows, and what the others are held against."""
-    compute = jnp.dtype(dtype)
-    scale = q_BNKE.shape[-1] ** -0.5
-    logits_BKNM = jnp.einsum(
-        "bnke,bmke->bknm", (q_BNKE * scale).astype(compute), k_BMKE.astype(compute), preferred_element_type=jnp.float32
-    )
+    logits_BKNM = product("bnke,bmke->bknm", q_BNKE * q_BNKE.shape[-1] ** -0.5, k_BMKE, dtype)
     same_B1NM = (q_segment_BN[:, :, None] == k_segment_BM[:, None, :])[:, None]
     weights_BKNM = jax.nn.softmax(jnp.where(same_B1NM, logits_BKNM, MASKED), axis=-1)
-    return jnp.einsum(
-        "bknm,bmke->bnke", weights_BKNM.astype(compute), v_BMKE.astype(compute), preferred_element_type=jnp.float32
-    )
+    return product("bknm,bmke->bnke", weights_BKNM, v_BMKE, dtype)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from sora_jax.nn.products import product
+
 # Stands for minus infinity, yet differences of it are numbers.
 LEAST = -1e30
 
@@ -100,10 +102,6 @@ def _same(inputs: Inputs, row: Array, i: Array, j: Array, block: int) -> Array:
     return (q[:, None] == k[None, :]) & (q[:, None] > 0)
 
 
-def _product(equation: str, one: Array, other: Array, dtype: jnp.dtype) -> Array:
-    return jnp.einsum(equation, one.astype(dtype), other.astype(dtype), preferred_element_type=jnp.float32)
-
-
 Three = tuple[Array, Array, Array]
 
 
@@ -116,11 +114,11 @@ def forward(inputs: Inputs, block: int) -> tuple[Array, Array]:
         r, a, b = row[number], i[number], j[number]
         value, sum_, most = (_block(x, r, a, block) for x in carry)
         same = _same(inputs, r, a, b, block)
-        logits = _product("kne,kme->knm", _block(inputs.q_BKNE, r, a, block), _block(inputs.k_BKME, r, b, block), dtype)
+        logits = product("kne,kme->knm", _block(inputs.q_BKNE, r, a, block), _block(inputs.k_BKME, r, b, block), dtype)
         above = jnp.maximum(most, jnp.where(same, logits, LEAST).max(-1))
         weights = jnp.where(same, jnp.exp(logits - above[..., None]), 0.0)
         shrink = jnp.exp(most - above)
-        value = value * shrink[..., None] + _product("knm,kme->kne", weights, _block(inputs.v_BKME, r, b, block), dtype)
+        value = value * shrink[..., None] + product("knm,kme->kne", weights, _block(inputs.v_BKME, r, b, block), dtype)
         sum_ = sum_ * shrink + weights.sum(-1)
         value, sum_, above = (_put(x, new, r, a, block) for x, new in zip(carry, (value, sum_, above), strict=True))
         return value, sum_, above
@@ -147,12 +145,12 @@ def backward(inputs: Inputs, log_sum_BKN: Array, mean_BKN: Array, d_out_BKNE: Ar
             _block(x, r, a, block) for x in (inputs.q_BKNE, d_out_BKNE, log_sum_BKN[..., None], mean_BKN[..., None])
         )
         k, v = (_block(x, r, b, block) for x in (inputs.k_BKME, inputs.v_BKME))
-        logits = _product("kne,kme->knm", q, k, dtype)
+        logits = product("kne,kme->knm", q, k, dtype)
         weights = jnp.where(_same(inputs, r, a, b, block), jnp.exp(logits - log_sum), 0.0)
-        d_logits = weights * (_product("kne,kme->knm", d_out, v, dtype) - mean)
-        d_q = _put(d_q, _block(d_q, r, a, block) + _product("knm,kme->kne", d_logits, k, dtype), r, a, block)
-        d_k = _put(d_k, _block(d_k, r, b, block) + _product("knm,kne->kme", d_logits, q, dtype), r, b, block)
-        d_v = _put(d_v, _block(d_v, r, b, block) + _product("knm,kne->kme", weights, d_out, dtype), r, b, block)
+        d_logits = weights * (product("kne,kme->knm", d_out, v, dtype) - mean)
+        d_q = _put(d_q, _block(d_q, r, a, block) + product("knm,kme->kne", d_logits, k, dtype), r, a, block)
+        d_k = _put(d_k, _block(d_k, r, b, block) + product("knm,kne->kme", d_logits, q, dtype), r, b, block)
+        d_v = _put(d_v, _block(d_v, r, b, block) + product("knm,kne->kme", weights, d_out, dtype), r, b, block)
         return d_q, d_k, d_v
 
     d_q, d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in inputs[:3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,16 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from sora_jax import sharding
-
-
-def dot(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """x @ kernel with operands in dtype and a float32 result: bfloat16 outputs would round the residual stream."""
-    return jax.lax.dot_general(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+from sora_jax.nn.products import product
 
 
 def whole(x_BND: Array, tokens: str = "tokens") -> Array:
@@ -44,7 +37,8 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        y = dot(x, self.kernel[...], jnp.dtype(self.dtype))
+        rows = string.ascii_lowercase[: x.ndim - 1]
+        y = product(f"{rows}y,yz->{rows}z", x, self.kernel[...], self.dtype)
         return y if self.bias is None else y + self.bias[...]
 
 
