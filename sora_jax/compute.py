@@ -1,4 +1,4 @@
-"""Training FLOPs of a config, analytic and by part: XLA's own count sees the body of a scan once.
+"""FLOPs of training and sampling, analytic and by part: XLA's own count sees the body of a scan once.
 
 One multiply-add is 2 FLOPs. Matrix products, convolutions and attention are counted, elementwise work is not; products with
 the zeros around a picture are not, as XLA does not. Checked against XLA's count in tests/test_compute.py.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sora_jax.config import ComputeConfig, ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
+from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -157,6 +158,18 @@ def dit_step(
     """A training step on packed rows; pairs and text_pairs as for dit."""
     sizes = packing.rows, packing.row_tokens, packing.row_slots, packing.row_text
     return Step(tuple(dit(config, *sizes, pairs, text_pairs)))
+
+
+def sampling(
+    config: DiTConfig,
+    packing: PackConfig,
+    settings: SamplerConfig,
+    pairs: float | None = None,
+    text_pairs: float | None = None,
+) -> float:
+    """FLOPs of denoising rows of requests from beginning to end; pairs and text_pairs as for dit."""
+    sizes = packing.rows, packing.row_tokens, packing.row_slots, packing.row_text
+    return settings.evaluations * Step(tuple(dit(config, *sizes, pairs, text_pairs))).forward
 
 
 def scaled(run: DiTRun) -> DiTRun:

@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -221,6 +221,13 @@ def _add_sampler(parser: Parser) -> None:
         choices=("euler", "heun"),
         help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
     )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        default={},
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2 (default: all along data)",
+    )
 
 
 def _add_train(verbs: Any) -> None:
@@ -356,11 +363,12 @@ def _add_plan(verbs: Any) -> None:
         "plan",
         plan,
         "tell what a run needs on hardware that is not there",
-        "Compile the real training step of a diffusion transformer for a topology, on any machine, and tell its memory,\n"
-        "collectives, time by a roofline, and what the whole run takes. TPUs need libtpu: pip install -e '.[tpu]'.",
+        "Compile the real training step of a diffusion transformer, or its sampler, for a topology, on any machine, and tell\n"
+        "its memory, collectives, time by a roofline, and what the whole run takes. TPUs need libtpu: pip install -e '.[tpu]'.",
         """examples:
   sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video
   sora-jax plan --config=experiments/dit.py:0.7b --topology=v5e:2x4 --vae=experiments/vae.py:video --search=6
+  sora-jax plan --config=experiments/dit.py:7b --topology=v5e:2x4 --vae=experiments/vae.py:video --config.mesh.tensor=8 --sampler
   sora-jax plan --config=experiments/dit.py:compact --topology=cpu:8 --vae=experiments/vae.py:compact""",
     )
     _add_config_flag(parser)
@@ -372,11 +380,17 @@ def _add_plan(verbs: Any) -> None:
         metavar="FILE[:ARG]",
         help="config of the VAE that will be trained (default: that of the checkpoint at config.vae_checkpoint)",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--search",
         type=_count,
         metavar="N",
         help="compile the N most promising meshes, remat policies and batch sizes and rank them (default: the config's alone)",
+    )
+    what.add_argument(
+        "--sampler",
+        action="store_true",
+        help="plan the sampling of the config's longest clips, without text encoder and VAE (default: plan training)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON (default: only print)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write a page of HTML (default: none)")
@@ -462,6 +476,16 @@ def _rate(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not axis or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} is not an axis with its size, such as fsdp=4")
+        sizes[axis] = int(size)
+    return sizes
 
 
 # Process -------------------------------------------------------------------------------------------------------------
@@ -874,7 +898,7 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, Size, SamplerConfig]:
     """The model with its step, and what the flags ask of it."""
-    pipeline, step = _load(arguments.checkpoint)
+    pipeline, step = _load(arguments.checkpoint, arguments.mesh)
     from sora_jax.data import pack
 
     size = size_of(arguments, pipeline.run.data.world)
@@ -883,6 +907,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, Size, 
         shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
         pack.grid_shape(shape, pipeline.run.dit.patch)
     warn_of(size, pipeline.run.data.world)
+    _tell_mesh(pipeline)
     return pipeline, step, size, settings
 
 
@@ -926,7 +951,9 @@ def plan(arguments: argparse.Namespace) -> None:
             network = other.vae
         where = topology.target(arguments.topology)
         run = dit.resolve(run)
-        if arguments.search is None:
+        if arguments.sampler:
+            numbers = roofline.plan_sampler(run, network, where)
+        elif arguments.search is None:
             numbers = roofline.plan(run, network, where)
         else:
             ranked = search.search(run, network, where, arguments.search)
@@ -943,7 +970,7 @@ def plan(arguments: argparse.Namespace) -> None:
             with _errors_of_writing(path):
                 files.write_atomically(path, content().encode())
     if not numbers["verdict"]["fits"]:
-        raise Failure("the run does not fit this topology", RUN_ERROR)
+        raise Failure(f"the {'sampler' if arguments.sampler else 'run'} does not fit this topology", RUN_ERROR)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -952,7 +979,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
-    pipeline, step = _load(arguments.checkpoint)
+    pipeline, step = _load(arguments.checkpoint, arguments.mesh)
     settings = _settings(pipeline, arguments)
     from sora_jax.evaluate import fvd
     from sora_jax.generate import files
@@ -967,6 +994,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             arguments.i3d_weights,
             arguments.fvd_videos or fvd.NUM_VIDEOS,
         )
+    _tell_mesh(pipeline)
     print(judgement.table(scores))
     if arguments.out is not None:
         found = {
@@ -1013,10 +1041,10 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _load(path: Path) -> tuple[Pipeline, int | None]:
-    """The pipeline of a work dir, or of a step in one, and its step."""
+def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, int | None]:
+    """The pipeline of a work dir, or of a step in one, on a mesh of these sizes, and its step."""
     prepare_jax()
-    from sora_jax import checkpoint
+    from sora_jax import checkpoint, sharding
     from sora_jax.generate import pipeline
 
     _refuse_file(path)
@@ -1025,10 +1053,20 @@ def _load(path: Path) -> tuple[Pipeline, int | None]:
         path, step = path.parent, int(path.name)
     with _errors_for_users(ValueError):  # a checkpoint that sora_jax did not write
         checkpoint.read_meta(path, step)
-    with _errors_for_users():
-        loaded = pipeline.load(path, step)
+    if strange := set(mesh) - set(sharding.AXES):
+        raise Failure(f"--mesh has no axis {strange.pop()!r}; its axes are {', '.join(sharding.AXES)}")
+    with _errors_for_users(ValueError):  # a mesh that the devices or the model do not divide over
+        devices = sharding.make_mesh(sharding.MeshConfig(**mesh))
+        loaded = pipeline.load(path, step, devices)
     # Only now: loading passes over a newest step that is damaged, and renames it.
     return loaded, checkpoint.latest_step(path) if step is None else step
+
+
+def _tell_mesh(pipeline: Pipeline) -> None:
+    """Which devices work, where there are several."""
+    if pipeline.mesh is not None and pipeline.mesh.size > 1:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in pipeline.mesh.shape.items())
+        logging.info("on %d devices: %s", pipeline.mesh.size, sizes)
 
 
 def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:

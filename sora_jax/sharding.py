@@ -130,12 +130,27 @@ def mesh_axis(logical: str) -> str:
 def on_each_device(
     function: Callable[..., jax.Array], inputs: Sequence[tuple[str, ...]], output: tuple[str, ...]
 ) -> Any:
-    """function as each device of the mesh of the context does it with its own part of the arrays, of these logical axes."""
+    """function as each device of the mesh of the context does it with its own part of the arrays, of these logical axes.
+
+    It raises ValueError for an axis that does not divide over its devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
     specs = tuple(spec(axes, "on_each_device") for axes in inputs)
-    return jax.shard_map(function, in_specs=specs, out_specs=spec(output, "on_each_device"), check_vma=False)
+    parted = jax.shard_map(function, in_specs=specs, out_specs=spec(output, "on_each_device"), check_vma=False)
+
+    def checked(*arrays: jax.Array) -> jax.Array:
+        for x, axes in zip(arrays, inputs, strict=True):
+            for size, name in zip(x.shape, axes, strict=True):
+                if size % shards(name):
+                    raise ValueError(
+                        f"{size} {name} do not divide over {shards(name)} devices of mesh axes {RULES[name]}; "
+                        "change the model, its rows or the mesh"
+                    )
+        return parted(*arrays)
+
+    return checked
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str, ...]:

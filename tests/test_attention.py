@@ -151,6 +151,13 @@ def test_backends_are_chosen_by_platform_and_size():
     assert module.chosen("cpu", 1024, 1024, 4, split=4) == "blockwise"
 
 
+def test_heads_that_do_not_divide_are_told(rng):
+    q, k, v = inputs(rng)
+    here = sharding.make_mesh(sharding.MeshConfig(1, 2, 2, 1), jax.devices()[:4])
+    with jax.set_mesh(here), pytest.raises(ValueError, match="3 heads do not divide over 2 devices of mesh axes"):
+        attention(q, k, v, jnp.asarray(Q_SEGMENT), jnp.asarray(K_SEGMENT), backend="blockwise")
+
+
 def test_what_a_backend_cannot_take_is_told(rng):
     inputs, segment, _ = long_rows(rng, tokens=250)
     with pytest.raises(ValueError, match="'flash' is none of auto, reference"):

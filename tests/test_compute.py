@@ -1,6 +1,7 @@
 """Analytic FLOPs against XLA's own count on small models without loops, and what follows from them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax import nnx
 
 from sora_jax import compute, config
 from sora_jax.data import pack
+from sora_jax.diffusion import sampler
+from sora_jax.generate import pipeline
 from sora_jax.models import dit, text_encoder, vae
 from sora_jax.structs import Layout
 
@@ -66,6 +69,19 @@ def test_dit_against_xla(switch):
     step = compute.Step(tuple(compute.dit(config, B, N, S, L)))
     assert step.forward == pytest.approx(counted(forward, *arguments), rel=0.02)
     assert step.executed == pytest.approx(counted(jax.value_and_grad(loss), *arguments), rel=0.02)
+
+
+def test_a_sampler_against_xla():
+    """One evaluation, with and without prompt: of several XLA makes once what is the same in all, the keys of captions."""
+    packing = pack.PackConfig(rows=B, row_tokens=N, row_slots=S, row_text=L, window=2)
+    settings = sampler.SamplerConfig(steps=1, method="euler", guidance=3.0)
+    params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(dit.DiT(DIT, nnx.Rngs(0)), nnx.Param)))
+    row = pack.empty_row(packing, DIT.patch_dim, DIT.text_width)
+    batch = jax.tree.map(lambda x: shape(B, *x.shape, dtype=x.dtype), row)
+    found = counted(
+        functools.partial(pipeline.denoiser(DIT), settings=settings), params, batch, batch.layout, batch.clip_BS
+    )
+    assert compute.sampling(DIT, packing, settings) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("name", VAES)

@@ -458,7 +458,7 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     out = tmp_path / "new" / "v.gif"
     flags = ["--height=8", "--width=16", "--frames=5", "--fps=4", "--samples=2", "--seed=7", "--steps=1"]
     flags += [f"--prompts_file={prompts}"]
-    loaded = main._load(trained / "3")
+    loaded = main._load(trained / "3", {})
     # Loaded once, so that the programs of the first command serve the others.
     with mock.patch.object(main, "_load", return_value=loaded):
         assert main.run(["sample", f"--checkpoint={trained}", f"--out={out}", *flags]) == 0
@@ -491,7 +491,7 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
     prompts.write_text("a red circle\na blue square\na red square\n")
     out = tmp_path / "vbench"
     flags = [f"--checkpoint={trained}", f"--prompts_file={prompts}", "--steps=1", "--seed=7", "--frames=5"]
-    loaded = main._load(trained / "3")
+    loaded = main._load(trained / "3", {})
     with mock.patch.object(main, "_load", return_value=loaded), mock.patch.object(main, "VBENCH_PROMPTS", 2):
         assert main.run(["sample", f"--vbench={out}", *flags]) == 0
         assert capsys.readouterr().out == f"{out / 'videos'}\n"
@@ -511,6 +511,17 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
     ]
 
 
+def test_a_mesh_that_cannot_be_is_told(trained, tmp_path, capsys):
+    def told(mesh):
+        flags = [f"--checkpoint={trained}", "--prompt=a", f"--out={tmp_path / 'a.png'}", f"--mesh={mesh}"]
+        return refusal(capsys, "sample", *flags)
+
+    assert "'fsdp' is not an axis with its size, such as fsdp=4" in told("fsdp")
+    assert "'fsdp=0' is not an axis" in told("fsdp=0") and "is not an axis" in told("data=2,data=4")
+    assert "--mesh has no axis 'pipe'; its axes are data, fsdp, tensor, sequence" in told("pipe=2")
+    assert "choose sizes whose product is 8" in told("fsdp=3")
+
+
 def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys):
     flags = [f"--checkpoint={trained}", f"--vbench={tmp_path / 'new'}", "--prompt=a"]
     with mock.patch.object(main, "_load", None):
@@ -522,7 +533,7 @@ def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys)
 
 def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
-    loaded = main._load(trained)
+    loaded = main._load(trained, {})
     with mock.patch.object(main, "_load", return_value=loaded):
         assert (
             main.run(["evaluate", f"--checkpoint={trained}", "--prompts=4", "--seed=5", "--guidance=1", f"--out={out}"])

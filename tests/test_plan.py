@@ -9,6 +9,7 @@ import pytest
 import quickstart
 
 from sora_jax import config, hlo, sharding
+from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.plan import page, roofline, search, step, text, topology
 from sora_jax.train import dit
@@ -76,11 +77,9 @@ def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
     run = resolved()
     mesh = topology.mesh_on(target.devices, run.mesh)
     made = step.compile_step(run, mesh)
-    program = hlo.Program(made.compiled.as_text())
+    program = hlo.Program(made.program.as_text())
     stacked = {
-        x.shape
-        for x in jax.tree.leaves(made.shapes.params["blocks"])
-        if len(x.shape) == 3 and x.shape[0] == run.dit.blocks
+        x.shape for x in jax.tree.leaves(made.weights["blocks"]) if len(x.shape) == 3 and x.shape[0] == run.dit.blocks
     }
     gathered = {
         shape
@@ -140,7 +139,7 @@ def test_times_follow_from_peaks(network, target):
         )
         for times in (1, 2)
     )
-    for one, other in zip(slow["seconds"]["step"], fast["seconds"]["step"], strict=True):
+    for one, other in zip(slow["seconds"]["whole"], fast["seconds"]["whole"], strict=True):
         assert one == pytest.approx(2 * other)
     assert slow["useful_mfu"][0] / slow["mfu"][0] == pytest.approx(slow["step"]["useful_flops"] / slow["step"]["flops"])
     assert slow["mfu"] == pytest.approx(fast["mfu"]) and 0 < slow["mfu"][0] <= slow["mfu"][1] <= 1
@@ -149,6 +148,48 @@ def test_times_follow_from_peaks(network, target):
     assert "MFU" in told and "chip-hours" in told
     shown = page.page(slow, "sora-jax plan --topology=<x>")
     assert "&lt;x&gt;" in shown and "fsdp 4" in shown
+
+
+def test_a_sampler_keeps_weights_and_its_batch_alone(network, target, numbers):
+    made = roofline.plan_sampler(resolved(), network, target)
+    assert set(made["memory"]) == {"parameters", "batch", "temporaries", "total"}
+    assert made["memory"]["parameters"] == numbers["memory"]["parameters"]
+    asked = made["sampling"]
+    # Rows are split over all eight devices, each with as many tokens as one alone would take.
+    assert asked["videos"] == 8 * (pipeline.BATCH_TOKENS // asked["row_tokens"])
+    assert asked["row_tokens"] == 128 and asked["tokens"] == 120
+    assert ("all-gather", "fsdp") in {(each["kind"], each["axes"]) for each in made["collectives"]}
+    assert "256 videos of 17x48x32 (120 tokens)" in text.table(made)
+
+
+def test_what_sampling_costs_follows_from_peaks_and_evaluations(network, target):
+    where = dataclasses.replace(target, chip=topology.Chip(16, 1e12, 1e15, 1e15))
+    run = resolved()
+
+    def made(**changes):
+        return roofline.plan_sampler(
+            dataclasses.replace(run, sampler=dataclasses.replace(run.sampler, **changes)), network, where
+        )
+
+    one, other = made(method="euler", steps=4, guidance=1.0), made(method="heun", steps=6, guidance=3.0)
+    # Half as many steps again, each with two evaluations, each with and without prompt.
+    for low, high in zip(one["chip_seconds_per_video"], other["chip_seconds_per_video"], strict=True):
+        assert high == pytest.approx(6 * low, rel=0.02)
+    assert one["videos_per_hour"][1] * one["chip_seconds_per_video"][0] == pytest.approx(3600 * 8)
+    assert 0 < one["useful_mfu"][0] < one["mfu"][1] <= 1
+    told, shown = text.table(other), page.page(other, "sora-jax plan --sampler")
+    assert "chip-seconds a video" in told and "6 steps of heun, guidance 3" in told
+    assert "Batch: 256 videos" in shown and "A batch of videos:" in shown
+
+
+def test_a_sampler_that_is_too_large_is_a_verdict(network, target, monkeypatch):
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 50.06G of 31.25G hbm. Exceeded ...")
+
+    monkeypatch.setattr(roofline, "compile_sampler", too_large)
+    made = roofline.plan_sampler(resolved(), network, target)
+    assert made["verdict"]["why"][0] == "the sampler needs 50.06G of 31.25G a chip"
+    assert "DOES NOT FIT" in text.table(made) and "Does not fit" in page.page(made, "sora-jax plan")
 
 
 def test_candidates_cover_the_chips():

@@ -40,6 +40,11 @@ class SamplerConfig:
                 f"sampler: guidance {self.guidance} must not be negative and shift {self.shift} must be positive"
             )
 
+    @property
+    def evaluations(self) -> int:
+        """How often velocities of all tokens are asked for, without a prompt too where there is guidance."""
+        return self.steps * {"euler": 1, "heun": 2}[self.method] * (1 if self.guidance == 1 else 2)
+
 
 def schedule(config: SamplerConfig) -> np.ndarray:
     """Times (steps + 1,) from 1 to 0."""

@@ -5,8 +5,9 @@ Every mode of prompting is the same call: known latents are held at time 0 while
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
@@ -21,6 +23,7 @@ from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
 from sora_jax.generate.codec import Codec
 from sora_jax.models import dit, vae
+from sora_jax.nn import attention, kernels
 from sora_jax.structs import Layout, PackedBatch
 from sora_jax.text.captions import CaptionText
 
@@ -28,8 +31,7 @@ from sora_jax.text.captions import CaptionText
 NOISE_KEY = 0
 # Rows are as long as the longest clip needs, in steps of this, so that few lengths compile.
 ROW_STEP = 32
-TEXT_STEP = 32
-# Tokens that are denoised together.
+# Tokens that are denoised together, where rows are split over devices on each of them.
 BATCH_TOKENS = 4096
 
 
@@ -47,7 +49,7 @@ class Request:
 
 
 class Pipeline:
-    """A trained model, ready to sample. encoder is the resolved text encoder of the run."""
+    """A trained model, ready to sample, on a mesh, or on that of the context. The run's text encoder is resolved."""
 
     def __init__(
         self,
@@ -56,42 +58,56 @@ class Pipeline:
         params: Any,
         vae_weights: tuple[Any, Any],
         text: CaptionText,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.run, self.params, self.text = run, params, text
+        self.run, self.params, self.text, self.mesh = run, params, text, mesh
         self.codec = Codec(vae_config, *vae_weights)
         self.geometry = pack.Geometry(run.dit.patch, vae_config.stride)
         self.vae_config = vae_config
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
-        self._denoise = jax.jit(self._denoise_rows, static_argnames="settings")
+        self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 
     def sample(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order. Raises ValueError for sizes the model cannot make."""
-        return self.codec.decode(self.sample_latents(requests, settings))
+        latents = self.sample_latents(requests, settings)
+        with self._on_mesh():
+            return self.codec.decode(latents)
 
     def sample_latents(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
         """Normalised latents (t, h, w, c), in order."""
         self.text.prepare(["", *(request.prompt for request in requests)])
         clips = [self._tokens(number, request, request.prompt) for number, request in enumerate(requests)]
         unprompted = [self._tokens(number, request, "") for number, request in enumerate(requests)]
-        packing = self._packing(clips)
+        with self._on_mesh():
+            patches = self._denoised(clips, unprompted, [request.seed for request in requests], settings)
+        shapes = [self._latent_shape(request) for request in requests]
+        return [pack.unpatchify(patches[i], shape, self.geometry.patch) for i, shape in enumerate(shapes)]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _denoised(
+        self,
+        clips: Sequence[pack.Tokens],
+        unprompted: Sequence[pack.Tokens],
+        seeds: Sequence[int],
+        settings: sampler.SamplerConfig,
+    ) -> dict[int, np.ndarray]:
+        """Clean patches (n, P) of every clip."""
+        packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
         rows, _ = pack.pack_rows(clips, packing, np.random.default_rng(0))
-        text_width = self.text.width
-        patches: dict[int, np.ndarray] = {}
+
+        def batch_of(rows: Sequence[Sequence[pack.Tokens]]) -> PackedBatch:
+            return pack.stack([pack.fill_row(row, packing, self.run.dit.patch_dim, self.text.width) for row in rows])
+
+        found: dict[int, np.ndarray] = {}
         for start in range(0, len(rows), packing.rows):
             some = rows[start : start + packing.rows]
             some = some + [[]] * (packing.rows - len(some))
-            batch = pack.stack([pack.fill_row(row, packing, self.run.dit.patch_dim, text_width) for row in some])
-            blind = pack.stack(
-                [
-                    pack.fill_row([unprompted[clip.clip] for clip in row], packing, self.run.dit.patch_dim, text_width)
-                    for row in some
-                ]
-            )
-            seeds = np.array([request.seed for request in requests], np.int32)
-            clean = self._denoise(self.params, batch, blind.layout, seeds, settings=settings)
-            patches |= pack.unpack(np.asarray(clean), batch)
-        shapes = [self._latent_shape(request) for request in requests]
-        return [pack.unpatchify(patches[i], shape, self.geometry.patch) for i, shape in enumerate(shapes)]
+            batch, blind = batch_of(some), batch_of([[unprompted[clip.clip] for clip in row] for row in some])
+            seed_BS = np.asarray(seeds, np.int32)[batch.clip_BS]
+            clean = self._denoise(self.params, batch, blind.layout, seed_BS, settings=settings)
+            found |= pack.unpack(np.asarray(clean), batch)
+        return found
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         return self.vae_config.latent_shape(request.frames, request.height, request.width)
@@ -118,27 +134,38 @@ class Pipeline:
             text_token_L=text_token_L,
         )
 
-    def _packing(self, clips: Sequence[pack.Tokens]) -> pack.PackConfig:
-        """Rows no longer than the longest clip needs; as many at a time as BATCH_TOKENS allows."""
-        longest = _up(max(len(clip.index_N) for clip in clips), ROW_STEP)
-        total = sum(len(clip.index_N) for clip in clips)
-        rows = max(1, min(BATCH_TOKENS // longest, -(-total // longest)))
-        most_text = max(clip.num_text for clip in clips)
-        share = max(1, longest // min(len(clip.index_N) for clip in clips))
-        return pack.PackConfig(
-            rows=rows,
-            row_tokens=longest,
-            row_slots=2 * share,
-            row_text=_up(most_text * share, TEXT_STEP),
-            window=len(clips),
-        )
 
-    def _denoise_rows(
-        self, params: Any, batch: PackedBatch, blind: Layout, seeds: Any, settings: sampler.SamplerConfig
-    ) -> Any:
-        model = nnx.merge(self._graphdef, params)
+def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
+    """Rows for clips of so many tokens, on the mesh of the context: no longer than the longest clip needs, and as many at a time
+    as BATCH_TOKENS allows."""
+    # Kernels of long rows take tokens, and the text's too, in steps of their own.
+    step = ROW_STEP if max(tokens) ** 2 <= attention.SHORT else kernels.SPLASH_LANES
+    longest = _up(max(tokens), step * sharding.shards("tokens"))
+    share = max(1, longest // min(tokens))
+    over = sharding.shards("rows")
+    rows = max(1, min(over * BATCH_TOKENS // longest, -(-sum(tokens) // longest)))
+    return pack.PackConfig(
+        rows=_up(rows, over),
+        row_tokens=longest,
+        row_slots=2 * share,
+        row_text=_up(most_text * share, step),
+        window=len(tokens),
+    )
+
+
+def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
+    """denoise(params, batch, blind, seed_BS, settings) -> clean patches (B, N, P): a whole batch from its noise, one program.
+
+    blind is the batch's layout without prompts, seed_BS a seed for every slot; known slots are held at time 0.
+    """
+    graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(config, nnx.Rngs(0))), nnx.Param)[0]
+
+    def denoise(
+        params: Any, batch: PackedBatch, blind: Layout, seed_BS: jax.Array, settings: sampler.SamplerConfig
+    ) -> jax.Array:
+        model = nnx.merge(graphdef, params)
         layout = batch.layout
-        seed_BN = spread_slots(seeds[batch.clip_BS], layout.slot_BN)
+        seed_BN = spread_slots(seed_BS, layout.slot_BN)
         known_BN = spread_slots(batch.known_BS, layout.slot_BN) & (layout.segment_BN > 0)
         noise_BNP = flow.token_noise(
             jax.random.key(NOISE_KEY), seed_BN, jnp.zeros_like(seed_BN), batch.index_BN, batch.mean_BNP.shape[-1]
@@ -155,6 +182,8 @@ class Pipeline:
             return sampler.guided(conditional, unconditional, settings.guidance)
 
         return sharding.everywhere(sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP))
+
+    return denoise
 
 
 def spread_slots(x_BS: Any, slot_BN: Any) -> Any:
@@ -173,21 +202,28 @@ def load_run(path: Path, step: int | None = None) -> DiTRun:
     return run
 
 
-def load(path: Path, step: int | None = None) -> Pipeline:
+def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline of a DiT's work dir, from its averaged weights; the VAE's weights are in the same checkpoint.
 
-    Raises FileNotFoundError if there is no checkpoint and ConfigError if it is not one of a DiT.
+    Without a mesh it runs on one device. Raises FileNotFoundError if there is no checkpoint, ConfigError if it is not one of a
+    DiT, and ValueError if the model does not divide over the mesh.
     """
     run = load_run(path, step)
     vae_config = config.vae_config(checkpoint.read_meta(path, step)["vae"])
     like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = mesh or sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     whole = sharding.replicated(mesh)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), like)
+    placed = sharding.parameter_shardings(like[0], mesh), jax.tree.map(lambda _: whole, like[1])
+    like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, placed)
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}, step).items
     weights = items["rest"]["vae"]
     return Pipeline(
-        run, vae_config, items["ema"], (weights["params"], weights["rest"]), CaptionText(run.text, run.text.encoder)
+        run,
+        vae_config,
+        items["ema"],
+        (weights["params"], weights["rest"]),
+        CaptionText(run.text, run.text.encoder),
+        mesh,
     )
 
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from sora_jax.plan.text import size_of
+from sora_jax.plan.text import asked, outcome, size_of
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -27,7 +27,7 @@ COLOURS = ("#2f5d8a", "#5b8cbb", "#9bbcdc", "#c9a227", "#d9772b", "#8a8f98")
 
 def page(numbers: Mapping[str, Any], command: str) -> str:
     """One self-contained HTML page of a plan's numbers."""
-    verdict, step = numbers["verdict"], numbers["step"]
+    verdict = numbers["verdict"]
     word = "Fits" if verdict["fits"] else "Does not fit"
     mesh = " \u00d7 ".join(f"{axis} {size}" for axis, size in numbers["mesh"].items() if size > 1) or "one device"
     model = numbers["model"]
@@ -35,8 +35,7 @@ def page(numbers: Mapping[str, Any], command: str) -> str:
     parts = [
         f"<h1>{html.escape(numbers['topology'])}</h1>",
         f"<p class=quiet>{numbers['chips']} chips, {mesh}. {size}width {model['width']}, {model['blocks']} blocks, remat "
-        f"{html.escape(model['remat'])}. {step['rows']} rows of {step['row_tokens']:,} tokens, filled to "
-        f"{numbers['packing']['fill']:.1%}.</p>",
+        f"{html.escape(model['remat'])}. {_sentence(asked(numbers))}.</p>",
         f"<p class='verdict{'' if verdict['fits'] else ' no'}'>{word}: {html.escape('; '.join(verdict['why']))}</p>",
     ]
     if "memory" in numbers:
@@ -58,11 +57,11 @@ def _memory(numbers: Mapping[str, Any]) -> str:
     limit = max(total, numbers.get("peaks", {}).get("memory", 0) * GIB)
     bars = "".join(
         f"<div style='width:{100 * size / limit:.2f}%;background:{colour}' title='{name}'></div>"
-        for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
+        for (name, size), colour in zip(kinds.items(), COLOURS, strict=False)
     )
     rows = "".join(
         f"<tr><td><span class=key style='background:{colour}'></span> {name}</td><td>{size_of(size)}</td></tr>"
-        for (name, size), colour in zip(kinds.items(), COLOURS, strict=True)
+        for (name, size), colour in zip(kinds.items(), COLOURS, strict=False)
     )
     title = f"Memory of a chip: {total / GIB:.1f} of {limit / GIB:.0f} GiB"
     return f"<h2>{title}</h2><div class=bar>{bars}</div><table>{rows}</table>"
@@ -77,13 +76,11 @@ def _time(numbers: Mapping[str, Any]) -> str:
         for name, colour in zip(("compute", "memory", "interconnect"), COLOURS, strict=False)
     )
     (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
-    rates = " to ".join(progress.si(rate).strip() for rate in numbers["tokens_per_second"])
-    run = numbers["run"]
+    fast, slow = seconds["whole"]
     return (
-        f"<h2>A step: {seconds['step'][0]:.3f} to {seconds['step'][1]:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
+        f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
         f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
-        f"{rates} tokens/s; {run['steps']:,} steps take {run['hours'][0]:,.0f} to {run['hours'][1]:,.0f} hours, "
-        f"{run['chip_hours'][0]:,.0f} to {run['chip_hours'][1]:,.0f} chip-hours.</p>"
+        f"{_sentence(outcome(numbers))}.</p>"
     )
 
 
@@ -94,7 +91,16 @@ def _sent(numbers: Mapping[str, Any]) -> str:
         for each in numbers["collectives"]
     )
     head = "<tr><th>collective</th><th>over</th><th>times</th><th></th></tr>"
-    return f"<h2>Sent by a chip in a step</h2><table>{head}{rows}</table>"
+    return f"<h2>Sent by a chip in a {_once(numbers)}</h2><table>{head}{rows}</table>"
+
+
+def _sentence(line: str) -> str:
+    return html.escape(line[:1].upper() + line[1:])
+
+
+def _once(numbers: Mapping[str, Any]) -> str:
+    """What one execution of the program is."""
+    return "step" if "step" in numbers else "batch of videos"
 
 
 def _peaks(peaks: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a run needs: the plan of its step, from memory, FLOPs, collectives and the peaks of a chip.
+"""What a run needs: the plan of its step or its sampler, from memory, FLOPs, collectives and the peaks of a chip.
 
 Memory is the compiler's own account of the step that would run. Collectives and memory traffic are read from the compiled
 program with its loops counted (hlo.py), FLOPs are analytic (compute.py), times are those of a roofline.
@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sora_jax import compute, hlo, sharding
 from sora_jax.config import DiTRun
+from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan.packing import packed
-from sora_jax.plan.step import compile_step, memory, traffic
+from sora_jax.plan.step import Compiled, compile_sampler, compile_step, memory, traffic
 from sora_jax.plan.topology import GIB, SOURCE, Chip, Target, mesh_on
+from sora_jax.train import dit
 
 # What large matrix products reach of the peak at best in practice, for the low end of a prediction.
 MATMUL_SHARE = 0.8
 
 
 def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
-    """Everything that is foretold of a resolved run: JSON. A run that does not fit the memory is a finding, not an error.
+    """Everything that is foretold of training a resolved run: JSON. A run that does not fit the memory is a finding, not an
+    error.
 
     Raises ConfigError or ValueError for what cannot work on any hardware.
     """
@@ -33,18 +38,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     sharding.share(mesh, run.pack.rows)
     count = compute.dit_step(run.dit, run.pack)
     useful = compute.dit_step(run.dit, run.pack, packing["pairs"], packing["text_pairs"])
-    chips = len(where.devices)
-    numbers: dict[str, Any] = {
-        "topology": where.name,
-        "chips": chips,
-        "mesh": {axis: size for axis, size in mesh.shape.items()},
-        "model": {
-            "width": run.dit.width,
-            "blocks": run.dit.blocks,
-            "heads": run.dit.heads,
-            "remat": run.dit.remat,
-            "dtype": run.dit.dtype,
-        },
+    numbers = _asked(run, where, mesh) | {
         "step": {
             "rows": run.pack.rows,
             "row_tokens": run.pack.row_tokens,
@@ -55,53 +49,126 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
         },
         "packing": {name: value for name, value in packing.items() if "pairs" not in name},
     }
-    if where.chip is not None:
-        numbers["peaks"] = dataclasses.asdict(where.chip) | {"source": SOURCE}
+    return _compiled(numbers, lambda: compile_step(run, mesh), run, where, foretold)
+
+
+def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
+    """Everything that is foretold of sampling a resolved run's longest clips, as many at a time as the pipeline does.
+
+    Text encoder and VAE are not counted. Raises as plan does.
+    """
+    mesh = mesh_on(where.devices, run.mesh)
+    tokens, (frames, height, width) = dit.longest_clip(run, network)
+    many = 2 * len(where.devices) * max(1, pipeline.BATCH_TOKENS // tokens)
+    with jax.set_mesh(mesh):
+        packing = pipeline.packing_for([tokens] * many, run.text.max_tokens)
+    videos = packing.rows * (packing.row_tokens // tokens)
+    pairs = float(videos * tokens**2), float(videos * tokens * run.text.max_tokens)
+    numbers = _asked(run, where, mesh) | {
+        "sampling": {
+            "videos": videos,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "tokens": tokens,
+            "row_tokens": packing.row_tokens,
+            "steps": run.sampler.steps,
+            "method": run.sampler.method,
+            "guidance": run.sampler.guidance,
+            "flops": compute.sampling(run.dit, packing, run.sampler),
+            "useful_flops": compute.sampling(run.dit, packing, run.sampler, *pairs),
+        },
+    }
+    return _compiled(numbers, lambda: compile_sampler(run, packing, mesh), run, where, foretold_of_sampler)
+
+
+def _asked(run: DiTRun, where: Target, mesh: Mesh) -> dict[str, Any]:
+    """What is planned, and for what."""
+    model = {name: getattr(run.dit, name) for name in ("width", "blocks", "heads", "remat", "dtype")}
+    asked = {
+        "topology": where.name,
+        "chips": len(where.devices),
+        "mesh": {axis: size for axis, size in mesh.shape.items()},
+        "model": model,
+    }
+    return asked if where.chip is None else asked | {"peaks": dataclasses.asdict(where.chip) | {"source": SOURCE}}
+
+
+Foretell = Callable[[dict[str, Any], hlo.Program, Chip, DiTRun], dict[str, Any]]
+
+
+def _compiled(
+    numbers: dict[str, Any], make: Callable[[], Compiled], run: DiTRun, where: Target, foretell: Foretell
+) -> dict[str, Any]:
+    """numbers with what the compiled program says, and the verdict."""
     try:
-        step = compile_step(run, mesh)
+        made = make()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        return numbers | {"verdict": {"fits": False, "why": _too_large(str(error), run)}}
-    program = hlo.Program(step.compiled.as_text())
-    numbers["model"]["parameters"] = sum(x.size for x in jax.tree.leaves(step.shapes.params))
-    numbers["compile_seconds"] = step.seconds
-    numbers["memory"] = memory(step, program, run.dit.blocks)
-    numbers["collectives"] = traffic(program.collectives(mesh.shape))
+        return numbers | {"verdict": {"fits": False, "why": _too_large(str(error), run, "step" in numbers)}}
+    program = hlo.Program(made.program.as_text())
+    numbers["model"]["parameters"] = made.parameters
+    numbers["compile_seconds"] = made.seconds
+    numbers["memory"] = memory(made, program, run.dit.blocks)
+    numbers["collectives"] = traffic(program.collectives(numbers["mesh"]))
     numbers["kernels"] = program.kernels()
     if program.unknown_loops:
         numbers["unknown_loops"] = sorted(program.unknown_loops)
     if where.chip is not None:
-        numbers |= foretold(numbers, program, where.chip, run)
+        numbers |= foretell(numbers, program, where.chip, run)
     numbers["verdict"] = verdict(numbers, where.chip)
     return numbers
 
 
-def foretold(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiTRun) -> dict[str, Any]:
-    """Times of a step by roofline, and what follows from them for the whole run.
+def times(numbers: dict[str, Any], flops: float, program: hlo.Program, chip: Chip) -> dict[str, Any]:
+    """Seconds of a program by roofline.
 
-    The fast end does everything at its peak and at the same time; the slow end computes at MATMUL_SHARE of the peak and waits for
-    the interconnect, one thing after the other.
+    The fast end of whole does everything at its peak and at the same time; the slow end computes at MATMUL_SHARE of the peak and
+    waits for the interconnect, one thing after the other.
     """
-    chips, step = numbers["chips"], numbers["step"]
-    compute_s = step["executed_flops"] / chips / chip.flops
+    compute_s = flops / numbers["chips"] / chip.flops
     memory_s = program.memory_traffic() / chip.bandwidth
     link_s = sum(each["bytes"] for each in numbers["collectives"]) / chip.link
-    fast = max(compute_s, memory_s, link_s)
-    slow = max(compute_s / MATMUL_SHARE, memory_s) + link_s
-    steps = run.loop.steps
+    whole = [max(compute_s, memory_s, link_s), max(compute_s / MATMUL_SHARE, memory_s) + link_s]
+    return {"compute": compute_s, "memory": memory_s, "interconnect": link_s, "whole": whole}
+
+
+def shares(numbers: dict[str, Any], work: dict[str, float], seconds: Sequence[float], chip: Chip) -> dict[str, Any]:
+    """MFU of the slow and the fast end, with and without attention between clips of a row, which a kernel may compute and nobody
+    needs."""
+    peak = numbers["chips"] * chip.flops
     return {
-        "seconds": {"compute": compute_s, "memory": memory_s, "interconnect": link_s, "step": [fast, slow]},
-        "mfu": [step["flops"] / chips / chip.flops / seconds for seconds in (slow, fast)],
-        # Without attention between clips of a row, which a kernel may compute and nobody needs.
-        "useful_mfu": [step["useful_flops"] / chips / chip.flops / seconds for seconds in (slow, fast)],
-        "tokens_per_second": [step["tokens"] / seconds for seconds in (slow, fast)],
+        name: [work[flops] / peak / each for each in reversed(seconds)]
+        for name, flops in (("mfu", "flops"), ("useful_mfu", "useful_flops"))
+    }
+
+
+def foretold(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiTRun) -> dict[str, Any]:
+    """Times of a training step, and what follows from them for the whole run."""
+    chips, step, steps = numbers["chips"], numbers["step"], run.loop.steps
+    seconds = times(numbers, step["executed_flops"], program, chip)
+    fast, slow = seconds["whole"]
+    return shares(numbers, step, seconds["whole"], chip) | {
+        "seconds": seconds,
+        "tokens_per_second": [step["tokens"] / each for each in (slow, fast)],
         "run": {
             "steps": steps,
             "flops": steps * step["flops"],
-            "hours": [steps * seconds / 3600 for seconds in (fast, slow)],
-            "chip_hours": [chips * steps * seconds / 3600 for seconds in (fast, slow)],
+            "hours": [steps * each / 3600 for each in (fast, slow)],
+            "chip_hours": [chips * steps * each / 3600 for each in (fast, slow)],
         },
+    }
+
+
+def foretold_of_sampler(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiTRun) -> dict[str, Any]:
+    """Times of denoising a batch of videos, and what follows for many."""
+    made = numbers["sampling"]
+    seconds = times(numbers, made["flops"], program, chip)
+    return shares(numbers, made, seconds["whole"], chip) | {
+        "seconds": seconds,
+        "videos_per_hour": [3600 * made["videos"] / each for each in reversed(seconds["whole"])],
+        "chip_seconds_per_video": [numbers["chips"] * each / made["videos"] for each in seconds["whole"]],
     }
 
 
@@ -116,24 +183,22 @@ def verdict(numbers: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
     slowest = max(("compute", "memory", "interconnect"), key=lambda name: seconds[name])
     why.append(f"bound by {slowest}")
     if slowest == "interconnect":
-        why.append(
-            "give a chip more tokens (pack.row_tokens, pack.rows) or spread weights over fewer chips (mesh.fsdp)"
-        )
+        more = "give a chip more tokens (pack.row_tokens, pack.rows) or " if "step" in numbers else ""
+        why.append(f"{more}spread weights over fewer chips (mesh.fsdp)")
     if slowest == "memory":
         why.append("longer rows or wider models use memory's bandwidth better")
-    if numbers["packing"]["fill"] < 0.9:
+    if "packing" in numbers and numbers["packing"]["fill"] < 0.9:
         why.append(
             f"only {numbers['packing']['fill']:.0%} of the tokens are filled; raise pack.row_tokens, row_text or window"
         )
     return {"fits": share <= 1, "why": why}
 
 
-def _too_large(message: str, run: DiTRun) -> list[str]:
+def _too_large(message: str, run: DiTRun, training: bool) -> list[str]:
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", message)
-    why = [f"the step needs {found[1]} of {found[2]} a chip" if found else "the step does not fit the memory of a chip"]
-    if run.dit.remat != "full":
+    what = "the step" if training else "the sampler"
+    why = [f"{what} needs {found[1]} of {found[2]} a chip" if found else f"{what} does not fit the memory of a chip"]
+    if training and run.dit.remat != "full":
         why.append("keep less for the backward pass (dit.remat=full)")
-    return [
-        *why,
-        "spread weights over more chips (mesh.fsdp), split rows (mesh.sequence) or shorten them (pack.row_tokens)",
-    ]
+    shorter = "shorten them (pack.row_tokens)" if training else "make shorter clips"
+    return [*why, f"spread weights over more chips (mesh.fsdp), split rows (mesh.sequence) or {shorter}"]

@@ -1,4 +1,4 @@
-"""The real training step, compiled ahead of time, and what the compiled program says: memory by kind, and collectives."""
+"""The real training step or sampler, compiled ahead of time, and what the compiled program says: memory by kind, collectives."""
 
 from __future__ import annotations
 
@@ -11,80 +11,107 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sora_jax import hlo, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
+from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
-from sora_jax.structs import TrainState
+from sora_jax.structs import PackedBatch, TrainState
 from sora_jax.train import dit, loop, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step as it was compiled. shapes and shardings are of the state."""
+class Compiled:
+    """A program as it was compiled. bytes are its inputs' on one device, by kind; weights are shapes with shardings."""
 
-    compiled: Any
-    shapes: TrainState
-    shardings: TrainState
-    batch_bytes: int
+    program: Any
+    bytes: dict[str, int]
+    weights: Any
     seconds: float
 
+    @property
+    def parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.weights))
 
-def compile_step(run: DiTRun, mesh: Mesh) -> Step:
+
+def compile_step(run: DiTRun, mesh: Mesh) -> Compiled:
     """The training step of a resolved run for a mesh. Raises jax's own error if it does not fit the memory."""
     tx = optimizer.make(run.optimizer, run.loop.steps)
     objective = dit.Objective(run)
 
     def init() -> TrainState:
-        params = nnx.to_pure_dict(nnx.state(dit_model.DiT(run.dit, nnx.Rngs(0)), nnx.Param))
+        params = _params(run)
         # The VAE is not part of the step.
         return TrainState(jnp.int32(0), params, params, {}, tx.init(params))
 
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
-        shardings = loop.state_shardings(shapes, mesh)
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        width = None if run.dit.text else run.dit.text_width
-        row = pack.empty_row(run.pack, run.dit.patch_dim, width)
-        placed = sharding.rows(mesh)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((run.pack.rows, *x.shape), x.dtype, sharding=placed), row)
+        state = _placed(shapes, loop.state_shardings(shapes, mesh))
+        batch = _batch(run, run.pack, sharding.rows(mesh))
         step = loop.make_step(objective, tx, run.loop.ema, run.seed)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    return Step(compiled, shapes, shardings, bytes_on_device(batch), time.perf_counter() - began)
+    kinds = {"parameters": state.params, "ema": state.ema, "optimizer": state.opt_state, "batch": batch}
+    return _compiled(compiled, kinds, state.params, began)
 
 
-def bytes_on_device(tree: Any, shardings: Any = None) -> int:
-    """Bytes of arrays on one device; shardings are the leaves' own unless given."""
-    leaves = jax.tree.leaves(tree)
-    placed = [x.sharding for x in leaves] if shardings is None else jax.tree.leaves(shardings)
-    return sum(
-        math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in zip(leaves, placed, strict=True)
-    )
+def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compiled:
+    """The sampler of a resolved run for rows of requests. Raises jax's own error if it does not fit the memory."""
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: _params(run))
+        params = _placed(shapes, sharding.parameter_shardings(shapes, mesh))
+        batch = _batch(run, packing, sharding.replicated(mesh))
+        denoise = jax.jit(pipeline.denoiser(run.dit), static_argnames="settings")
+        inputs = params, batch, batch.layout, batch.clip_BS
+        compiled = denoise.lower(*inputs, settings=run.sampler).compile()
+    return _compiled(compiled, {"parameters": params, "batch": inputs[1:]}, params, began)
 
 
-def memory(step: Step, program: hlo.Program, blocks: int) -> dict[str, int]:
-    """Bytes on one device by kind. activations are what blocks keep for the backward pass; temporaries all that is left."""
-    shapes, placed = step.shapes, step.shardings
-    analysis = step.compiled.memory_analysis()
+def _params(run: DiTRun) -> Any:
+    return nnx.to_pure_dict(nnx.state(dit_model.DiT(run.dit, nnx.Rngs(0)), nnx.Param))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _batch(run: DiTRun, packing: pack.PackConfig, placed: NamedSharding) -> PackedBatch:
+    """Shapes of a batch of rows."""
+    row = pack.empty_row(packing, run.dit.patch_dim, None if run.dit.text else run.dit.text_width)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((packing.rows, *x.shape), x.dtype, sharding=placed), row)
+
+
+def _compiled(program: Any, kinds: dict[str, Any], params: Any, began: float) -> Compiled:
+    sizes = {name: bytes_on_device(tree) for name, tree in kinds.items()}
+    return Compiled(program, sizes, params, time.perf_counter() - began)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of arrays on one device."""
+    return sum(math.prod(_part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _part(x: Any) -> tuple[int, ...]:
+    """Shape of what one device has of an array."""
+    return x.sharding.shard_shape(x.shape)
+
+
+def memory(made: Compiled, program: hlo.Program, blocks: int) -> dict[str, int]:
+    """Bytes on one device by kind. activations are what a training step's blocks keep for its backward pass, temporaries
+    all that is left."""
+    analysis = made.program.memory_analysis()
     total = (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
         + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     )
-    kinds = {
-        "parameters": bytes_on_device(shapes.params, placed.params),
-        "ema": bytes_on_device(shapes.ema, placed.ema),
-        "optimizer": bytes_on_device(shapes.opt_state, placed.opt_state),
-        "batch": step.batch_bytes,
-    }
-    stacks = [
-        where.shard_shape(x.shape)
-        for x, where in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(placed.params), strict=True)
-    ]
-    kinds["activations"] = min(kept(program, blocks, stacks), analysis.temp_size_in_bytes)
+    kinds = dict(made.bytes)
+    if "optimizer" in kinds:
+        stacks = [_part(x) for x in jax.tree.leaves(made.weights)]
+        kinds["activations"] = min(kept(program, blocks, stacks), analysis.temp_size_in_bytes)
     return kinds | {"temporaries": total - sum(kinds.values()), "total": total}
 
 

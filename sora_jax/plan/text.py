@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sora_jax.plan.topology import GIB
@@ -16,38 +16,68 @@ def size_of(count: float) -> str:
 
 def table(numbers: dict[str, Any]) -> str:
     """A plan for a terminal."""
-    step, mesh = numbers["step"], " x ".join(f"{axis} {size}" for axis, size in numbers["mesh"].items())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in numbers["mesh"].items())
     model = numbers["model"]
     lines = [
         f"{numbers['topology']}: {numbers['chips']} chips as {mesh}",
         f"model: {progress.si(model.get('parameters', 0))}parameters, width {model['width']}, {model['blocks']} blocks, "
         f"remat {model['remat']}",
-        f"step: {step['rows']} rows of {step['row_tokens']:,} tokens, filled to {numbers['packing']['fill']:.1%}, "
-        f"{progress.si(step['flops'])}FLOP ({progress.si(step['useful_flops'])}within clips, "
-        f"{progress.si(step['executed_flops'])}with recomputation)",
+        asked(numbers),
     ]
     if "memory" in numbers:
         lines.append("memory of a chip:")
         lines += [f"  {name:<12} {size_of(size):>11}" for name, size in numbers["memory"].items()]
-        lines.append("sent by a chip in a step:")
+        lines.append(f"sent by a chip in a {'step' if 'step' in numbers else 'batch'}:")
         lines += [
             f"  {each['kind']:<18} over {each['axes']:<12} {each['count']:>5} times  {size_of(each['bytes']):>10}"
             for each in numbers["collectives"]
         ] or ["  nothing"]
     if "seconds" in numbers:
         seconds = numbers["seconds"]
+        fast, slow = seconds["whole"]
         lines += [
             f"roofline: compute {seconds['compute']:.3f} s, memory {seconds['memory']:.3f} s, "
-            f"interconnect {seconds['interconnect']:.3f} s; a step {seconds['step'][0]:.3f} to {seconds['step'][1]:.3f} s",
+            f"interconnect {seconds['interconnect']:.3f} s; in all {fast:.3f} to {slow:.3f} s",
             f"MFU {numbers['mfu'][0]:.0%} to {numbers['mfu'][1]:.0%} (within clips {numbers['useful_mfu'][0]:.0%} to "
-            f"{numbers['useful_mfu'][1]:.0%}), "
-            f"{' to '.join(progress.si(rate).strip() for rate in numbers['tokens_per_second'])} tokens/s",
-            f"run: {numbers['run']['steps']:,} steps, {' to '.join(f'{hours:,.0f}' for hours in numbers['run']['hours'])} hours, "
-            f"{' to '.join(f'{hours:,.0f}' for hours in numbers['run']['chip_hours'])} chip-hours",
+            f"{numbers['useful_mfu'][1]:.0%})",
+            outcome(numbers),
         ]
     verdict = numbers["verdict"]
     lines.append(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {'; '.join(verdict['why'])}")
     return "\n".join(lines)
+
+
+def asked(numbers: Mapping[str, Any]) -> str:
+    """What one execution of the program does."""
+    if "step" in numbers:
+        step = numbers["step"]
+        return (
+            f"step: {step['rows']} rows of {step['row_tokens']:,} tokens, filled to {numbers['packing']['fill']:.1%}, "
+            f"{progress.si(step['flops'])}FLOP ({progress.si(step['useful_flops'])}within clips, "
+            f"{progress.si(step['executed_flops'])}with recomputation)"
+        )
+    made = numbers["sampling"]
+    return (
+        f"batch: {made['videos']} videos of {made['frames']}x{made['height']}x{made['width']} ({made['tokens']:,} tokens), "
+        f"{made['steps']} steps of {made['method']}, guidance {made['guidance']:g}, {progress.si(made['flops'])}FLOP"
+    )
+
+
+def outcome(numbers: Mapping[str, Any]) -> str:
+    """What comes of it, and what it costs."""
+    if "run" in numbers:
+        run = numbers["run"]
+        return (
+            f"run: {_range(numbers['tokens_per_second'])} tokens/s, {run['steps']:,} steps in "
+            f"{' to '.join(f'{hours:,.0f}' for hours in run['hours'])} hours, "
+            f"{' to '.join(f'{hours:,.0f}' for hours in run['chip_hours'])} chip-hours"
+        )
+    costs = " to ".join(f"{seconds:,.3g}" for seconds in numbers["chip_seconds_per_video"])
+    return f"sampling: {_range(numbers['videos_per_hour'])} videos an hour, {costs} chip-seconds a video"
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(progress.si(value).strip() for value in values)
 
 
 def ranking(plans: Sequence[dict[str, Any]]) -> str:

@@ -55,20 +55,23 @@ def with_encoder(run: DiTRun) -> DiTRun:
     return dataclasses.replace(run, text=dataclasses.replace(run.text, encoder=encoder), dit=model)
 
 
-def longest_clip(run: DiTRun, network: VAEConfig) -> int:
-    """Tokens of the longest clip of the run's world. Raises ConfigError if no row can hold it, as it would be left out."""
+def longest_clip(run: DiTRun, network: VAEConfig) -> tuple[int, tuple[int, int, int]]:
+    """(tokens, (frames, height, width)) of the longest clip of the run's world.
+
+    Raises ConfigError if no row can hold it, as it would be left out.
+    """
     world = run.data.world
-    longest = max(
-        math.prod(pack.grid_shape(network.latent_shape(frames, *size), run.dit.patch))
+    tokens, size = max(
+        (math.prod(pack.grid_shape(network.latent_shape(frames, *size), run.dit.patch)), (frames, *size))
         for frames in world.frame_counts
         for size in world.frame_sizes
     )
-    if longest > run.pack.row_tokens:
+    if tokens > run.pack.row_tokens:
         raise config.ConfigError(
-            f"the world's longest clip has {longest} tokens and would be left out; "
+            f"the world's longest clip has {tokens} tokens and would be left out; "
             f"raise pack.row_tokens ({run.pack.row_tokens}) or make clips shorter or smaller"
         )
-    return longest
+    return tokens, size
 
 
 class Objective:
