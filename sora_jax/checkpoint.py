@@ -15,6 +15,7 @@ optax states, empty states and None come back exactly as `like` has them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,11 +47,18 @@ _NOT_THE_FILES = (
     "CANCELLED",
     "ABORTED",
 )
+# What the system says of a disk, when a library passes on its words alone.
+_OF_THE_DISK = ("No space left", "quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
+_PART_BYTES = 2**28  # of a device, that are read back at a time
 _MAX_PROBLEMS = 8  # an error that lists every parameter of a model hides what is wrong
 
 
 class CorruptCheckpointError(ValueError):
     """What is on disk is not what was saved."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written: the disk is full, read-only or away. Older checkpoints are as they were."""
 
 
 class Restored(NamedTuple):
@@ -108,14 +116,15 @@ class Description:
 def save(
     directory: str | os.PathLike[str], step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any], *, keep: int
 ) -> None:
-    """Writes directory/step and then deletes all but the newest `keep` steps. Returns when the step is on disk.
+    """Writes directory/step, reads it back, and then deletes all but the newest `keep` steps. Returns when all that is done.
 
     items maps a name to a tree of jax or numpy arrays; an item without arrays is fine. meta is JSON. A step appears all
     at once or not at all: a process killed in the middle leaves a temporary directory, which the next save removes. All
     processes call it; directory must be one that all of them see.
 
     Raises ValueError if the step exists, if keep < 1, if meta is not JSON, if a leaf is not a plain array, or if two
-    parameters share a name.
+    parameters share a name; SaveError, and leaves what was there, if the step could not be written or is not on disk what it
+    was in memory.
     """
     root = _root(directory)
     if keep < 1:
@@ -130,16 +139,45 @@ def save(
         "meta": _as_json(meta),
         "items": {name: _describe_arrays(arrays) for name, arrays in flat.items()},
     }
-    if jax.process_index() == 0:
-        for leftover in root.glob(_ORBAX_TEMPORARY) if root.exists() else ():
-            leftover.rmtree()
-    # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
-    ocp.save_checkpointables(root / str(step), stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
+    try:
+        _sweep(root)
+        # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
+        ocp.save_checkpointables(root / str(step), stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
+        wrong = _wrong(root / str(step), record, {name: _abstracts(arrays) for name, arrays in flat.items()})
+    except Exception as error:
+        if not _is_the_disk(error):
+            raise
+        with contextlib.suppress(OSError):
+            _sweep(root)
+        raise SaveError(_not_saved(root, step, _first_cause(error))) from error
+    if _on_any_process(bool(wrong)):
+        if jax.process_index() == 0:
+            _rename_aside(root, step)
+        raise SaveError(_not_saved(root, step, f"read back, {wrong[0] if wrong else 'it differs for another process'}"))
     if jax.process_index() == 0:
         for old in steps(root)[:-keep]:
             # A step below newer ones, as after a restart from an old step, must survive its own save.
             if old != step:
                 (root / str(old)).rmtree()
+
+
+def _sweep(root: epath.Path) -> None:
+    """Removes what saves that did not end have left."""
+    if jax.process_index() == 0:
+        for leftover in root.glob(_ORBAX_TEMPORARY) if root.exists() else ():
+            leftover.rmtree()
+
+
+def _not_saved(root: epath.Path, step: int, why: str) -> str:
+    good = [number for number in steps(root) if number != step]
+    kept = f"step {good[-1]} is the newest that is whole" if good else "there is no older one"
+    return f"step {step} could not be saved in {root} ({why}); {kept}; free space or mend the disk, and run again"
+
+
+def _is_the_disk(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, OSError) or any(words in str(cause) for words in _OF_THE_DISK) for cause in _chain(error)
+    )
 
 
 def _flatten(item: str, tree: PyTree) -> Flat:
@@ -284,8 +322,7 @@ def restore(directory: str | os.PathLike[str], like: Mapping[str, PyTree], step:
     Raises FileNotFoundError if there is no checkpoint, ValueError if it is not what `like` wants (naming every
     parameter that differs), CorruptCheckpointError if no good step is left.
     """
-    wanted = {name: _flatten(name, tree) for name, tree in like.items()}
-    wanted = {name: {path: _abstract(leaf) for path, leaf in arrays.items()} for name, arrays in wanted.items()}
+    wanted = {name: _abstracts(_flatten(name, tree)) for name, tree in like.items()}
 
     def read(step_directory: epath.Path) -> Restored:
         record = _read_record(step_directory)
@@ -309,10 +346,50 @@ def restore_nested(directory: str | os.PathLike[str], item: str, step: int | Non
     def read(step_directory: epath.Path) -> dict[str, Any]:
         record = _read_record(step_directory)
         _check_items(step_directory, record, [item])
-        wanted = {path: _numpy_like(dtype, shape) for path, (dtype, shape, *_) in record["items"][item].items()}
-        return _nest(_read_arrays(step_directory, record, {item: wanted})[item])
+        return _nest(_read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item])
 
     return _newest_good(_root(directory), step, read)
+
+
+def _wrong(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> list[str]:
+    """What is not as the record says, read back a part at a time; of a part that is damaged, each array by itself."""
+    found = []
+    for part in _parts(wanted):
+        try:
+            _read_arrays(step_directory, record, part)
+        except CorruptCheckpointError as error:
+            single = [{name: {path: leaf}} for name, flat in part.items() for path, leaf in flat.items()]
+            # Several processes read together, or not at all.
+            again = [] if len(single) == 1 or jax.process_count() > 1 else _wrong_alone(step_directory, record, single)
+            found += again or [str(error)]
+    return found
+
+
+def _wrong_alone(
+    step_directory: epath.Path, record: Mapping[str, Any], single: Sequence[Mapping[str, Flat]]
+) -> list[str]:
+    return [line for each in single for line in _wrong(step_directory, record, each)]
+
+
+def _parts(wanted: Mapping[str, Flat]) -> Iterator[dict[str, Flat]]:
+    """The wanted arrays in parts of at most _PART_BYTES a device, or of one array."""
+    part: dict[str, Flat] = {}
+    size = 0
+    for name, flat in wanted.items():
+        for path, leaf in flat.items():
+            shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.shape
+            bytes_ = int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+            if part and size + bytes_ > _PART_BYTES:
+                yield part
+                part, size = {}, 0
+            part.setdefault(name, {})[path] = leaf
+            size += bytes_
+    if part:
+        yield part
+
+
+def _abstracts(arrays: Flat) -> Flat:
+    return {path: _abstract(leaf) for path, leaf in arrays.items()}
 
 
 def _abstract(leaf: Any) -> Any:
@@ -356,16 +433,19 @@ def _on_any_process(flag: bool) -> bool:
 
 def _set_aside(root: epath.Path, damaged: Mapping[int, CorruptCheckpointError], good: int) -> None:
     for step, error in damaged.items():
-        target = root / f"{step}.corrupt"
-        again = 2
-        while target.exists():
-            target, again = root / f"{step}.corrupt-{again}", again + 1
         logging.warning("checkpoint %s/%d is damaged (%s); using step %d instead", root, step, error, good)
         if jax.process_index() == 0:
-            try:
-                (root / str(step)).rename(target)
-            except OSError as failure:  # a reader may lack the right, or the writer may have deleted the step by now
-                logging.warning("could not rename %s/%d to %s: %s", root, step, target.name, failure)
+            _rename_aside(root, step)
+
+
+def _rename_aside(root: epath.Path, step: int) -> None:
+    target, again = root / f"{step}.corrupt", 2
+    while target.exists():
+        target, again = root / f"{step}.corrupt-{again}", again + 1
+    try:
+        (root / str(step)).rename(target)
+    except OSError as failure:  # a reader may lack the right, or the writer may have deleted the step by now
+        logging.warning("could not rename %s/%d to %s: %s", root, step, target.name, failure)
 
 
 def _read_record(step_directory: epath.Path) -> dict[str, Any]:
@@ -425,8 +505,11 @@ def _item_problems(item: str, held: Mapping[str, Sequence[Any]], wanted: Flat) -
 def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> dict[str, Flat]:
     """The wanted arrays by item and path, in the order of `wanted`. Raises CorruptCheckpointError."""
     request = {name: _nest(_storable(arrays)) for name, arrays in wanted.items() if _storable(arrays)}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
-        loaded = ocp.load_checkpointables(step_directory, request) if request else {}
+        with context:
+            loaded = ocp.load_checkpointables(step_directory, request) if request else {}
     except Exception as error:
         if _is_damage(error):
             raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
@@ -533,15 +616,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     Checkpoints of plain orbax are described as far as orbax's own metadata goes.
     Raises FileNotFoundError if there is none, CorruptCheckpointError if its metadata is damaged.
     """
-    root = _root(path)
-    if _is_step(root):
-        step_directory = root
-        siblings = steps(root.parent) if root.name.isdecimal() else []
-    else:
-        siblings = steps(root)
-        if not siblings:
-            raise _nothing_there(root, None, siblings)
-        step_directory = root / str(siblings[-1])
+    step_directory, siblings = _located(path)
     items, meta = _items_and_meta(step_directory)
     return Description(
         path=str(step_directory),
@@ -551,6 +626,17 @@ def describe(path: str | os.PathLike[str]) -> Description:
         bytes_on_disk=_bytes_on_disk(step_directory),
         meta=meta,
     )
+
+
+def _located(path: str | os.PathLike[str]) -> tuple[epath.Path, list[int]]:
+    """The directory of a step, or of the newest step of a directory, and the numbers of all steps beside it."""
+    root = _root(path)
+    if _is_step(root):
+        return root, steps(root.parent) if root.name.isdecimal() else []
+    siblings = steps(root)
+    if not siblings:
+        raise _nothing_there(root, None, siblings)
+    return root / str(siblings[-1]), siblings
 
 
 def _root(directory: str | os.PathLike[str]) -> epath.Path:
@@ -590,7 +676,7 @@ def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayIn
 def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]:
     try:
         trees = ocp.checkpointables_metadata(step_directory).metadata
-    except ocp.errors.InvalidLayoutError:  # an old checkpoint of one tree without items
+    except ocp.errors.InvalidLayoutError:  # of one tree without items
         trees = {"state": ocp.metadata(step_directory).metadata}
     return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
 
@@ -611,6 +697,105 @@ def _bytes_on_disk(path: epath.Path) -> int:
     if path.is_dir():
         return sum(_bytes_on_disk(child) for child in path.iterdir())
     return path.stat().length
+
+
+# --- Read everything ---
+
+
+class Verified(NamedTuple):
+    """What verify found: wrong says what is not as it was saved, a line each. Without fingerprints arrays are only read."""
+
+    path: str
+    num_arrays: int
+    fingerprints: bool
+    wrong: tuple[str, ...]
+
+
+class Change(NamedTuple):
+    """How one array differs: the norm of the difference and that of the first, or None where only one has it or shapes differ."""
+
+    item: str
+    path: str
+    before: ArrayInfo | None
+    after: ArrayInfo | None
+    norms: tuple[float, float] | None
+
+
+def verify(path: str | os.PathLike[str]) -> Verified:
+    """Reads every array of a step, or of the newest step of a directory, and holds it against its fingerprint.
+
+    Raises FileNotFoundError if there is no checkpoint.
+    """
+    step_directory, _ = _located(path)
+    try:
+        record = _read_record(step_directory)
+    except CorruptCheckpointError as error:
+        return Verified(str(step_directory), 0, True, (str(error),))
+    except ValueError:
+        record = None
+    if record is None:  # of plain orbax
+        try:
+            found = {name: _plain_arrays_of(step_directory, name) for name in _plain_items(step_directory)}
+        except Exception as error:
+            return Verified(str(step_directory), 0, False, (_first_cause(error),))
+        return Verified(str(step_directory), sum(map(len, found.values())), False, ())
+    wanted = {name: _numpy_likes(arrays) for name, arrays in record["items"].items()}
+    wrong = _wrong(step_directory, record, wanted)
+    return Verified(str(step_directory), sum(map(len, wanted.values())), True, tuple(wrong))
+
+
+def changes(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[Change]:
+    """The arrays in which two checkpoints differ, one item in memory at a time. Raises as describe, and for damaged arrays."""
+    (before, _), (after, _) = _located(one), _located(other)
+    items = _items_and_meta(before)[0], _items_and_meta(after)[0]
+    found = []
+    for item in dict.fromkeys((*items[0], *items[1])):
+        infos = [{info.path: info for info in each.get(item, ())} for each in items]
+        arrays = [
+            _item_arrays(where, item) if item in each else {}
+            for where, each in zip((before, after), items, strict=True)
+        ]
+        for path in dict.fromkeys((*infos[0], *infos[1])):
+            was, now = infos[0].get(path), infos[1].get(path)
+            if was is None or now is None or was.shape != now.shape:
+                found.append(Change(item, path, was, now, None))
+                continue
+            first, second = (np.asarray(flat[path], np.float64) for flat in arrays)
+            if was.dtype != now.dtype or not np.array_equal(first, second, equal_nan=True):
+                norms = float(np.linalg.norm(second - first)), float(np.linalg.norm(first))
+                found.append(Change(item, path, was, now, norms))
+    return found
+
+
+def _item_arrays(step_directory: epath.Path, item: str) -> Flat:
+    """The arrays of one item in host memory, verified where there are fingerprints."""
+    try:
+        record = _read_record(step_directory)
+    except CorruptCheckpointError:
+        raise
+    except ValueError:
+        return _plain_arrays_of(step_directory, item)
+    return _read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item]
+
+
+def _numpy_likes(arrays: Mapping[str, Sequence[Any]]) -> Flat:
+    return {path: _numpy_like(dtype, shape) for path, (dtype, shape, *_) in arrays.items()}
+
+
+def _plain_arrays_of(step_directory: epath.Path, item: str) -> Flat:
+    """One item of a checkpoint that plain orbax wrote, in host memory, whatever devices it was on."""
+
+    def on_host(leaf: Any) -> Any:
+        return _numpy_like(leaf.dtype, leaf.shape) if hasattr(leaf, "shape") else leaf
+
+    try:
+        metadata = ocp.checkpointables_metadata(step_directory).metadata[item]
+    except ocp.errors.InvalidLayoutError:  # of one tree without items
+        tree = ocp.load(step_directory, jax.tree.map(on_host, ocp.metadata(step_directory).metadata))
+    else:
+        tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
 # --- Show ---
@@ -636,6 +821,36 @@ def format_description(description: Description, depth: int | None = 2) -> str:
     rows.append(("total", "", "", f"{description.num_parameters():,}", _megabytes(description.num_bytes())))
     meta = _outline(description.meta, 0) if description.meta else ["(none)"]
     return "\n".join([*head, "", *_aligned(rows), "", "meta", *(f"  {line}" for line in meta)])
+
+
+def format_changes(found: Sequence[Change], depth: int | None = 2) -> str:
+    """A table of changed arrays, those of a module deeper than depth summed. None shows every array."""
+    if not found:
+        return "no array differs"
+    groups: dict[str, list[Change]] = {}
+    for change in found:
+        parts = (change.item, *change.path.split("/"))
+        groups.setdefault("/".join(parts if depth is None else parts[: depth + 1]), []).append(change)
+    rows: list[tuple[str, ...]] = [("changed", "arrays", "relative change", "")]
+    for name in groups:
+        members = groups[name]
+        norms = [change.norms for change in members if change.norms is not None]
+        moved, was = (
+            (sum(value**2 for value in column) ** 0.5 for column in zip(*norms, strict=True)) if norms else (0, 0)
+        )
+        words = {_told(change) for change in members if change.norms is None}
+        told = "; ".join(sorted(words)[:2]) + (f"; and {len(words) - 2} more" if len(words) > 2 else "")
+        rows.append((name, str(len(members)), f"{moved / was:.2e}" if was else "" if not norms else "from 0", told))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _told(change: Change) -> str:
+    if change.before is None or change.after is None:
+        return "only in the second" if change.before is None else "only in the first"
+    return f"{list(change.before.shape)} became {list(change.after.shape)}"
 
 
 def _rows(name: str, node: Any, level: int, depth: int | None) -> Iterator[tuple[str, ...]]:

@@ -384,6 +384,70 @@ def test_a_digest_tells_steps_by_what_they_hold(tmp_path):
         checkpoint.digest(tmp_path / "nothing")
 
 
+def test_verify_names_every_damaged_array_and_no_other(tmp_path):
+    save(tmp_path, 1, make_items())
+    assert checkpoint.verify(tmp_path) == (str(tmp_path / "1"), 11, True, ())
+    flip_bit(data_file(tmp_path, 1, "ema"))
+    flip_bit(data_file(tmp_path, 1, "params"))
+    verified = checkpoint.verify(tmp_path / "1")
+    assert [line.split(": ")[1].split(" is")[0] for line in verified.wrong] == [
+        "params/blocks/0/kernel",
+        "ema/blocks/0/kernel",
+    ]
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("{")
+    assert "cannot be read" in checkpoint.verify(tmp_path).wrong[0]
+
+
+def test_verify_reads_what_plain_orbax_wrote(tmp_path):
+    tree = {"a": jnp.ones((300, 400)), "b": jnp.zeros(2)}
+    checkpoint.ocp.save(tmp_path / "plain", tree)
+    assert checkpoint.verify(tmp_path / "plain") == (str(tmp_path / "plain"), 2, False, ())
+    for file in (tmp_path / "plain").rglob("d/*"):
+        os.truncate(file, 5)
+    assert len(checkpoint.verify(tmp_path / "plain").wrong) == 1
+
+
+def test_verify_reads_in_parts(tmp_path, monkeypatch):
+    read, parts = checkpoint._read_arrays, []
+    monkeypatch.setattr(checkpoint, "_PART_BYTES", 40_000)
+    monkeypatch.setattr(checkpoint, "_read_arrays", lambda *given: parts.append(given[2]) or read(*given))
+    save(tmp_path, 1, make_items())
+    sizes = [[x.size * x.dtype.itemsize for flat in part.values() for x in flat.values()] for part in parts]
+    assert sum(map(len, sizes)) == 11 and len(sizes) == 4 and max(map(sum, sizes)) <= 40_000
+
+
+def test_a_step_that_is_not_read_back_as_it_was_costs_no_older_one(tmp_path, monkeypatch):
+    items = make_items()
+    save(tmp_path, 1, items)
+    write = checkpoint.ocp.save_checkpointables
+
+    def write_wrong(*arguments, **settings):
+        write(*arguments, **settings)
+        flip_bit(data_file(tmp_path, 2, "ema"))
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", write_wrong)
+    with pytest.raises(checkpoint.SaveError, match=r"step 2 .*ema/blocks/0/kernel.*step 1 is the newest that is whole"):
+        save(tmp_path, 2, items, keep=1)
+    assert checkpoint.steps(tmp_path) == [1] and (tmp_path / "2.corrupt").is_dir()
+
+
+def test_changes_are_told_by_norm_and_by_shape(tmp_path):
+    one, other = make_items(), make_items()
+    other["ema"]["blocks"][0]["kernel"] = 1.01 * one["ema"]["blocks"][0]["kernel"]
+    other["params"]["scale"] = jnp.zeros(3)
+    other["new"] = {"x": jnp.ones(2)}
+    save(tmp_path / "a", 1, one)
+    save(tmp_path / "b", 1, one)
+    save(tmp_path / "c", 1, other)
+    assert checkpoint.changes(tmp_path / "a", tmp_path / "b") == []
+    found = {f"{change.item}/{change.path}": change for change in checkpoint.changes(tmp_path / "a", tmp_path / "c")}
+    assert set(found) == {"ema/blocks/0/kernel", "params/scale", "new/x"}
+    moved, was = found["ema/blocks/0/kernel"].norms
+    assert moved / was == pytest.approx(0.01, rel=1e-4)
+    table = checkpoint.format_changes(list(found.values()), depth=1)
+    assert "1.00e-02" in table and "[] became [3]" in table and "only in the second" in table
+
+
 def test_describe_reads_no_arrays(tmp_path):
     items = make_items()
     save(tmp_path, 1, items)
