@@ -20,7 +20,7 @@ from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
 from sora_jax.study import judgement, report, scaling
-from sora_jax.train import dit, loop, progress, vae
+from sora_jax.train import dit, lock, loop, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
@@ -29,9 +29,14 @@ SHOWN_PAIRS = 8
 def run(study: StudyRun, workdir: Path, command: str) -> Path:
     """Train what is not trained yet, judge, and write workdir/report.html and report.json; returns the page.
 
-    A DiT stage whose vae_checkpoint is the name of another stage works with that stage's VAE.
+    A DiT stage whose vae_checkpoint is the name of another stage works with that stage's VAE. Raises as loop.fit does.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    with lock.locked(workdir):
+        return _run(study, workdir, command)
+
+
+def _run(study: StudyRun, workdir: Path, command: str) -> Path:
     clock = Clock(workdir / "seconds.json")
     for name in study.order:
         with clock.measure(name):

@@ -1,0 +1,121 @@
+"""One work dir, one writer: a file in it names the process that writes there.
+
+The holder touches the file every few seconds. A lock is stale, and taken over, if its process is gone from this host, or if its
+host has not touched it for STALE seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sora_jax import processes
+from sora_jax.config import ConfigError
+
+NAME = "lock"
+TOUCH = 10.0  # seconds
+STALE = 120.0
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the lock of a work dir; of several processes of one run the first does. Raises ConfigError if another run holds it."""
+    if not processes.is_first():
+        yield
+        return
+    path = workdir / NAME
+    _take(path)
+    ended = threading.Event()
+    touching = threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True)
+    touching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        touching.join()
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _take(path: Path) -> None:
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    # Linked to its name when it is whole: nobody reads half of it, and of two only one succeeds.
+    whole = path.with_name(f"{NAME}.{mine['host']}.{mine['pid']}")
+    whole.write_text(json.dumps(mine))
+    try:
+        while True:
+            try:
+                os.link(whole, path)
+                return
+            except FileExistsError:
+                _clear(path)
+    finally:
+        whole.unlink()
+
+
+def _clear(path: Path) -> None:
+    """Removes a stale lock. Raises ConfigError for one that is held."""
+    try:
+        content, age = path.read_text(), _age(path)
+    except FileNotFoundError:
+        return
+    try:
+        holder = json.loads(content)
+        host, pid, started = holder["host"], int(holder["pid"]), holder["started"]
+    except (ValueError, KeyError, TypeError):
+        host, pid, started = "?", -1, None
+    gone = _started(pid) != started if host == socket.gethostname() else age > STALE
+    if not gone:
+        raise ConfigError(
+            f"{path.parent} is being written by process {pid} on {host}; wait for it, stop it, or choose another --workdir "
+            f"(if there is no such process, remove {path})"
+        )
+    # Renamed first: of two processes that find it stale, one alone removes it, and never the other's new one.
+    aside = path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.stale")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if aside.read_text() != content:
+            aside.rename(path)
+            return
+        aside.unlink()
+        logging.warning("%s was left by process %d on %s, which is gone; taken over", path, pid, host)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of its file system."""
+    probe = path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.clock")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _started(pid: int) -> Any:
+    """What tells a process from a later one with its number: when it began, in ticks since boot; None if there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass
+    if Path("/proc/self/stat").exists() or pid < 0:
+        return None
+    try:  # no /proc, as on macOS: that it lives must do
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def _touch(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(TOUCH):
+        with contextlib.suppress(OSError):
+            os.utime(path)
