@@ -90,6 +90,7 @@ def loop(
             keep=2,
             ema=0.99,
             max_bad_steps=50,
+            max_failed_saves=0,
         )
     )
 

@@ -76,7 +76,8 @@ class LoopConfig:
     """Length of a run and how often it logs, saves, evaluates and draws samples (in steps; 0 = only at the end).
 
     ema is the decay of the averaged weights at full length of its window; keep is how many checkpoints stay; a run stops
-    after max_bad_steps steps in a row whose loss or gradient was not finite.
+    after max_bad_steps steps in a row whose loss or gradient was not finite, and when more than max_failed_saves checkpoints in
+    a row could not be written.
     """
 
     steps: int
@@ -87,12 +88,18 @@ class LoopConfig:
     keep: int
     ema: float
     max_bad_steps: int
+    max_failed_saves: int
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1 or self.keep < 1 or self.max_bad_steps < 1:
             raise ValueError("loop: steps, log_every, keep and max_bad_steps must be at least 1")
-        if min(self.save_every, self.evaluate_every, self.sample_every) < 0 or not 0 <= self.ema < 1:
-            raise ValueError("loop: save_every, evaluate_every and sample_every must not be negative and ema in [0, 1)")
+        if (
+            min(self.save_every, self.evaluate_every, self.sample_every, self.max_failed_saves) < 0
+            or not 0 <= self.ema < 1
+        ):
+            raise ValueError(
+                "loop: save_every, evaluate_every, sample_every and max_failed_saves must not be negative and ema in [0, 1)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +268,10 @@ def from_config_dict(tree: Any) -> Run:
 
 
 # Keys that configs did not always have, with what was done before.
-ADDED: dict[str, dict[str, Any]] = {"dit": {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}}
+ADDED: dict[str, dict[str, Any]] = {
+    "vae": {"loop.max_failed_saves": 0},
+    "dit": {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1, "loop.max_failed_saves": 0},
+}
 
 
 def from_stored(tree: Any) -> Run:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sora_jax.diffusion.sampler import SamplerConfig
     from sora_jax.generate.pipeline import Pipeline
 
-USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+USER_ERROR, RUN_ERROR, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 LOST = 75  # processes.LOST, known here without jax
 SUFFIXES = (".mp4", ".gif", ".png")
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
@@ -66,7 +66,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = RUN_ERROR
-    if code == INTERRUPTED or (code and _one_of_several()):
+    if code in (INTERRUPTED, TERMINATED) or (code and _one_of_several()):
         # Saves are atomic, so nothing is lost; but orbax's threads would wait minutes for one that was cut short, and jax for
         # the other processes, which wait for this one.
         sys.stdout.flush()
@@ -439,12 +439,14 @@ def _add_inspect(verbs: Any) -> None:
         "inspect",
         inspect,
         "show what a checkpoint holds",
-        "Show a checkpoint's step, arrays (shapes, dtypes, counts) and config.\n"
-        "Reads no array and takes no accelerator.",
+        "Show a checkpoint's step, arrays (shapes, dtypes, counts) and config, verify it, or compare it with another.\n"
+        "Takes no accelerator, and without --verify and --diff reads no array.",
         """examples:
   sora-jax inspect runs/quickstart/dit
   sora-jax inspect runs/quickstart/dit/1600 --depth=-1
-  sora-jax inspect runs/quickstart/vae --json | jq .num_parameters""",
+  sora-jax inspect runs/quickstart/vae --json | jq .num_parameters
+  sora-jax inspect runs/quickstart/dit --verify
+  sora-jax inspect runs/a --diff=runs/b --depth=3""",
     )
     parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
     parser.add_argument(
@@ -454,8 +456,19 @@ def _add_inspect(verbs: Any) -> None:
         metavar="N",
         help="levels of modules that get a row of their own, -1 for every array (default: %(default)s)",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--json", action="store_true", help="print all of it, every array, as JSON (default: a page of text)"
+    )
+    what.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every array and hold it against its fingerprint; exits with 1 if one differs (default: read none)",
+    )
+    what.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="show what changed from PATH to OTHER: meta, and arrays by norm (default: show PATH)",
     )
 
 
@@ -696,7 +709,7 @@ def _value_at(tree: ConfigDict, override: str) -> Any:
 def train(arguments: argparse.Namespace) -> None:
     """Trains the stage of --config in --workdir, or goes on with it."""
     run = load_run(arguments.config, arguments.overrides)
-    from sora_jax import checkpoint, config, processes
+    from sora_jax import checkpoint, config, processes, signals
     from sora_jax.train import loop
 
     if isinstance(run, config.StudyRun):
@@ -706,20 +719,26 @@ def train(arguments: argparse.Namespace) -> None:
         )
     _make_folder(arguments.workdir)
     try:
-        with _meeting(arguments):
+        with _meeting(arguments), signals.handled():
             task = _task(run, arguments.workdir)
             with _errors_for_users():
                 loop.fit(task, arguments.workdir)
-    except loop.DivergedError as error:
+    except (loop.DivergedError, checkpoint.SaveError) as error:
         raise Failure(error, RUN_ERROR) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         step = checkpoint.latest_step(arguments.workdir)
-        kept = "nothing was saved yet (see config.loop.save_every), the same command starts anew"
+        kept = "nothing was saved yet, the same command starts anew"
         raise Failure(
-            f"interrupted; {kept if step is None else f'the same command resumes from step {step}'}", INTERRUPTED
+            f"{_interrupted(interrupt)}; {kept if step is None else f'the same command resumes from step {step}'}",
+            getattr(interrupt, "code", INTERRUPTED),
         ) from None
     if processes.is_first():
         print(f"trained: {arguments.workdir}")
+
+
+def _interrupted(error: KeyboardInterrupt) -> str:
+    """'stopped by SIGTERM', or 'interrupted' where signals were not handled."""
+    return str(error) or "interrupted"
 
 
 @contextlib.contextmanager
@@ -731,13 +750,18 @@ def _meeting(arguments: argparse.Namespace) -> Iterator[None]:
         return
     if None in given and not arguments.distributed:
         raise Failure("--coordinator, --processes and --process go together; or give --distributed")
-    from sora_jax import processes
+    from sora_jax import processes, signals
 
     try:
         processes.start(*given)
     except (RuntimeError, ValueError) as error:
         raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
-    yield
+    try:
+        yield
+    except signals.Stopped:
+        # This process ends without jax's own leave-taking, which ends the others' if it comes first.
+        processes.leave(together=True)
+        raise
     processes.leave()
 
 
@@ -762,7 +786,7 @@ def _variants(name: str, stages: Iterable[str]) -> str:
 def study(arguments: argparse.Namespace) -> None:
     """Trains the stages of --config in --workdir, or goes on with them, and writes the report."""
     run = load_run(arguments.config, arguments.overrides)
-    from sora_jax import config, sharding
+    from sora_jax import checkpoint, config, sharding, signals
     from sora_jax.train import loop
 
     if not isinstance(run, config.StudyRun):
@@ -779,13 +803,13 @@ def study(arguments: argparse.Namespace) -> None:
         return
     _make_folder(arguments.workdir)
     try:
-        with _errors_for_users():
+        with _errors_for_users(), signals.handled():
             runner.run(run, arguments.workdir, arguments.command)
-    except loop.DivergedError as error:
+    except (loop.DivergedError, checkpoint.SaveError) as error:
         raise Failure(error, RUN_ERROR) from error
-    except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from the newest checkpoint of each stage"
-        raise Failure(message, INTERRUPTED) from None
+    except KeyboardInterrupt as interrupt:
+        message = f"{_interrupted(interrupt)}; the same command goes on from the newest checkpoint of each stage"
+        raise Failure(message, getattr(interrupt, "code", INTERRUPTED)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1121,17 +1145,39 @@ def _manifest(
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints what a checkpoint holds."""
+    """Prints what a checkpoint holds, whether it is whole, or how it differs from another."""
     # A look at a checkpoint must not claim the chips of the run that writes it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     prepare_jax()
-    from sora_jax import checkpoint
+    from sora_jax import checkpoint, config
 
+    depth = None if arguments.depth < 0 else arguments.depth
     _refuse_file(arguments.path)
+    if arguments.verify:
+        with _errors_for_users(ValueError):
+            verified = checkpoint.verify(arguments.path)
+        if verified.wrong:
+            raise Failure(f"{verified.path} is damaged: {'; '.join(verified.wrong)}", RUN_ERROR)
+        how = (
+            "are what was saved"
+            if verified.fingerprints
+            else "can be read; it has no fingerprints to hold them against"
+        )
+        print(f"{verified.path}: all {verified.num_arrays} arrays {how}")
+        return
     with _errors_for_users(ValueError):
         description = checkpoint.describe(arguments.path)
+    if arguments.diff is not None:
+        _refuse_file(arguments.diff)
+        with _errors_for_users(ValueError):
+            other = checkpoint.describe(arguments.diff)
+            found = checkpoint.changes(arguments.path, arguments.diff)
+        for line in config.differences(description.meta, other.meta):
+            print(line)
+        print(checkpoint.format_changes(found, depth))
+        return
     if not arguments.json:
-        print(checkpoint.format_description(description, None if arguments.depth < 0 else arguments.depth))
+        print(checkpoint.format_description(description, depth))
         return
     counts = {name: description.num_parameters(name) for name in description.items}
     print(json.dumps(dataclasses.asdict(description) | {"num_parameters": counts}, indent=2))

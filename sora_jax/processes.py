@@ -73,10 +73,29 @@ def several() -> bool:
     return _watch is not None
 
 
-def leave() -> None:
-    """Every process at its end: the others must not take it for lost."""
+def leave(together: bool = False) -> None:
+    """Every process at its end: the others must not take it for lost. together: wait until all are there."""
     if _watch is not None:
         _watch.stop()
+        if together:
+            jax.distributed.shutdown()
+
+
+def ask_to_stop(number: int) -> None:
+    """Asks all processes to stop for a signal that this one got. Called by a signal handler."""
+    if _watch is not None:
+        _watch.asked = number
+
+
+def stepping(number: int | None) -> None:
+    """From now on this process makes steps, of which `number` are done; None: no more."""
+    if _watch is not None:
+        _watch.stepping(number)
+
+
+def stop_after(number: int) -> int | None:
+    """The signal for which all processes stop after step `number`; None if they go on. Each must ask before each step."""
+    return None if _watch is None else _watch.stop_after(number)
 
 
 def lost(reason: object) -> None:
@@ -150,12 +169,21 @@ def _client() -> Any:
 
 
 class _Watch(threading.Thread):
-    """Tells the others each second that this process lives, and looks whether they do."""
+    """Tells the others each second that this process lives, looks whether they do, and agrees with them on where to stop.
+
+    When one is asked to stop, each tells how many steps it has begun and begins none beyond that before all have told; then all
+    go on to the most that any has begun, as a step that one has begun waits for all.
+    """
 
     def __init__(self, index: int, count: int) -> None:
         super().__init__(name="heartbeats", daemon=True)
         self.index, self.others = index, [other for other in range(count) if other != index]
+        self.asked: int | None = None  # the signal that this process got
         self._stopped = threading.Event()
+        self._turn = threading.Condition()
+        self._begun: int | None = None
+        self._told = False
+        self._agreed: tuple[int, int] | None = None  # after which step, and the signal
 
     def run(self) -> None:
         client, number = _client(), 0
@@ -165,6 +193,7 @@ class _Watch(threading.Thread):
             try:
                 client.key_value_set(f"sora_jax/beat/{self.index}", str(number), allow_overwrite=True)
                 beats = {key.rpartition("/")[2]: value for key, value in client.key_value_dir_get("sora_jax/beat/")}
+                self._agree(client)
             except Exception as error:  # the coordinator is gone, and with it the first process
                 if not self._stopped.is_set():
                     lost(
@@ -177,6 +206,40 @@ class _Watch(threading.Thread):
                     seen[other] = beat, time.monotonic()
                 elif beat not in ("", "left") and time.monotonic() - since > PATIENCE:
                     lost(f"process {self.index}: process {other} has given no sign of life for {PATIENCE:.0f} s")
+
+    def _agree(self, client: Any) -> None:
+        if self._agreed is not None:
+            return
+        if self.asked is not None:
+            client.key_value_set("sora_jax/stop/signal", str(self.asked), allow_overwrite=True)
+        told = {key.rpartition("/")[2]: int(value) for key, value in client.key_value_dir_get("sora_jax/stop/")}
+        number = told.pop("signal", None)
+        if number is None:
+            return
+        with self._turn:
+            if self._begun is None:
+                # Between stages nothing is lost; and what another process waits for can hold the main thread for long.
+                os.write(2, f"process {self.index}: stopped before a step was begun\n".encode())
+                os._exit(128 + number)
+            if not self._told:
+                self._told, told[str(self.index)] = True, self._begun
+                client.key_value_set(f"sora_jax/stop/{self.index}", str(self._begun), allow_overwrite=True)
+            if len(told) == len(self.others) + 1:
+                self._agreed = max(told.values()), number
+                self._turn.notify_all()
+
+    def stepping(self, number: int | None) -> None:
+        with self._turn:
+            self._begun = number
+
+    def stop_after(self, number: int) -> int | None:
+        with self._turn:
+            if not self._told:
+                self._begun = number + 1
+                return None
+            self._turn.wait_for(lambda: self._agreed is not None)
+            last, asked = self._agreed  # type: ignore[misc]
+            return asked if number >= last else None
 
     def stop(self) -> None:
         self._stopped.set()

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sora_jax"
 FLOORS = [
     {"structs"},
     {"processes"},
-    {"sharding"},
+    {"sharding", "signals"},
     {"nn"},
     {"models"},
     {"diffusion", "data"},

@@ -40,8 +40,8 @@ def stop_after(monkeypatch, steps):
     """Break the run right after the save of step `steps`."""
     save = loop._save
 
-    def save_then_stop(task, workdir, state, source, seconds):
-        save(task, workdir, state, source, seconds)
+    def save_then_stop(task, workdir, state, *rest):
+        save(task, workdir, state, *rest)
         if int(state.step) == steps:
             raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ DATA = dict(world=WORLD, train_clips=8, heldout_clips=2)
 OPTIMIZER = dict(
     name="adamw", rate=1e-3, adam_rate=1e-3, warmup_steps=1, decay="constant", weight_decay=0.0, clip_norm=1.0
 )
-LOOP = dict(steps=2, log_every=1, save_every=0, evaluate_every=0, sample_every=0, keep=1, ema=0.9, max_bad_steps=5)
+LOOP = dict(
+    steps=2, log_every=1, save_every=0, evaluate_every=0, sample_every=0, keep=1, ema=0.9, max_bad_steps=5, max_failed_saves=0
+)
 MESH = dict(data=0, fsdp=1, tensor=1, sequence=1)
 TEXT = dict(vocab_size=64, width=16, layers=1, heads=2, mlp_width=16, max_tokens=16, dtype="float32")
 
@@ -587,6 +590,20 @@ def test_inspect_shows_text_or_json(trained, capsys):
     count = sum(math.prod(array["shape"]) for array in found["items"]["ema"])
     assert found["num_parameters"]["ema"] == count > 0
     assert found["meta"]["config"]["task"] == "dit"
+
+
+def test_inspect_verifies_and_compares(trained, tmp_path, capsys):
+    assert main.run(["inspect", str(trained), "--verify"]) == 0
+    assert "arrays are what was saved" in capsys.readouterr().out
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    assert main.run(["inspect", str(trained), f"--diff={copy}"]) == 0
+    assert capsys.readouterr().out == "no array differs\n"
+    data = max((copy / "3").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    bits = bytearray(data.read_bytes())
+    bits[len(bits) // 2] ^= 4
+    data.write_bytes(bits)
+    assert f"{copy / '3'} is damaged" in refusal(capsys, "inspect", copy, "--verify", code=1)
 
 
 # Process -------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Runs small enough for tests, in worlds of one frame size."""
+"""Runs small enough for tests, in worlds of one frame size; also a config file: --config=tests/tiny.py:vae."""
 
 import dataclasses
 import json
 
 import quickstart
+from ml_collections import ConfigDict
 
 from sora_jax import config
 
@@ -15,22 +16,40 @@ def _world(tree):
     tree["holdout_fraction"] = 0.2
 
 
+def get_config(arg):
+    """The tree of a run on all devices: 'vae' or 'dit'."""
+    tree = {"vae": _vae, "dit": _dit}[arg]()
+    return ConfigDict(tree | {"mesh": {"data": 0, "fsdp": 1, "tensor": 1, "sequence": 1}})
+
+
 def vae_run(**loop):
+    return _run(_vae(), loop)
+
+
+def dit_run(vae_checkpoint, **loop):
+    return _run(_dit() | {"vae_checkpoint": str(vae_checkpoint)}, loop)
+
+
+def _run(tree, loop):
+    tree["loop"] |= loop
+    return config.from_config_dict(tree)
+
+
+def _vae():
     tree = quickstart.get_config("vae").to_dict()
     _world(tree["data"]["world"])
     tree["data"]["world"]["frame_counts"] = (5,)
     tree["data"] |= {"train_clips": 24, "heldout_clips": 4}
     tree["vae"] |= {"widths": (16,), "blocks": (1,), "channels": 8}
     tree["vae_train"] |= {"batch": 8, "crop": (5, 32, 32)}
-    tree["loop"] |= {"steps": 4, "log_every": 2} | loop
+    tree["loop"] |= {"steps": 4, "log_every": 2}
     tree["mesh"] = MESH
-    return config.from_config_dict(tree)
+    return tree
 
 
-def dit_run(vae_checkpoint, **loop):
+def _dit():
     tree = quickstart.get_config("dit").to_dict()
     _world(tree["data"]["world"])
-    tree["vae_checkpoint"] = str(vae_checkpoint)
     tree["data"] |= {"train_clips": 24, "heldout_clips": 4}
     tree["text"] |= {"encoder": "scratch"}
     tree["text"]["scratch"] |= {"vocab_size": 256, "width": 16, "layers": 1, "heads": 2, "mlp_width": 16}
@@ -38,9 +57,9 @@ def dit_run(vae_checkpoint, **loop):
     tree["pack"] |= {"rows": 8, "row_tokens": 40, "row_slots": 8, "row_text": 128, "window": 24}
     tree["loader"] |= {"known_frames": 0.9}
     tree["sampler"] |= {"steps": 2}
-    tree["loop"] |= {"steps": 4, "log_every": 2} | loop
+    tree["loop"] |= {"steps": 4, "log_every": 2}
     tree["mesh"] = MESH
-    return config.from_config_dict(tree)
+    return tree
 
 
 def study(**loop):

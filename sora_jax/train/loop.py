@@ -5,13 +5,14 @@ A task says what is trained (weights, loss), on what (batches) and how it is jud
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ import optax
 from jax import Array
 
 import sora_jax
-from sora_jax import checkpoint, config, processes, sharding
+from sora_jax import checkpoint, config, processes, sharding, signals
 from sora_jax.structs import Share, TrainState
-from sora_jax.train import optimizer, progress
+from sora_jax.train import lock, optimizer, progress
 
 # (params, rest, batch, key) -> (loss, metrics): pure; key is made from (seed, step).
 Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
@@ -51,6 +52,13 @@ class Task(Protocol):
     def sample(self, state: TrainState, path: Path) -> None: ...
 
     def finish(self, state: TrainState) -> TrainState: ...
+
+
+class Past(NamedTuple):
+    """Of a run that is resumed: seconds spent, and whether what was due after its last step was evaluated and sampled."""
+
+    seconds: float = 0.0
+    judged: bool = True
 
 
 class DivergedError(RuntimeError):
@@ -122,16 +130,18 @@ def versions() -> dict[str, str]:
 def fit(task: Task, workdir: Path) -> TrainState:
     """Train to the end of the run, from the newest checkpoint in workdir if there is one; returns the last state.
 
-    Raises ConfigError if the work dir holds a run of another config, DivergedError if steps stay bad.
+    Raises ConfigError if the work dir holds a run of another config or another process writes there, checkpoint.SaveError if
+    more saves in a row fail than loop.max_failed_saves, DivergedError if steps stay bad, and, inside
+    signals.handled, Stopped once the state is saved.
     """
     run, loop = task.run, task.run.loop
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.mesh)
     tx = optimizer.make(run.optimizer, loop.steps)
-    with jax.set_mesh(mesh):
+    with lock.locked(workdir), jax.set_mesh(mesh):
         state = new_state(task, tx, mesh)
         source = task.batches(sharding.share(mesh, task.rows))
-        state, seconds = _resume(task, workdir, state, source)
+        state, past = _resume(task, workdir, state, source)
         if processes.is_first():
             (workdir / "config.json").write_text(config.to_json(run))
         if int(state.step) >= loop.steps:
@@ -139,42 +149,71 @@ def fit(task: Task, workdir: Path) -> TrainState:
             return state
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed), donate_argnums=0)
         with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
-            state = _run(task, workdir, state, source, step, report, seconds)
+            state = _run(task, workdir, state, source, step, report, past)
     return state
 
 
-def _run(
-    task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, seconds: float
-) -> TrainState:
+def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, past: Past) -> TrainState:
     loop = task.run.loop
     mesh = jax.sharding.get_mesh()
-    number, bad_in_a_row = int(state.step), 0
+    number, bad_in_a_row, saved, failed = int(state.step), 0, int(state.step), 0
     began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
-    while number < loop.steps:
-        batch, host_metrics = next(source)
-        state, metrics = step(state, sharding.place_rows(batch, mesh, task.rows))
-        number += 1
-        window.add(metrics, host_metrics)
-        last = number == loop.steps
-        if number % loop.log_every == 0 or last:
-            line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
-            bad_in_a_row = bad_in_a_row + int(line["bad_steps"]) if line["bad_steps"] == line["steps"] else 0
-            report.train(number, line)
-            if bad_in_a_row >= loop.max_bad_steps:
-                raise DivergedError(
-                    f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; lower optimizer.rate"
-                )
+
+    def save(judged: bool = True) -> None:
+        _save(task, workdir, state, source, past.seconds + time.perf_counter() - began, judged)
+
+    with signals.held(number):
+        if not past.judged:
+            _judge(task, workdir, state, number, report)
+        while number < loop.steps:
+            if stop := signals.stop_after(number):
+                if number > saved:
+                    save()
+                raise stop
+            batch, host_metrics = next(source)
+            state, metrics = step(state, sharding.place_rows(batch, mesh, task.rows))
+            number += 1
+            window.add(metrics, host_metrics)
+            last = number == loop.steps
+            if number % loop.log_every == 0 or last:
+                line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
+                bad_in_a_row = bad_in_a_row + int(line["bad_steps"]) if line["bad_steps"] == line["steps"] else 0
+                report.train(number, line)
+                if bad_in_a_row >= loop.max_bad_steps:
+                    raise DivergedError(
+                        f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; "
+                        "lower optimizer.rate"
+                    )
+            try:
+                _judge(task, workdir, state, number, report)
+            except signals.Stopped:
+                save(judged=False)
+                raise
+            if last:
+                state = task.finish(state)
+            if _due(number, loop.save_every, last):
+                try:
+                    save()
+                    saved, failed = number, 0
+                except checkpoint.SaveError as error:
+                    failed += 1
+                    if last or failed > loop.max_failed_saves:
+                        raise
+                    logging.error("%s; going on (%d of %d times in a row)", error, failed, loop.max_failed_saves)
+    return state
+
+
+def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: Any) -> None:
+    """Evaluation and samples after step `number`, if they are due. A signal may cut them short, but for the last ones."""
+    loop = task.run.loop
+    last = number == loop.steps
+    with contextlib.nullcontext() if last else signals.abandonable():
         if _due(number, loop.evaluate_every, last):
             report.evaluation(
                 number, task.evaluate(state) | {"total_flops": task.flops_before + number * task.flops_per_step}
             )
         if _due(number, loop.sample_every, last):
             task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
-        if last:
-            state = task.finish(state)
-        if _due(number, loop.save_every, last):
-            _save(task, workdir, state, source, seconds + time.perf_counter() - began)
-    return state
 
 
 def _due(number: int, every: int, last: bool) -> bool:
@@ -185,23 +224,24 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "ema": state.ema, "rest": state.rest, "opt_state": state.opt_state}
 
 
-def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: float) -> None:
+def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: float, judged: bool) -> None:
     number = int(state.step)
     meta = {
         "config": config.to_dict(task.run),
         "total_flops": task.flops_before + number * task.flops_per_step,
         "flops_before": task.flops_before,
         "seconds": seconds,
+        "judged": judged,
         "loader": processes.joined(source.get_state()),
         "versions": versions(),
     } | task.meta()
     checkpoint.save(workdir, number, _items(state), meta, keep=task.run.loop.keep)
 
 
-def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[TrainState, float]:
-    """The state and seconds spent of the newest checkpoint, its batches wound on to where it stopped; else what came in."""
+def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[TrainState, Past]:
+    """The state and the past of the newest checkpoint, its batches wound on to where it stopped; else what came in."""
     if checkpoint.latest_step(workdir) is None:
-        return state, 0.0
+        return state, Past()
     stored = checkpoint.read_meta(workdir)
     changed = config.differences(config.to_dict(config.from_stored(stored["config"])), config.to_dict(task.run))
     # A longer or shorter run is another schedule: only what is written and shown may change.
@@ -211,6 +251,7 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "loop.evaluate_every",
         "loop.sample_every",
         "loop.keep",
+        "loop.max_failed_saves",
         "mesh.",
         "dit.attention",
     )
@@ -222,4 +263,5 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
     restored = checkpoint.restore(workdir, _items(state))
     source.set_state(restored.meta["loader"])
     logging.info("%s: resumed from step %d", workdir, restored.step)
-    return TrainState(step=jnp.int32(restored.step), **restored.items), restored.meta["seconds"]
+    past = Past(restored.meta["seconds"], restored.meta.get("judged", True))
+    return TrainState(step=jnp.int32(restored.step), **restored.items), past

@@ -1,0 +1,106 @@
+"""A signal stops a run in order: the state is saved, what was being judged is judged on resuming, and nothing else changes."""
+
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sora_jax import checkpoint, signals
+from sora_jax.train import loop, vae
+
+
+class Told(vae.VAETask):
+    """A task that gets a signal when it makes its batch number `at`, or in the evaluation after step number `judging`."""
+
+    def __init__(self, run, at=None, judging=None):
+        super().__init__(run)
+        self.at, self.judging, self.judged = at, judging, []
+
+    def batches(self, share):
+        source, task = super().batches(share), self
+
+        class Counting:
+            made = 0
+
+            def __next__(self):
+                self.made += 1
+                if self.made == task.at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return next(source)
+
+            def __getattr__(self, name):
+                return getattr(source, name)
+
+        return Counting()
+
+    def evaluate(self, state):
+        if int(state.step) == self.judging:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.judged.append(int(state.step))
+        return super().evaluate(state)
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return loop.fit(vae.VAETask(tiny.vae_run(save_every=0)), tmp_path_factory.mktemp("straight"))
+
+
+def test_a_signal_lets_the_step_end_and_saves_it(straight, tmp_path):
+    run = tiny.vae_run(save_every=0)
+    with signals.handled(), pytest.raises(signals.Stopped, match="stopped by SIGTERM") as stopped:
+        loop.fit(Told(run, at=2), tmp_path)
+    assert stopped.value.code == 143 and checkpoint.latest_step(tmp_path) == 2
+    assert same(loop.fit(vae.VAETask(run), tmp_path), straight)
+
+
+def test_what_was_being_judged_is_judged_on_resuming(straight, tmp_path):
+    run = tiny.vae_run(save_every=0, evaluate_every=2)
+    task = Told(run, judging=2)
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGINT") as stopped:
+        loop.fit(task, tmp_path)
+    assert stopped.value.code == 130 and checkpoint.latest_step(tmp_path) == 2 and task.judged == []
+    again = Told(run)
+    assert same(loop.fit(again, tmp_path), straight) and again.judged == [2, 4]
+    assert [line["step"] for line in tiny.lines(tmp_path) if line["kind"] == "eval"] == [2, 4]
+
+
+def test_the_last_judgement_is_not_cut_short(straight, tmp_path):
+    run = tiny.vae_run(save_every=0)
+    with signals.handled():
+        assert same(loop.fit(Told(run, judging=4), tmp_path), straight)
+    assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_before_the_first_step_a_signal_ends_at_once(tmp_path):
+    run = tiny.vae_run(save_every=0)
+    with signals.handled(), pytest.raises(signals.Stopped), signals.abandonable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with signals.handled(), pytest.raises(signals.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        loop.fit(vae.VAETask(run), tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_handlers_are_put_back_and_belong_to_the_main_thread():
+    before = [signal.getsignal(number) for number in signals.NUMBERS]
+    with signals.handled():
+        assert [signal.getsignal(number) for number in signals.NUMBERS] != before
+    assert [signal.getsignal(number) for number in signals.NUMBERS] == before
+    found = []
+
+    def elsewhere():
+        with signals.handled():
+            found.append([signal.getsignal(number) for number in signals.NUMBERS])
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [before]
