@@ -103,7 +103,7 @@ def change_of_output(width, steps=4):
 
 def slope_of_change():
     """Of log(change of the output) over log(width)."""
-    widths = [64, 128, 256, 512]
+    widths = [32, 96, 288]
     return np.polyfit(np.log(widths), np.log([change_of_output(width) for width in widths]), 1)[0]
 
 

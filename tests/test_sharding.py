@@ -1,6 +1,7 @@
 """The table of shardings is total, refuses what cannot be, and changes nothing about results."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -173,14 +174,17 @@ def batch_of(run, rng):
     return pack.stack(rows)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
-def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
+@pytest.fixture(scope="module")
+def updated(run):
+    """Parameters and loss after one update on a mesh over the first devices."""
     settings, params, _, _ = run
     # AdamW: Muon's directions of tiny gradients are those of rounding.
     tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=1e-3, warmup_steps=0), 10)
-    batch = batch_of(settings, rng)
+    batch = batch_of(settings, np.random.default_rng(0))
 
-    def updated(here):
+    @functools.cache
+    def on(*sizes):
+        here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
             state = TrainState(jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)))
             state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
@@ -188,11 +192,15 @@ def test_one_update_is_the_same_on_every_mesh(run, rng, sizes):
             state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))
             return jax.device_get((state.params, metrics["loss"]))
 
-    one, loss = updated(sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1]))
-    other, other_loss = updated(mesh(*sizes))
+    return on
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+def test_one_update_is_the_same_on_every_mesh(run, updated, sizes):
+    (one, loss), (other, other_loss) = updated(1, 1, 1, 1), updated(*sizes)
     assert other_loss == pytest.approx(float(loss), abs=1e-5)
     # Adam's first step is the sign of the gradient; where that is rounding's, it may turn.
-    moved = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(params), strict=True)]
+    moved = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(run[1]), strict=True)]
     apart = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
     assert max(x.max() for x in moved) > 1e-4
     assert np.mean(np.concatenate([x.ravel() for x in apart]) > 1e-5) < 0.002
