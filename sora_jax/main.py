@@ -43,6 +43,8 @@ SHOWN_WIDTH = 256
 SHEET_FRAMES = 8
 # Prompts whose videos for VBench are held at a time.
 VBENCH_PROMPTS = 8
+# What faulthandler still counts, and more than anyone waits.
+LONGEST_SECONDS = 1e6
 # Seeds are int32 on the device.
 MAX_SEED = 2**31 - 1
 
@@ -245,6 +247,20 @@ def _add_train(verbs: Any) -> None:
   sora-jax train --config=experiments/dit.py:full --workdir=/shared/dit --coordinator=host0:8476 --processes=2 --process=0""",
     )
     _add_run_flags(parser)
+    parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="N:M",
+        help="write a profile of steps N to M into DIR/profile; SIGUSR1 asks for one of the next 5 steps (default: only by signal)",
+    )
+    parser.add_argument(
+        "--hang_seconds",
+        type=_seconds,
+        default=600.0,
+        metavar="X",
+        help="where no step, evaluation or save finishes for so long, show the stacks of all threads, also in DIR/stacks.txt, and "
+        "go on; 0 = never; SIGUSR2 shows them at once (default: %(default)g)",
+    )
     group = parser.add_argument_group(
         "several processes",
         "The same command on every machine, with a --workdir that all of them see. Where one dies the others stop within\n"
@@ -491,6 +507,22 @@ def _rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a first and a last step, counted from 1, such as 10:14")
+    if int(last) < int(first):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no step: the first comes after the last")
+    return int(first), int(last)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= LONGEST_SECONDS:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds in 0..{LONGEST_SECONDS:g}")
+
+
 def _mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
@@ -710,19 +742,23 @@ def train(arguments: argparse.Namespace) -> None:
     """Trains the stage of --config in --workdir, or goes on with it."""
     run = load_run(arguments.config, arguments.overrides)
     from sora_jax import checkpoint, config, processes, signals
-    from sora_jax.train import loop
+    from sora_jax.train import loop, watch
 
     if isinstance(run, config.StudyRun):
         name = arguments.config.partition(":")[0]
         raise Failure(
             f"{arguments.config} is a study; use sora-jax study, or train a stage: {_variants(name, run.stages)}"
         )
+    if arguments.profile and arguments.profile[0] > run.loop.steps:
+        first, last = arguments.profile
+        raise Failure(f"--profile={first}:{last} begins after the run's last step, {run.loop.steps}")
+    options = watch.Options(arguments.profile, arguments.hang_seconds)
     _make_folder(arguments.workdir)
     try:
         with _meeting(arguments), signals.handled():
             task = _task(run, arguments.workdir)
             with _errors_for_users():
-                loop.fit(task, arguments.workdir)
+                loop.fit(task, arguments.workdir, options)
     except (loop.DivergedError, checkpoint.SaveError) as error:
         raise Failure(error, RUN_ERROR) from error
     except KeyboardInterrupt as interrupt:

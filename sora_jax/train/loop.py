@@ -22,7 +22,7 @@ from jax import Array
 import sora_jax
 from sora_jax import checkpoint, config, processes, sharding, signals
 from sora_jax.structs import Share, TrainState
-from sora_jax.train import lock, optimizer, progress
+from sora_jax.train import lock, optimizer, progress, watch
 
 # (params, rest, batch, key) -> (loss, metrics): pure; key is made from (seed, step).
 Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def fit(task: Task, workdir: Path) -> TrainState:
+def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> TrainState:
     """Train to the end of the run, from the newest checkpoint in workdir if there is one; returns the last state.
 
     Raises ConfigError if the work dir holds a run of another config or another process writes there, checkpoint.SaveError if
@@ -138,7 +138,7 @@ def fit(task: Task, workdir: Path) -> TrainState:
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.mesh)
     tx = optimizer.make(run.optimizer, loop.steps)
-    with lock.locked(workdir), jax.set_mesh(mesh):
+    with lock.locked(workdir), watch.watched(workdir, options) as watching, jax.set_mesh(mesh):
         state = new_state(task, tx, mesh)
         source = task.batches(sharding.share(mesh, task.rows))
         state, past = _resume(task, workdir, state, source)
@@ -149,48 +149,53 @@ def fit(task: Task, workdir: Path) -> TrainState:
             return state
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed), donate_argnums=0)
         with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
-            state = _run(task, workdir, state, source, step, report, past)
+            state = _run(task, workdir, state, source, step, report, past, watching)
     return state
 
 
-def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, past: Past) -> TrainState:
+def _run(
+    task: Task, workdir: Path, state: TrainState, source: Any, step: Any, report: Any, past: Past, watching: watch.Watch
+) -> TrainState:
     loop = task.run.loop
     mesh = jax.sharding.get_mesh()
     number, bad_in_a_row, saved, failed = int(state.step), 0, int(state.step), 0
     began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
 
     def save(judged: bool = True) -> None:
-        _save(task, workdir, state, source, past.seconds + time.perf_counter() - began, judged)
+        with watching.of("save"):
+            _save(task, workdir, state, source, past.seconds + time.perf_counter() - began, judged)
 
     with signals.held(number):
         if not past.judged:
-            _judge(task, workdir, state, number, report)
+            _judge(task, workdir, state, number, report, watching)
         while number < loop.steps:
             if stop := signals.stop_after(number):
                 if number > saved:
                     save()
                 raise stop
-            batch, host_metrics = next(source)
-            state, metrics = step(state, sharding.place_rows(batch, mesh, task.rows))
+            with watching.of("data"):
+                batch, host_metrics = next(source)
+            state, metrics = watching.step(number + 1, step, state, sharding.place_rows(batch, mesh, task.rows))
             number += 1
             window.add(metrics, host_metrics)
             last = number == loop.steps
             if number % loop.log_every == 0 or last:
                 line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
                 bad_in_a_row = bad_in_a_row + int(line["bad_steps"]) if line["bad_steps"] == line["steps"] else 0
-                report.train(number, line)
+                report.train(number, line | watching.line())
                 if bad_in_a_row >= loop.max_bad_steps:
                     raise DivergedError(
                         f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; "
                         "lower optimizer.rate"
                     )
             try:
-                _judge(task, workdir, state, number, report)
+                _judge(task, workdir, state, number, report, watching)
             except signals.Stopped:
                 save(judged=False)
                 raise
             if last:
-                state = task.finish(state)
+                with watching.of("evaluate"):
+                    state = task.finish(state)
             if _due(number, loop.save_every, last):
                 try:
                     save()
@@ -203,17 +208,18 @@ def _run(task: Task, workdir: Path, state: TrainState, source: Any, step: Any, r
     return state
 
 
-def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: Any) -> None:
+def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: Any, watching: watch.Watch) -> None:
     """Evaluation and samples after step `number`, if they are due. A signal may cut them short, but for the last ones."""
     loop = task.run.loop
     last = number == loop.steps
     with contextlib.nullcontext() if last else signals.abandonable():
         if _due(number, loop.evaluate_every, last):
-            report.evaluation(
-                number, task.evaluate(state) | {"total_flops": task.flops_before + number * task.flops_per_step}
-            )
+            with watching.of("evaluate"):
+                found = task.evaluate(state)
+            report.evaluation(number, found | {"total_flops": task.flops_before + number * task.flops_per_step})
         if _due(number, loop.sample_every, last):
-            task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
+            with watching.of("sample"):
+                task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
 
 
 def _due(number: int, every: int, last: bool) -> bool:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ import jax
 import numpy as np
 
 from sora_jax import processes
+from sora_jax.train import appended
 
 # Host metrics that are counts add up between two log lines.
 SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -97,11 +102,12 @@ class Reporter:
         self.began = time.perf_counter()
 
     def __enter__(self) -> Reporter:
-        import tensorboardX
         import tqdm
 
-        self._lines = (self.workdir / "metrics.jsonl").open("a")
-        self._board = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"), flush_secs=30)
+        lines = self.workdir / "metrics.jsonl"
+        self._lines = appended.Appended(lines, appended.mend(lines))
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._board = appended.Appended(self.workdir / "tensorboard" / name, _record(file_version="brain.Event:2"))
         shown = sys.stderr.isatty()
         self._bar = tqdm.tqdm(total=self.steps, initial=self.start, unit="step", disable=not shown, dynamic_ncols=True)
         return self
@@ -132,10 +138,33 @@ class Reporter:
         self._write("eval", step, line)
 
     def _write(self, kind: str, step: int, line: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"kind": kind, "step": step} | line) + "\n")
-        self._lines.flush()
-        for name, value in line.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._lines.write((json.dumps({"kind": kind, "step": step} | line) + "\n").encode())
+        self._board.write(scalars(step, {f"{kind}/{name}": value for name, value in line.items()}))
+
+
+def scalars(step: int, values: dict[str, float]) -> bytes:
+    """What TensorBoard reads: one record with all values of a step.
+
+    tensorboardX's own writer is a thread: it ends when a write fails, and then the run waits for ever for its full queue.
+    """
+    from tensorboardX.proto import summary_pb2
+    from tensorboardX.summary import scalar
+
+    summary = summary_pb2.Summary()
+    for name, value in values.items():
+        summary.MergeFrom(scalar(name, value))
+    return _record(step=step, summary=summary)
+
+
+def _record(**fields: Any) -> bytes:
+    """An event as a TFRecord: its length and its content, each with its checksum."""
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    content = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(content))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    return length + sums[0] + content + sums[1]
 
 
 def reporter(workdir: Path, steps: int, start: int, unit: str, units_per_step: float) -> Reporter | Silent:
@@ -145,6 +174,24 @@ def reporter(workdir: Path, steps: int, start: int, unit: str, units_per_step: f
 
 def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind of metrics.jsonl; a step that was run again after a resume counts as last written."""
+    return list({line["step"]: line for line in _lines(workdir) if line["kind"] == kind}.values())
+
+
+def last_step(workdir: Path) -> int:
+    """The furthest step that metrics.jsonl tells of; 0 if there is none."""
+    return max((int(line["step"]) for line in _lines(workdir)), default=0)
+
+
+def _lines(workdir: Path) -> list[dict[str, Any]]:
+    """All whole lines of metrics.jsonl; damaged ones are told and passed over."""
     path = workdir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return list({line["step"]: line for line in lines if line["kind"] == kind}.values())
+    lines, damaged = [], 0
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            lines.append({"kind": line["kind"], "step": line["step"]} | line)
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        logging.warning("%s: %d damaged lines are passed over", path, damaged)
+    return lines
