@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from sora_jax import main
 from sora_jax.train import loop, vae, watch
 
 add_one = jax.jit(lambda x: x + 1)
@@ -129,3 +130,21 @@ def test_sigusr2_shows_stacks_and_nothing_is_left_without(tmp_path, caplog):
         os.kill(os.getpid(), signal.SIGUSR2)
     assert "test_sigusr2_shows" in (tmp_path / "stacks.txt").read_text()
     assert "asked by SIGUSR2" in caplog.text and "test_sigusr2_shows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--profile=5", "'5' is not a first and a last step"),
+        ("--profile=0:3", "counted from 1"),
+        ("--profile=7:3", "holds no step"),
+        ("--profile=5:9", "begins after the run's last step, 4"),
+        ("--hang_seconds=-1", "not a number of seconds"),
+        ("--hang_seconds=nan", "not a number of seconds"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_in_a_sentence(flag, words, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.run(["train", f"--config={tiny.__file__}:vae", f"--workdir={workdir}", flag]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1 and not workdir.exists()
