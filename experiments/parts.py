@@ -91,6 +91,8 @@ def loop(
             ema=0.99,
             max_bad_steps=50,
             max_failed_saves=0,
+            spike_factor=10.0,
+            rollbacks=0,
         )
     )
 

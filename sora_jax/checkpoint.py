@@ -438,10 +438,18 @@ def _set_aside(root: epath.Path, damaged: Mapping[int, CorruptCheckpointError], 
             _rename_aside(root, step)
 
 
-def _rename_aside(root: epath.Path, step: int) -> None:
-    target, again = root / f"{step}.corrupt", 2
+def set_aside(directory: str | os.PathLike[str], *, after: int, name: str) -> None:
+    """Renames every step later than `after` to STEP.name, so that steps of these numbers can be saved anew."""
+    root = _root(directory)
+    for step in steps(root):
+        if step > after:
+            _rename_aside(root, step, name)
+
+
+def _rename_aside(root: epath.Path, step: int, name: str = "corrupt") -> None:
+    target, again = root / f"{step}.{name}", 2
     while target.exists():
-        target, again = root / f"{step}.corrupt-{again}", again + 1
+        target, again = root / f"{step}.{name}-{again}", again + 1
     try:
         (root / str(step)).rename(target)
     except OSError as failure:  # a reader may lack the right, or the writer may have deleted the step by now

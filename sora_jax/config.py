@@ -75,9 +75,11 @@ class OptimizerConfig:
 class LoopConfig:
     """Length of a run and how often it logs, saves, evaluates and draws samples (in steps; 0 = only at the end).
 
-    ema is the decay of the averaged weights at full length of its window; keep is how many checkpoints stay; a run stops
-    after max_bad_steps steps in a row whose loss or gradient was not finite, and when more than max_failed_saves checkpoints in
-    a row could not be written.
+    ema is the decay of the averaged weights at full length of its window; keep is how many checkpoints stay. A step whose loss
+    or gradient is not finite, or whose gradient is spike_factor times what is usual (train/guard.py; 0 = never), is skipped.
+    When the last max_bad_steps before a log line were, a run goes back to the newest checkpoint from before them, with other
+    data to come, as often as `rollbacks` says, and then stops. It also stops when more than max_failed_saves checkpoints in a
+    row could not be written.
     """
 
     steps: int
@@ -89,16 +91,23 @@ class LoopConfig:
     ema: float
     max_bad_steps: int
     max_failed_saves: int
+    spike_factor: float
+    rollbacks: int
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1 or self.keep < 1 or self.max_bad_steps < 1:
             raise ValueError("loop: steps, log_every, keep and max_bad_steps must be at least 1")
         if (
-            min(self.save_every, self.evaluate_every, self.sample_every, self.max_failed_saves) < 0
+            min(self.save_every, self.evaluate_every, self.sample_every, self.max_failed_saves, self.rollbacks) < 0
             or not 0 <= self.ema < 1
         ):
             raise ValueError(
-                "loop: save_every, evaluate_every, sample_every and max_failed_saves must not be negative and ema in [0, 1)"
+                "loop: save_every, evaluate_every, sample_every, max_failed_saves and rollbacks must not be negative "
+                "and ema in [0, 1)"
+            )
+        if self.spike_factor != 0 and self.spike_factor <= 1:
+            raise ValueError(
+                f"loop.spike_factor {self.spike_factor} must be above 1, since it multiplies the usual norm, or 0 for off"
             )
 
 
@@ -268,9 +277,10 @@ def from_config_dict(tree: Any) -> Run:
 
 
 # Keys that configs did not always have, with what was done before.
+LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
 ADDED: dict[str, dict[str, Any]] = {
-    "vae": {"loop.max_failed_saves": 0},
-    "dit": {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1, "loop.max_failed_saves": 0},
+    "vae": LOOP_ADDED,
+    "dit": LOOP_ADDED | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1},
 }
 
 

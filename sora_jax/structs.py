@@ -75,10 +75,14 @@ class PackedBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a run carries from step to step. ema has the structure of params; rest holds variables that are not trained."""
+    """What a run carries from step to step. ema has the structure of params; rest holds variables that are not trained.
+
+    guard is train.guard's, which knows the steps that were skipped.
+    """
 
     step: Any  # int32 scalar
     params: Any
     ema: Any
     rest: Any
     opt_state: Any
+    guard: Any

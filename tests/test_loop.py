@@ -13,7 +13,7 @@ import tiny
 from sora_jax import checkpoint, config
 from sora_jax.generate import pipeline
 from sora_jax.structs import Share, TrainState
-from sora_jax.train import dit, loop, optimizer, vae
+from sora_jax.train import dit, guard, loop, optimizer, vae
 
 
 def leaves(state):
@@ -21,7 +21,7 @@ def leaves(state):
 
 
 def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True))
+    return all(a.tobytes() == b.tobytes() for a, b in zip(leaves(one), leaves(other), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,8 @@ def toy_step():
     def loss(params, rest, batch, key):
         return jnp.sum(jnp.square(params["w"] - batch)), {}
 
-    state = TrainState(jnp.int32(0), params, params, {}, tx.init(params))
-    return jax.jit(loop.make_step(loss, tx, 0.9, 0)), state
+    state = TrainState(jnp.int32(0), params, params, {}, tx.init(params), guard.fresh())
+    return jax.jit(loop.make_step(loss, tx, 0.9, 0, 10.0)), state
 
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
@@ -158,8 +158,8 @@ def test_bad_steps_change_nothing(toy_step, poison):
     step, state = toy_step
     state, _ = step(state, jnp.zeros(3))
     after, metrics = step(state, jnp.array([0.0, poison, 0.0]))
-    assert metrics["bad"] == 1 and after.step == state.step + 1
-    assert same(after._replace(step=0), state._replace(step=0))
+    assert metrics["bad"] == 1 and metrics["skipped"] == 1 and after.step == state.step + 1
+    assert same(after._replace(step=0, guard=0), state._replace(step=0, guard=0))
     recovered, metrics = step(after, jnp.zeros(3))
     assert metrics["bad"] == 0 and not same(recovered.params, after.params)
 
@@ -178,6 +178,60 @@ def test_a_run_that_stays_bad_stops(tmp_path, monkeypatch):
     with pytest.raises(loop.DivergedError, match="2 steps in a row"):
         loop.fit(task, tmp_path)
     assert checkpoint.latest_step(tmp_path) is None
+
+
+class Poisoned:
+    """Batches of which some, counted from one, are made zero, for which `poisoned_loss` is NaN, or left out."""
+
+    def __init__(self, source, zero=(), out=()):
+        self.source, self.zero, self.out, self.drawn = source, zero, out, 0
+
+    def __next__(self):
+        self.drawn += 1
+        batch, counts = next(self.source)
+        if self.drawn in self.out:
+            return next(self)
+        return batch * (self.drawn not in self.zero), counts
+
+    def get_state(self):
+        return self.source.get_state()
+
+    def set_state(self, state):
+        self.source.set_state(state)
+
+
+def poisoned_run(monkeypatch, workdir, zero=(), out=(), **of_loop):
+    task = vae.VAETask(tiny.vae_run(steps=6, log_every=1, save_every=1, max_bad_steps=2, keep=2, **of_loop))
+    batches, loss = task.batches, task.loss
+
+    def poisoned_loss(params, rest, batch, key):
+        value, metrics = loss(params, rest, batch, key)
+        return jnp.where(batch.any(), value, jnp.nan), metrics
+
+    monkeypatch.setattr(task, "loss", poisoned_loss)
+    monkeypatch.setattr(task, "batches", lambda share: Poisoned(batches(share), zero, out))
+    return loop.fit(task, workdir)
+
+
+def test_a_run_goes_back_and_on_with_other_data(tmp_path, monkeypatch):
+    went_back = poisoned_run(monkeypatch, tmp_path / "back", zero=(4, 5), rollbacks=1)
+    without = poisoned_run(monkeypatch, tmp_path / "without", out=(4, 5))
+    assert same(went_back, without)
+    assert checkpoint.read_meta(tmp_path / "back")["rollbacks"] == 1
+    steps = [(line["step"], line["bad_steps"]) for line in tiny.lines(tmp_path / "back") if line["kind"] == "train"]
+    assert steps == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (4, 0), (5, 0), (6, 0)]
+
+
+def test_a_run_goes_back_as_often_as_it_may(tmp_path, monkeypatch):
+    with pytest.raises(loop.DivergedError, match="has gone back 1 times"):
+        poisoned_run(monkeypatch, tmp_path, zero=(4, 5, 6, 7), rollbacks=1)
+    # What is left is from before anything was skipped.
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_a_run_that_is_bad_from_the_start_has_nothing_to_go_back_to(tmp_path, monkeypatch):
+    with pytest.raises(loop.DivergedError, match="no checkpoint is older"):
+        poisoned_run(monkeypatch, tmp_path, zero=(1, 2), rollbacks=1)
 
 
 # Sampling from what was trained --------------------------------------------------------------------------------------

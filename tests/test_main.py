@@ -40,7 +40,8 @@ OPTIMIZER = dict(
     name="adamw", rate=1e-3, adam_rate=1e-3, warmup_steps=1, decay="constant", weight_decay=0.0, clip_norm=1.0
 )
 LOOP = dict(
-    steps=2, log_every=1, save_every=0, evaluate_every=0, sample_every=0, keep=1, ema=0.9, max_bad_steps=5, max_failed_saves=0
+    steps=2, log_every=1, save_every=0, evaluate_every=0, sample_every=0, keep=1, ema=0.9, max_bad_steps=5, max_failed_saves=0,
+    spike_factor=0.0, rollbacks=0,
 )
 MESH = dict(data=0, fsdp=1, tensor=1, sequence=1)
 TEXT = dict(vocab_size=64, width=16, layers=1, heads=2, mlp_width=16, max_tokens=16, dtype="float32")

@@ -20,7 +20,7 @@ from sora_jax.models import dit, text_encoder, vae
 from sora_jax.structs import Layout, TrainState
 from sora_jax.text.captions import CaptionText
 from sora_jax.train import dit as train_dit
-from sora_jax.train import loop, optimizer
+from sora_jax.train import guard, loop, optimizer
 from sora_jax.train import vae as train_vae
 
 TEXT = text_encoder.TextEncoderConfig(
@@ -186,9 +186,11 @@ def updated(run):
     def on(*sizes):
         here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
-            state = TrainState(jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)))
+            state = TrainState(
+                jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)), guard.fresh()
+            )
             state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
-            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0))
+            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0, 10.0))
             state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))
             return jax.device_get((state.params, metrics["loss"]))
 
@@ -216,9 +218,11 @@ def curve(run):
     def losses(*sizes):
         here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
-            state = TrainState(jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)))
+            state = TrainState(
+                jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)), guard.fresh()
+            )
             state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
-            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0))
+            step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0, 10.0))
             found = []
             for batch in batches:
                 state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))

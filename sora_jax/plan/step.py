@@ -19,7 +19,7 @@ from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.structs import PackedBatch, TrainState
-from sora_jax.train import dit, loop, optimizer
+from sora_jax.train import dit, guard, loop, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,14 @@ def compile_step(run: DiTRun, mesh: Mesh) -> Compiled:
     def init() -> TrainState:
         params = _params(run)
         # The VAE is not part of the step.
-        return TrainState(jnp.int32(0), params, params, {}, tx.init(params))
+        return TrainState(jnp.int32(0), params, params, {}, tx.init(params), guard.fresh())
 
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
         state = _placed(shapes, loop.state_shardings(shapes, mesh))
         batch = _batch(run, run.pack, sharding.rows(mesh))
-        step = loop.make_step(objective, tx, run.loop.ema, run.seed)
+        step = loop.make_step(objective, tx, run.loop.ema, run.seed, run.loop.spike_factor)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     kinds = {"parameters": state.params, "ema": state.ema, "optimizer": state.opt_state, "batch": batch}
     return _compiled(compiled, kinds, state.params, began)

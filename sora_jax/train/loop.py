@@ -1,4 +1,4 @@
-"""One training loop for every task: a jitted pure step under a mesh, resume, NaN guard, metrics and progress.
+"""One training loop for every task: a jitted pure step under a mesh, resume, skipped steps, metrics and progress.
 
 A task says what is trained (weights, loss), on what (batches) and how it is judged; everything else is here.
 """
@@ -22,7 +22,7 @@ from jax import Array
 import sora_jax
 from sora_jax import checkpoint, config, processes, sharding, signals
 from sora_jax.structs import Share, TrainState
-from sora_jax.train import lock, optimizer, progress, watch
+from sora_jax.train import guard, lock, optimizer, progress, watch
 
 # (params, rest, batch, key) -> (loss, metrics): pure; key is made from (seed, step).
 Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
@@ -55,26 +55,33 @@ class Task(Protocol):
 
 
 class Past(NamedTuple):
-    """Of a run that is resumed: seconds spent, and whether what was due after its last step was evaluated and sampled."""
+    """Of a run that is resumed: seconds spent, whether what was due after its last step was evaluated and sampled, and how
+    often it went back to an older checkpoint."""
 
     seconds: float = 0.0
     judged: bool = True
+    rollbacks: int = 0
 
 
 class DivergedError(RuntimeError):
-    """Losses or gradients were not finite for too many steps in a row."""
+    """Too many steps in a row were skipped."""
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation, ema_decay: float, seed: int
+    loss: Loss, tx: optax.GradientTransformation, ema_decay: float, seed: int, spike_factor: float
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """The pure training step. A loss or gradient that is not finite leaves the state as it was and counts as bad."""
+    """The pure training step. One that guard.judged does not count leaves parameters, average and optimizer as they were.
+
+    Of its metrics `bad` is 1 where loss or gradient were not finite, `spike` where the gradient was far above the usual, and
+    `skipped` is how many steps in a row were either.
+    """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest, batch, key)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        guarded, good, spike = guard.judged(state.guard, finite, norm, spike_factor)
         # A whole tree of zeros instead of NaN, so that nothing below can mix them in.
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -92,8 +99,10 @@ def make_step(
             ema=keep(ema, state.ema),
             rest=state.rest,
             opt_state=keep(opt_state, state.opt_state),
+            guard=guarded,
         )
-        return following, metrics | {"loss": value, "grad_norm": norm, "bad": 1 - good.astype(jnp.int32)}
+        counted = {"bad": (~finite).astype(jnp.int32), "spike": spike.astype(jnp.int32), "skipped": guarded.skipped}
+        return following, metrics | {"loss": value, "grad_norm": norm} | counted
 
     return step
 
@@ -103,7 +112,7 @@ def new_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.M
 
     def init() -> TrainState:
         params, rest = task.init(jax.random.key(task.run.seed))
-        return TrainState(jnp.int32(0), params, params, rest, tx.init(params))
+        return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
 
     return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))()
 
@@ -117,6 +126,7 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
         ema=params,
         rest=jax.tree.map(lambda _: whole, shapes.rest),
         opt_state=sharding.like_parameters(shapes.opt_state, shapes.params, params, mesh),
+        guard=jax.tree.map(lambda _: whole, shapes.guard),
     )
 
 
@@ -131,7 +141,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
     """Train to the end of the run, from the newest checkpoint in workdir if there is one; returns the last state.
 
     Raises ConfigError if the work dir holds a run of another config or another process writes there, checkpoint.SaveError if
-    more saves in a row fail than loop.max_failed_saves, DivergedError if steps stay bad, and, inside
+    more saves in a row fail than loop.max_failed_saves, DivergedError if too many steps in a row are skipped, and, inside
     signals.handled, Stopped once the state is saved.
     """
     run, loop = task.run, task.run.loop
@@ -147,7 +157,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         if int(state.step) >= loop.steps:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
-        step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed), donate_argnums=0)
+        step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed, loop.spike_factor), donate_argnums=0)
         with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
             state = _run(task, workdir, state, source, step, report, past, watching)
     return state
@@ -158,12 +168,14 @@ def _run(
 ) -> TrainState:
     loop = task.run.loop
     mesh = jax.sharding.get_mesh()
-    number, bad_in_a_row, saved, failed = int(state.step), 0, int(state.step), 0
+    number, saved, failed = int(state.step), int(state.step), 0
+    owed = False  # a save that was due
     began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
 
     def save(judged: bool = True) -> None:
         with watching.of("save"):
-            _save(task, workdir, state, source, past.seconds + time.perf_counter() - began, judged)
+            now = Past(past.seconds + time.perf_counter() - began, judged, past.rollbacks)
+            _save(task, workdir, state, source, now)
 
     with signals.held(number):
         if not past.judged:
@@ -181,13 +193,13 @@ def _run(
             last = number == loop.steps
             if number % loop.log_every == 0 or last:
                 line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
-                bad_in_a_row = bad_in_a_row + int(line["bad_steps"]) if line["bad_steps"] == line["steps"] else 0
                 report.train(number, line | watching.line())
-                if bad_in_a_row >= loop.max_bad_steps:
-                    raise DivergedError(
-                        f"loss or gradient was not finite for {bad_in_a_row} steps in a row up to step {number}; "
-                        "lower optimizer.rate"
-                    )
+                if line["skipped_in_a_row"] >= loop.max_bad_steps:
+                    state = _back(task, workdir, state, past)
+                    past = past._replace(rollbacks=past.rollbacks + 1)
+                    number = saved = int(state.step)
+                    owed = False
+                    continue
             try:
                 _judge(task, workdir, state, number, report, watching)
             except signals.Stopped:
@@ -196,7 +208,10 @@ def _run(
             if last:
                 with watching.of("evaluate"):
                     state = task.finish(state)
-            if _due(number, loop.save_every, last):
+            owed |= _due(number, loop.save_every, last)
+            # What were saved while steps are skipped could push out what the run would go back to.
+            if owed and (last or not int(state.guard.skipped)):
+                owed = False
                 try:
                     save()
                     saved, failed = number, 0
@@ -206,6 +221,26 @@ def _run(
                         raise
                     logging.error("%s; going on (%d of %d times in a row)", error, failed, loop.max_failed_saves)
     return state
+
+
+def _back(task: Task, workdir: Path, state: TrainState, past: Past) -> TrainState:
+    """The newest checkpoint from before the steps that were skipped last; later ones are set aside.
+
+    The loader goes on where it is: what comes next is other data than what went wrong. Raises DivergedError if the run has
+    gone back as often as it may, or there is nothing to go back to.
+    """
+    number, skipped, most = int(state.step), int(state.guard.skipped), task.run.loop.rollbacks
+    what = f"{skipped} steps in a row up to step {number} were skipped, as loss or gradient were not finite or spikes"
+    if past.rollbacks >= most:
+        again = f" (the run has gone back {most} times)" if most else ", or set loop.rollbacks to go on with other data"
+        raise DivergedError(f"{what}; lower optimizer.rate{again}")
+    good = [step for step in checkpoint.steps(workdir) if step <= number - skipped]
+    if not good:
+        raise DivergedError(f"{what}, and no checkpoint is older; lower optimizer.rate, or save more often")
+    processes.first_then_all(lambda: checkpoint.set_aside(workdir, after=good[-1], name="diverged"))
+    restored = checkpoint.restore(workdir, _items(state), good[-1])
+    logging.warning("%s; going back to step %d (%d of %d times)", what, good[-1], past.rollbacks + 1, most)
+    return TrainState(step=jnp.int32(restored.step), **restored.items)
 
 
 def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: Any, watching: watch.Watch) -> None:
@@ -227,20 +262,19 @@ def _due(number: int, every: int, last: bool) -> bool:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "ema": state.ema, "rest": state.rest, "opt_state": state.opt_state}
+    return {name: getattr(state, name) for name in state._fields if name != "step"}
 
 
-def _save(task: Task, workdir: Path, state: TrainState, source: Any, seconds: float, judged: bool) -> None:
+def _save(task: Task, workdir: Path, state: TrainState, source: Any, past: Past) -> None:
     number = int(state.step)
     meta = {
         "config": config.to_dict(task.run),
         "total_flops": task.flops_before + number * task.flops_per_step,
         "flops_before": task.flops_before,
-        "seconds": seconds,
-        "judged": judged,
         "loader": processes.joined(source.get_state()),
         "versions": versions(),
-    } | task.meta()
+    }
+    meta |= past._asdict() | task.meta()
     checkpoint.save(workdir, number, _items(state), meta, keep=task.run.loop.keep)
 
 
@@ -258,6 +292,8 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "loop.sample_every",
         "loop.keep",
         "loop.max_failed_saves",
+        "loop.max_bad_steps",
+        "loop.rollbacks",
         "mesh.",
         "dit.attention",
     )
@@ -266,8 +302,11 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         raise config.ConfigError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir or undo the change"
         )
-    restored = checkpoint.restore(workdir, _items(state))
+    items = _items(state)
+    if "guard" not in checkpoint.describe(workdir).items:  # a checkpoint from before there was one
+        del items["guard"]
+    restored = checkpoint.restore(workdir, items)
     source.set_state(restored.meta["loader"])
     logging.info("%s: resumed from step %d", workdir, restored.step)
-    past = Past(restored.meta["seconds"], restored.meta.get("judged", True))
-    return TrainState(step=jnp.int32(restored.step), **restored.items), past
+    past = Past(**{name: restored.meta[name] for name in Past._fields if name in restored.meta})
+    return state._replace(step=jnp.int32(restored.step), **restored.items), past

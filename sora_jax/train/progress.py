@@ -56,17 +56,18 @@ class Window:
             self._host[name] = self._host.get(name, 0.0) + value
 
     def close(self) -> dict[str, float]:
-        """Means over finite steps, sums of host counts, speed; then the window starts anew."""
+        """Means over the steps that counted, sums of host counts, speed; then the window starts anew."""
         steps = jax.device_get(self._device)
-        good = [step for step in steps if not step["bad"]]
-        line = {
-            name: float(np.mean([step[name] for step in good])) for name in (good[0] if good else {}) if name != "bad"
-        }
+        good = [step for step in steps if not step["skipped"]]
+        means = [name for name in steps[0] if name not in ("bad", "spike", "skipped")]
+        line = {name: float(np.mean([step[name] for step in good])) for name in means} if good else {}
         seconds = time.perf_counter() - self._since
         self._host = processes.summed(self._host)
         line |= self._host | {
             "steps": float(len(steps)),
-            "bad_steps": float(len(steps) - len(good)),
+            "bad_steps": float(sum(step["bad"] for step in steps)),
+            "spike_steps": float(sum(step["spike"] for step in steps)),
+            "skipped_in_a_row": float(steps[-1]["skipped"]),
             "seconds_per_step": seconds / len(steps),
             "units_per_second": self.units_per_step * len(steps) / seconds,
             "flops_per_second": self.flops_per_step * len(steps) / seconds,
