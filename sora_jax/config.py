@@ -280,7 +280,9 @@ def from_config_dict(tree: Any) -> Run:
 LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
 ADDED: dict[str, dict[str, Any]] = {
     "vae": LOOP_ADDED,
-    "dit": LOOP_ADDED | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1},
+    "dit": LOOP_ADDED
+    | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}
+    | {"loader.patience": 0.0, "loader.skip_quota": 0.0},
 }
 
 

@@ -1,6 +1,11 @@
 """Laws of loading: deterministic, resumable at any batch, every clip once a pass, draws keyed by clip."""
 
 import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -182,3 +187,131 @@ def test_nothing_that_fits_is_an_error(store):
     tokeniser = loader.Tokeniser(PLAIN, dataclasses.replace(PACKING, row_tokens=2), GEOMETRY, text, 0)
     with pytest.raises(ValueError, match=r"raise pack\.row_tokens"):
         next(loader.batches(store, tokeniser, 6))
+
+
+# What goes wrong in reading ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "copy")
+    return latents.LatentStore(tmp_path / "copy")
+
+
+def flip(store, number, name="mean", bit=3):
+    """Flips one bit of a clip on disk."""
+    with (store.folder / f"{name}.npy").open("r+b") as file:
+        at = store._offsets[name] + int(store.starts[number]) * store.channels * 2
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def test_a_store_that_comes_back_is_waited_for(store, copied):
+    source, expected = batches(copied, patience=30.0), batches(store)
+    away = copied.folder.with_name("away")
+    copied.folder.rename(away)
+    back = threading.Timer(0.5, away.rename, (copied.folder,))
+    back.start()
+    total = pack.Count()
+    for _ in range(4):
+        batch, count = next(source)
+        total.add(count)
+        assert same(batch, next(expected)[0])
+    back.join()
+    assert total.read_retries >= 2 and total.left_out == 0
+
+
+def test_a_store_that_stays_away_is_an_error(copied):
+    source = batches(copied, patience=0.3)
+    shutil.rmtree(copied.folder)
+    with pytest.raises(loader.LoaderError, match=r"has been away for 0\.3 s"):
+        next(source)
+
+
+@pytest.mark.parametrize("name", latents.VALUES)
+def test_every_flipped_bit_of_a_clip_is_found(copied, name):
+    for number in range(CLIPS):
+        flip(copied, number, name, bit=number % 8)
+        with pytest.raises(latents.DamagedClipError, match=f"clip {number} "):
+            copied[number]
+
+
+def test_a_damaged_clip_is_left_out_and_counted(copied):
+    flip(copied, 4)
+    source, drawn, total = batches(copied, skip_quota=1.0), set(), pack.Count()
+    while total.clips + total.left_out < 2 * CLIPS + PACKING.window:
+        batch, count = next(source)
+        drawn |= set(batch.clip_BS[batch.layout.slot_segment_BS > 0].tolist())
+        total.add(count)
+    assert drawn == set(range(CLIPS)) - {4}
+    assert total.damaged_clips in (2, 3) and total.unreadable_clips == 0
+
+
+def test_a_clip_that_cannot_be_read_is_not_one_that_is_damaged(copied, monkeypatch):
+    read = latents.LatentStore.__getitem__
+
+    def refuse(self, number):
+        if number == 4:
+            raise OSError("Input/output error")
+        return read(self, number)
+
+    monkeypatch.setattr(latents.LatentStore, "__getitem__", refuse)
+    reader = loader.Reader(copied, 0.2)
+    assert [reader(number)[0] is None for number in (3, 4, 5)] == [False, True, False]
+    assert reader(4)[1] == pack.Count(unreadable_clips=1)
+
+
+def test_more_than_the_quota_is_an_error(copied):
+    for number in range(4):
+        flip(copied, number)
+    source = batches(copied, skip_quota=3 / CLIPS)
+    with pytest.raises(loader.LoaderError, match=r"more than loader\.skip_quota \(0\.1\)"):
+        for _ in range(40):
+            next(source)
+
+
+def test_resume_leaves_out_what_was_left_out(copied):
+    """Even if it could be read by now: the rows of an open window must not change."""
+    flip(copied, 4)
+    source = batches(copied, skip_quota=1.0)
+    while not next(source)[1].damaged_clips:
+        pass
+    state = source.get_state()
+    expected = next(source)[0]
+    flip(copied, 4)
+    again = batches(copied, skip_quota=1.0)
+    again.set_state(state)
+    assert same(next(again)[0], expected)
+
+
+def test_a_judgement_needs_every_clip(copied):
+    flip(copied, 4)
+    tokeniser = loader.Tokeniser(PLAIN, PACKING, GEOMETRY, text, seed=3)
+    with pytest.raises(loader.LoaderError, match="clip 4 of"):
+        list(loader.fixed_batches(copied, tokeniser, 6))
+
+
+def test_a_worker_that_dies_is_replaced(store):
+    source, expected = batches(store, workers=1), batches(store, workers=1)
+    total = pack.Count()
+    for number in range(12):
+        if number == 3:
+            os.kill(next(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+        batch, count = next(source)
+        total.add(count)
+        assert same(batch, next(expected)[0])
+    assert total.worker_deaths == 1
+
+
+def test_workers_that_keep_dying_are_an_error(store, monkeypatch):
+    source = batches(store)
+
+    def die(_):
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    monkeypatch.setattr(source, "_dataset", type("Dying", (), {"__iter__": lambda self: self, "__next__": die})())
+    source._source = iter(source._dataset)
+    with pytest.raises(loader.LoaderError, match="4 loader workers died in a row"):
+        next(source)

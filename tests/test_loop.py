@@ -58,8 +58,9 @@ def test_resumed_equals_uninterrupted_vae(trained_vae, tmp_path, monkeypatch):
     assert same(loop.fit(vae.VAETask(task.run), tmp_path), trained_vae[1])
 
 
-def test_resumed_equals_uninterrupted_dit(trained_dit, trained_vae, tmp_path, monkeypatch):
+def test_resumed_with_loader_workers_equals_uninterrupted_without_dit(trained_dit, trained_vae, tmp_path, monkeypatch):
     run = tiny.dit_run(trained_vae[0], save_every=2)
+    run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, workers=1))
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):

@@ -7,14 +7,18 @@ Grain gives the order and the workers; what is drawn for a clip (caption, known 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from sora_jax.data import pack
-from sora_jax.data.latents import Latent, LatentStore
+from sora_jax.data.latents import DamagedClipError, Latent, LatentStore
 from sora_jax.structs import PackedBatch, Share
 
 
@@ -26,6 +30,9 @@ class LoaderConfig:
     classifier-free guidance); known_frames the share of clips whose first latents are given. workers is the number of
     loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
     which a batch has equally many of each: with as many lanes as training processes, or more, each reads its own clips alone.
+
+    A store that cannot be read is tried again for `patience` seconds. A clip that cannot is left out; a run stops once these
+    are more than the share skip_quota of the clips drawn, or of one pass as long as fewer were drawn.
     """
 
     long_captions: float = 0.2
@@ -33,16 +40,78 @@ class LoaderConfig:
     known_frames: float = 0.0
     workers: int = 0
     lanes: int = 1
+    patience: float = 120.0
+    skip_quota: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("long_captions", "caption_dropout", "known_frames"):
+        for name in ("long_captions", "caption_dropout", "known_frames", "skip_quota"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"loader.{name} is {getattr(self, name)}; it is a share in [0, 1]")
         if self.workers < 0:
             raise ValueError(f"loader.workers is {self.workers}; it must not be negative")
+        if self.patience < 0:
+            raise ValueError(f"loader.patience is {self.patience} seconds; it must not be negative")
         if self.lanes < 1:
             raise ValueError(f"loader.lanes is {self.lanes}; there must be at least one")
 
+
+class LoaderError(RuntimeError):
+    """Too much cannot be read."""
+
+
+class Reader:
+    """Clips of a store, with patience. Gives None for a clip that cannot be read, and what happened.
+
+    Raises LoaderError if the store stays away for longer than `patience` seconds.
+    """
+
+    def __init__(self, store: LatentStore, patience: float) -> None:
+        self.store, self.patience = store, patience
+        self._left_out: dict[int, str] = {}  # number -> field of Count: nobody waits twice for a clip
+
+    def __call__(self, number: int) -> tuple[Latent | None, pack.Count]:
+        count = pack.Count()
+        if number not in self._left_out:
+            try:
+                return self._read(number, count), count
+            except (DamagedClipError, OSError) as error:
+                self._left_out[number] = "damaged_clips" if isinstance(error, DamagedClipError) else "unreadable_clips"
+                logging.warning("clip %d is left out: %s", number, error)
+        setattr(count, self._left_out[number], 1)
+        return None, count
+
+    def _read(self, number: int, count: pack.Count) -> Latent:
+        try:
+            return self.store[number]
+        except DamagedClipError:  # on the way perhaps, not on the disk
+            count.read_retries += 1
+            return self.store[number]
+        except OSError as error:
+            logging.warning("%s cannot be read (%s); trying again for %g s", self.store.folder, error, self.patience)
+            return self._wait(number, count)
+
+    def _wait(self, number: int, count: pack.Count) -> Latent:
+        began, pause = time.monotonic(), LEAST_PAUSE
+        while (left := self.patience - (time.monotonic() - began)) > 0:
+            time.sleep(min(pause, left))
+            pause *= 2
+            count.read_retries += 1
+            try:
+                return self.store[number]
+            except OSError:
+                continue
+        try:
+            (self.store.folder / "store.json").read_bytes()
+        except OSError as error:
+            raise LoaderError(
+                f"{self.store.folder} has been away for {self.patience:g} s ({error}); mount it and run again, "
+                "or raise loader.patience"
+            ) from error
+        return self.store[number]
+
+
+LEAST_PAUSE = 0.1  # seconds before a failed read is tried again; doubled each time
+MOST_DEATHS = 3  # of workers, with no batch in between
 
 # caption -> (states (L, M), None) or (None, token ids (L,))
 CaptionText = Callable[[str], tuple[np.ndarray | None, np.ndarray | None]]
@@ -94,6 +163,22 @@ class Tokeniser:
         return int(rng.integers(1, t))
 
 
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Tokens of the clip at a place of the endless order; a class, as workers get it by pickle."""
+
+    reader: Reader
+    tokeniser: Tokeniser
+
+    def __call__(self, index: int, number: int) -> tuple[pack.Tokens | None, pack.Count]:
+        latent, count = self.reader(number)
+        if latent is None:
+            return None, count
+        tokens, dropped = self.tokeniser(latent, index // len(self.reader.store))
+        count.add(dropped)
+        return tokens, count
+
+
 class PackRows(grain.IterDataset):
     """Rows from clips: every `window` clips are packed together by pack.pack_rows."""
 
@@ -112,7 +197,8 @@ class PackRows(grain.IterDataset):
 
 
 class PackRowsIterator(grain.DatasetIterator):
-    """State: where the window began in the parent, its number, and how many of its rows were handed out."""
+    """State: where the window began in the parent, its number, how many of its rows were handed out, and which of its clips
+    could not be read: they are left out again when the window is read again, so that its rows are the same."""
 
     def __init__(
         self,
@@ -126,12 +212,12 @@ class PackRowsIterator(grain.DatasetIterator):
         self.window, self.next_row = -1, 0
         self.start = parent.get_state()
         self.rows: list[list[pack.Tokens]] = []
-        self.count = pack.Count()
+        self.left_out: list[int] = []
 
     def __next__(self) -> tuple[PackedBatch, pack.Count]:
         count = pack.Count()
         while self.next_row >= len(self.rows):
-            self.start, self.window, self.next_row = self._parent.get_state(), self.window + 1, 0
+            self.start, self.window, self.next_row, self.left_out = self._parent.get_state(), self.window + 1, 0, []
             count.add(self._read_window())
         row = self.finish(self.rows[self.next_row])
         self.next_row += 1
@@ -139,10 +225,16 @@ class PackRowsIterator(grain.DatasetIterator):
 
     def _read_window(self) -> pack.Count:
         clips, count = [], pack.Count()
-        for _ in range(self.config.window):
-            tokens, dropped = next(self._parent)
-            clips.append(tokens)
-            count.add(dropped)
+        left_out, self.left_out = self.left_out, []
+        for place in range(self.config.window):
+            tokens, counted = next(self._parent)
+            count.add(counted)
+            if tokens is None or place in left_out:
+                self.left_out.append(place)
+            else:
+                clips.append(tokens)
+        if not clips:
+            raise LoaderError(f"none of {self.config.window} clips in a row could be read; the warnings above say why")
         self.rows, packed = pack.pack_rows(clips, self.config, np.random.default_rng((*self.seed, self.window)))
         count.add(packed)
         if not self.rows:
@@ -153,12 +245,12 @@ class PackRowsIterator(grain.DatasetIterator):
         return count
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self.start, "window": self.window, "next_row": self.next_row}
+        return {"parent": self.start, "window": self.window, "next_row": self.next_row, "left_out": self.left_out}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
         self.start, self.window, self.next_row = state["parent"], state["window"], state["next_row"]
-        self.rows = []
+        self.rows, self.left_out = [], list(state.get("left_out", ()))
         if self.window >= 0:
             self._read_window()
 
@@ -203,24 +295,80 @@ class LanesIterator(grain.DatasetIterator):
             lane.set_state(state[str(name)])
 
 
+class Guarded:
+    """Batches of a grain dataset: a worker that died is replaced, and clips that could not be read are held against the quota."""
+
+    def __init__(self, dataset: grain.IterDataset, clips: int, quota: float) -> None:
+        self._dataset, self._clips, self._quota = dataset, clips, quota
+        self._source = iter(dataset)
+        self._state: Any = None
+        self._total = pack.Count()
+
+    def __iter__(self) -> Guarded:
+        return self
+
+    def __next__(self) -> tuple[PackedBatch, pack.Count]:
+        batch, count = self._next()
+        self._state = self._source.get_state()
+        self._total.add(count)
+        skipped, drawn = self._total.left_out, self._total.clips + self._total.left_out
+        if skipped > self._quota * max(self._clips, drawn):
+            raise LoaderError(
+                f"{skipped} of {drawn} clips drawn could not be read, more than loader.skip_quota ({self._quota:g}) allows; "
+                "mend the store, or delete it to encode anew"
+            )
+        return batch, count
+
+    def _next(self) -> tuple[PackedBatch, pack.Count]:
+        deaths = 0
+        while True:
+            try:
+                batch, count = next(self._source)
+            except RuntimeError as error:
+                # Grain has no class of its own for it.
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                deaths += 1
+                if deaths > MOST_DEATHS:
+                    raise LoaderError(
+                        f"{deaths} loader workers died in a row ({error}); loader.workers=0 needs none"
+                    ) from error
+                logging.warning("a loader worker died (%s); starting another (%d of %d)", error, deaths, MOST_DEATHS)
+                self._source = iter(self._dataset)
+                if self._state is not None:
+                    self._source.set_state(self._state)
+            else:
+                count.worker_deaths += deaths
+                return batch, count
+
+    def get_state(self) -> Any:
+        return self._source.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._state = state
+        self._source.set_state(state)
+
+
 def batches(
     store: LatentStore, tokeniser: Tokeniser, text_width: int | None, share: Share | None = None
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
     """An endless iterator of (batch, count) with get_state and set_state; every pass over the store is shuffled anew.
 
     share is what this process trains on of a batch, by default all; whatever it is, the batches of all processes together are
-    the same. Raises ValueError if lanes do not divide the rows.
+    the same. Raises ValueError if lanes do not divide the rows or the store is empty; a batch raises LoaderError if too much
+    cannot be read.
     """
     packing, seed, lanes = tokeniser.packing, tokeniser.seed, tokeniser.config.lanes
-    patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.mean.shape[-1]
+    patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.channels
     share = Share.whole(packing.rows) if share is None else share
     if packing.rows % lanes:
         raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {lanes}")
     lane_rows = packing.rows // lanes
 
-    def draw(index: int, number: int) -> tuple[pack.Tokens, pack.Count]:
-        return tokeniser(store[number], index // len(store))
-
+    if not len(store):
+        raise ValueError(f"{store.folder} holds no clips; delete it to encode anew")
+    draw = Draw(Reader(store, tokeniser.config.patience), tokeniser)
+    finish = functools.partial(pack.fill_row, config=packing, patch_dim=patch_dim, text_width=text_width)
     clips = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().map_with_index(draw)
 
     def lane(number: int) -> grain.IterDataset:
@@ -228,26 +376,37 @@ def batches(
         return PackRows(
             mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)),
             packing,
-            lambda members: pack.fill_row(members, packing, patch_dim, text_width),
+            finish,
             (seed,) if lanes == 1 else (seed, number),
         ).batch(lane_rows, batch_fn=list)
 
     read = {row // lane_rows for row in share.rows}
     dataset: grain.IterDataset = Lanes({number: lane(number) for number in sorted(read)}, lane_rows, share)
     if tokeniser.config.workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read some, which only absl programs have parsed
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=tokeniser.config.workers))
     else:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
-    return iter(dataset)
+    return Guarded(dataset, len(store), tokeniser.config.skip_quota)
 
 
 def fixed_batches(
     store: LatentStore, tokeniser: Tokeniser, text_width: int | None
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
-    """One pass over a store in order, each clip once, the last batch padded with empty rows: for evaluation."""
+    """One pass over a store in order, each clip once, the last batch padded with empty rows: for evaluation.
+
+    Raises LoaderError if a clip cannot be read: a judgement is of all clips or of none.
+    """
     packing = tokeniser.packing
-    patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.mean.shape[-1]
-    clips = [tokeniser(store[number], 0)[0] for number in range(len(store))]
+    patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.channels
+    reader = Reader(store, tokeniser.config.patience)
+    clips = []
+    for number in range(len(store)):
+        latent, _ = reader(number)
+        if latent is None:
+            raise LoaderError(f"clip {number} of {store.folder} cannot be read; delete the folder to encode anew")
+        clips.append(tokeniser(latent, 0)[0])
     rows, count = pack.pack_rows(clips, packing, np.random.default_rng(0))
     for start in range(0, len(rows), packing.rows):
         some = [pack.fill_row(row, packing, patch_dim, text_width) for row in rows[start : start + packing.rows]]

@@ -89,6 +89,15 @@ class Count:
     too_long_clips: int = 0
     pairs: int = 0  # of tokens that see each other in self-attention
     text_pairs: int = 0  # of tokens and text tokens in cross-attention
+    read_retries: int = 0
+    damaged_clips: int = 0  # left out, as what is stored is not what was written
+    unreadable_clips: int = 0  # left out, as the system could not read them
+    worker_deaths: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """Clips that could not be read."""
+        return self.damaged_clips + self.unreadable_clips
 
     @property
     def fill(self) -> float:

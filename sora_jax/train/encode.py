@@ -23,7 +23,10 @@ def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, f
     """The store of a split in folder, under a name of its data and VAE: runs that train on the same share it."""
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
     meta = json.loads(
-        json.dumps({"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint})
+        json.dumps(
+            {"world": dataclasses.asdict(data.world), "split": split, "clips": count, "vae": fingerprint}
+            | {"format": latents.FORMAT}
+        )
     )
     path = folder / f"latents-{split}-{hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:12]}"
     if (path / "store.json").exists():

@@ -294,6 +294,8 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "loop.max_failed_saves",
         "loop.max_bad_steps",
         "loop.rollbacks",
+        "loader.patience",
+        "loader.skip_quota",
         "mesh.",
         "dit.attention",
     )
