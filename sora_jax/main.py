@@ -1,4 +1,4 @@
-"""The command sora-jax: train, study, sample, evaluate, inspect. The one module with flags.
+"""The command sora-jax: train, study, sample, evaluate, inspect, export, import. The one module with flags.
 
 Nothing heavy is imported before a verb needs it: help and refusals come at once. What a user can get wrong ends in one
 sentence and exit code 2, what a run can (divergence, a damaged checkpoint) in one sentence and 1, an interrupt in one
@@ -158,7 +158,7 @@ environment:
         "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
-    for add in (_add_train, _add_study, _add_plan, _add_sample, _add_evaluate, _add_inspect):
+    for add in (_add_train, _add_study, _add_plan, _add_sample, _add_evaluate, _add_inspect, _add_export, _add_import):
         add(verbs)
     return parser
 
@@ -447,6 +447,38 @@ def _add_evaluate(verbs: Any) -> None:
         help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: only print)")
+
+
+def _add_export(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "export",
+        export,
+        "write averaged weights as safetensors",
+        "Write the averaged weights of a checkpoint as model.safetensors, with config.json and a model card (README.md).",
+        """examples:
+  sora-jax export runs/quickstart/dit --out=red-circles
+  sora-jax import red-circles --workdir=runs/red-circles""",
+    )
+    parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make (required)")
+
+
+def _add_import(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "import",
+        import_,
+        "make a checkpoint of exported weights",
+        "Make a checkpoint of what `sora-jax export` wrote, to sample and evaluate; it cannot be trained on.\n"
+        "Every array is held against its fingerprint.",
+        """examples:
+  sora-jax import red-circles --workdir=runs/red-circles""",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that export made (required)")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes (required)"
+    )
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -1178,6 +1210,34 @@ def _manifest(
         "videos": [{"file": video.path.name, "prompt": video.prompt, "seed": video.seed} for video in videos],
         "command": arguments.command,
     }
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes a checkpoint's averaged weights for others."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    prepare_jax()
+    from sora_jax import export as exporting
+    from sora_jax.train import progress
+
+    _refuse_file(arguments.path)
+    with _errors_for_users(ValueError):
+        evaluations = progress.read_metrics(Path(arguments.path), "eval")
+        found = {
+            name: x for name, x in (evaluations or [{}])[-1].items() if name not in ("kind", "step", "total_flops")
+        }
+        sizes = exporting.export_weights(Path(arguments.path), arguments.out, found)
+    print(f"{arguments.out}: {sizes['ema']:,} parameters in {exporting.WEIGHTS}; the model card is README.md")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    """Makes a checkpoint of exported weights."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    prepare_jax()
+    from sora_jax import export as exporting
+
+    with _errors_for_users(ValueError):
+        step = exporting.import_weights(arguments.folder, arguments.workdir)
+    print(f"{arguments.workdir}: step {step}, whole; sample with --checkpoint={arguments.workdir}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"diffusion", "data"},
     {"config"},
     {"compute", "checkpoint", "text", "evaluate", "hlo"},
-    {"generate"},
+    {"generate", "export"},
     {"train"},
     {"study", "plan"},
     {"main"},

@@ -24,7 +24,7 @@ from sora_jax.plan import roofline
 from sora_jax.study import runner
 from sora_jax.train import loop, vae
 
-VERBS = ("train", "study", "plan", "sample", "evaluate", "inspect")
+VERBS = ("train", "study", "plan", "sample", "evaluate", "inspect", "export", "import")
 
 # Two files, as experiments has them, so that the import of the one beside it is part of every test.
 PARTS = """
@@ -319,10 +319,12 @@ def test_a_config_leaves_nothing_behind(tiny, tmp_path):
 def test_train_fits_the_task_of_the_config_in_the_workdir(tiny, tmp_path, capsys):
     workdir = tmp_path / "new" / "run"
     with mock.patch.object(loop, "fit") as fit:
-        assert main.run(["train", f"--config={tiny}:vae", f"--workdir={workdir}", "--config.seed=5"]) == 0
-    ((task, folder),) = [call.args for call in fit.call_args_list]
+        flags = ["--config.seed=5", "--profile=1:2", "--hang_seconds=7"]
+        assert main.run(["train", f"--config={tiny}:vae", f"--workdir={workdir}", *flags]) == 0
+    ((task, folder, options),) = [call.args for call in fit.call_args_list]
     assert isinstance(task, vae.VAETask) and task.run == main.load_run(f"{tiny}:vae", ["--config.seed=5"])
     assert folder == workdir and workdir.is_dir()
+    assert (options.profile, options.hang_seconds) == ((1, 2), 7.0)
     assert capsys.readouterr().out == f"trained: {workdir}\n"
 
 
@@ -591,6 +593,16 @@ def test_inspect_shows_text_or_json(trained, capsys):
     count = sum(math.prod(array["shape"]) for array in found["items"]["ema"])
     assert found["num_parameters"]["ema"] == count > 0
     assert found["meta"]["config"]["task"] == "dit"
+
+
+def test_what_was_exported_comes_back(trained, tmp_path, capsys):
+    assert main.run(["export", str(trained), f"--out={tmp_path / 'out'}"]) == 0
+    assert "parameters in model.safetensors" in capsys.readouterr().out
+    assert "exists" in refusal(capsys, "export", trained, f"--out={tmp_path / 'out'}")
+    assert main.run(["import", str(tmp_path / "out"), f"--workdir={tmp_path / 'back'}"]) == 0
+    assert main.run(["inspect", str(tmp_path / "back"), "--verify"]) == 0
+    assert "arrays are what was saved" in capsys.readouterr().out
+    assert "holds a checkpoint" in refusal(capsys, "import", tmp_path / "out", f"--workdir={tmp_path / 'back'}")
 
 
 def test_inspect_verifies_and_compares(trained, tmp_path, capsys):
