@@ -53,7 +53,7 @@ def get_config(arg: str = "compact") -> ConfigDict:
     run.data.train_clips, run.data.heldout_clips = 16384, 512
     # The longest clip: 33 frames of 96x64 are 9 x 12 x 8 tokens; known first frames teach to extend and to animate.
     run.pack.update(rows=2, row_tokens=896, row_slots=64, row_text=512)
-    run.loader.known_frames = 0.1
+    run.loader.known.first_frames = 0.1
     run.loop.save_every = run.loop.evaluate_every = run.loop.sample_every = 1000
     if arg == "full":
         run.dit.width, run.dit.heads, run.dit.remat = 128, 2, "full"
@@ -82,7 +82,8 @@ def cluster(size: tuple[int, ...], rows: tuple[int, int], mesh: tuple[int, ...])
     run.dit.width, run.dit.blocks, run.dit.heads = size
     run.dit.patch, run.dit.channels, run.dit.dtype, run.dit.remat = (1, 2, 2), 16, "bfloat16", "full"
     run.pack.update(rows=rows[0], row_tokens=rows[1], row_slots=128, row_text=2048, window=1024)
-    run.loader.update(known_frames=0.1, workers=4, lanes=rows[0] // 4)
+    run.loader.known.first_frames = 0.1
+    run.loader.update(workers=4, lanes=rows[0] // 4)
     run.optimizer = ConfigDict(
         dict(
             name="adamw",

@@ -97,6 +97,27 @@ def loop(
     )
 
 
+def known() -> ConfigDict:
+    """Nothing is given: text alone."""
+    kinds = ("first_frame", "first_frames", "last_frames", "both_ends", "some_frames", "box", "less_noise")
+    return ConfigDict(dict.fromkeys(kinds, 0.0))
+
+
+def sampler() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            steps=16,
+            method="euler",
+            guidance=5.0,
+            shift=1.0,
+            base_tokens=0,
+            guidance_interval=(0.0, 1.0),
+            guidance_rescale=0.0,
+            known_guidance=1.0,
+        )
+    )
+
+
 def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
     """A VAE at latent resolution for small pictures."""
     world = world.copy_and_resolve_references()
@@ -150,14 +171,14 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             loader=dict(
                 long_captions=0.2,
                 caption_dropout=0.1,
-                known_frames=0.0,
+                known=known(),
                 workers=0,
                 lanes=1,
                 patience=120.0,
                 skip_quota=0.01,
             ),
             flow=dict(mean=0.4, std=1.0, shift=1.0),
-            sampler=dict(steps=16, method="euler", guidance=5.0, shift=1.0),
+            sampler=sampler(),
             optimizer=muon(0.014, 3e-3),
             loop=loop(steps),
             compute=dict(budget=0.0, multiplier=1.0, along="steps", exponent=0.5),

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from sora_jax.data.known import KnownConfig
 from sora_jax.data.loader import LoaderConfig
 from sora_jax.data.pack import PackConfig
 from sora_jax.data.worlds.world import WorldConfig
@@ -282,13 +283,19 @@ ADDED: dict[str, dict[str, Any]] = {
     "vae": LOOP_ADDED,
     "dit": LOOP_ADDED
     | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}
-    | {"loader.patience": 0.0, "loader.skip_quota": 0.0},
+    | {"loader.patience": 0.0, "loader.skip_quota": 0.0}
+    | {"sampler.base_tokens": 0, "sampler.guidance_interval": (0.0, 1.0)}
+    | {"sampler.guidance_rescale": 0.0, "sampler.known_guidance": 1.0},
 }
+NOTHING_KNOWN = dataclasses.asdict(KnownConfig())
 
 
 def from_stored(tree: Any) -> Run:
     """The run of a config that was stored with a checkpoint, perhaps before all of today's keys were there."""
     tree = plain(tree)
+    loading = tree.get("loader", {})
+    if isinstance(loading, dict) and "known_frames" in loading:
+        loading["known"] = NOTHING_KNOWN | {"first_frames": loading.pop("known_frames")}
     for path, value in ADDED.get(tree.get("task", ""), {}).items():
         *parts, key = path.split(".")
         part = tree

@@ -9,7 +9,7 @@ Letters (a name's suffix is its shape: x_BND is rows x tokens x width)
 
 A *clip* is a video (an image is a clip of one frame). Its latent is cut into *patches*, each a *token*. Tokens of several
 clips share a *row*; the tokens of one clip are a *segment*. A *slot* is one (clip, noise level) pair of a row, so that a
-clip may hold several noise levels at once: frames that are known stay at time 0 while the rest is noise.
+clip may hold several noise levels at once: what is known stays at time 0 while the rest is noise.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PackedBatch(NamedTuple):
     mean_BNP: Any  # float32, posterior mean of the normalised latent
     std_BNP: Any  # float32, posterior standard deviation
     index_BN: Any  # int32, the token's place in its clip's whole grid: with clip and draw, the key of its noise
-    known_BS: Any  # bool, True: this slot's tokens are given and stay at time 0
+    ceiling_BS: Any  # float32, the highest time of the slot's tokens: 1, less where they start from less noise, 0 if they are known
     clip_BS: Any  # int32, clip id of the slot
     draw_BS: Any  # int32, how often the clip was drawn before: a new pass draws new noise
     layout: Layout

@@ -93,3 +93,12 @@ def test_a_config_from_before_a_key_was_added_does_what_it_did():
     # A config that is written today must have every key.
     with pytest.raises(config.ConfigError, match="lacks the key"):
         config.from_config_dict(old)
+
+
+def test_a_config_from_before_masks_had_kinds_gives_first_frames():
+    old = config.to_dict(config.from_config_dict(tree()))
+    del old["loader"]["known"]
+    old["loader"]["known_frames"] = 0.25
+    found = config.from_stored(old)
+    assert found.loader.known == config.KnownConfig(first_frames=0.25)
+    assert found == config.from_config_dict(tree(loader__known__first_frames=0.25))

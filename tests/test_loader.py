@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from sora_jax.data import latents, loader, pack
+from sora_jax.data import known, latents, loader, pack
 from sora_jax.structs import Share
 
 GEOMETRY = pack.Geometry((1, 1, 1), (4, 8, 8))
 PACKING = pack.PackConfig(rows=2, row_tokens=40, row_slots=8, row_text=24, window=12, drop_rate=0.3)
-PLAIN = loader.LoaderConfig(long_captions=0.5, caption_dropout=0.2, known_frames=0.5)
+PLAIN = loader.LoaderConfig(long_captions=0.5, caption_dropout=0.2, known=known.KnownConfig(first_frames=0.3, box=0.2))
 CLIPS = 30
 
 
@@ -165,16 +165,16 @@ def test_captions_are_dropped_and_lengths_mixed_as_configured(store):
 
 
 def test_known_frames_are_whole_frames_at_the_start(store):
-    drawn = shares(store, loader.LoaderConfig(known_frames=0.5))
-    known = {tuple(tokens.known_N[np.argsort(tokens.index_N)]) for tokens in drawn if len(tokens.index_N) == 12}
-    assert known == {tuple(np.arange(12) < 4 * frames) for frames in range(3)}
+    drawn = shares(store, loader.LoaderConfig(known=known.KnownConfig(first_frames=0.5)))
+    masks = {tuple(tokens.known_N[np.argsort(tokens.index_N)]) for tokens in drawn if len(tokens.index_N) == 12}
+    assert masks == {tuple(np.arange(12) < 4 * frames) for frames in range(3)}
     share = np.mean([tokens.known_N.any() for tokens in drawn])
     assert share == pytest.approx(0.5, abs=0.08)
 
 
 def test_evaluation_batches_hold_every_clip_once(store):
     tokeniser = loader.Tokeniser(
-        loader.LoaderConfig(0, 0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0
+        loader.LoaderConfig(0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0
     )
     seen = {}
     for batch, _ in loader.fixed_batches(store, tokeniser, 6):

@@ -26,6 +26,7 @@ def make(rng, number, shape, known_frames=0, channels=4, words=5, text_width=6):
         position_N3=pack.positions((*shape, channels), GEOMETRY, 8.0),
         index_N=np.arange(tokens, dtype=np.int32),
         known_N=np.arange(tokens) < known_frames * h * w,
+        ceiling=0.75,
         extent_3=pack.extent((*shape, channels), GEOMETRY, 8.0),
         clip=number,
         draw=0,
@@ -80,7 +81,7 @@ def test_rows_keep_their_budgets_and_every_token_its_own(clips):
             clip = by_id[batch.clip_BS[row, slot]]
             place = batch.index_BN[row, token]
             assert layout.slot_segment_BS[row, slot] == layout.segment_BN[row, token]
-            assert batch.known_BS[row, slot] == clip.known_N[place]
+            assert batch.ceiling_BS[row, slot] == (0 if clip.known_N[place] else clip.ceiling)
             assert np.array_equal(layout.position_BN3[row, token], clip.position_N3[place])
             assert np.array_equal(layout.extent_BS3[row, slot], clip.extent_3)
 
@@ -151,7 +152,7 @@ def model():
 def outputs_and_gradients(model, batch):
     """Outputs by clip, and the gradient of a loss that sums over clips."""
     graphdef, params = model
-    time = jnp.where(batch.known_BS, 0.0, 0.3 + 0.02 * batch.clip_BS).astype(jnp.float32)
+    time = jnp.asarray(batch.ceiling_BS * (0.3 + 0.02 * batch.clip_BS), jnp.float32)
 
     def loss(params):
         out = nnx.merge(graphdef, params)(jnp.asarray(batch.mean_BNP), time, jax.tree.map(jnp.asarray, batch.layout))

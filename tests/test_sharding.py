@@ -163,6 +163,7 @@ def batch_of(run, rng):
                     position_N3=rng.uniform(0, 30, (tokens, 3)).astype(np.float32),
                     index_N=np.arange(tokens, dtype=np.int32),
                     known_N=np.arange(tokens) < 4 * (clip % 2),
+                    ceiling=1.0,
                     extent_3=np.ones(3, np.float32),
                     clip=clip,
                     draw=0,

@@ -1,6 +1,6 @@
 """From stored latents to packed batches: shuffled, resumable, the same whatever the number of workers or hosts.
 
-Grain gives the order and the workers; what is drawn for a clip (caption, known frames, dropped tokens) is keyed by
+Grain gives the order and the workers; what is drawn for a clip (caption, what is known, dropped tokens) is keyed by
 (seed, clip, how often it was drawn), so no packing and no worker changes it. numpy only.
 """
 
@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from sora_jax.data import pack
+from sora_jax.data import known, pack
 from sora_jax.data.latents import DamagedClipError, Latent, LatentStore
 from sora_jax.structs import PackedBatch, Share
 
@@ -27,7 +27,7 @@ class LoaderConfig:
     """What is drawn for a clip and how it is loaded.
 
     long_captions is the share of descriptive captions, the rest are short; caption_dropout the share without caption (for
-    classifier-free guidance); known_frames the share of clips whose first latents are given. workers is the number of
+    classifier-free guidance); known says how often what of a clip is given. workers is the number of
     loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
     which a batch has equally many of each: with as many lanes as training processes, or more, each reads its own clips alone.
 
@@ -37,14 +37,14 @@ class LoaderConfig:
 
     long_captions: float = 0.2
     caption_dropout: float = 0.1
-    known_frames: float = 0.0
+    known: known.KnownConfig = dataclasses.field(default_factory=known.KnownConfig)
     workers: int = 0
     lanes: int = 1
     patience: float = 120.0
     skip_quota: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("long_captions", "caption_dropout", "known_frames", "skip_quota"):
+        for name in ("long_captions", "caption_dropout", "skip_quota"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"loader.{name} is {getattr(self, name)}; it is a share in [0, 1]")
         if self.workers < 0:
@@ -131,14 +131,15 @@ class Tokeniser:
         """Tokens of draw number `draw` of a clip, and how many were dropped."""
         rng = np.random.default_rng((self.seed, latent.id, draw))
         t, h, w = pack.grid_shape(latent.mean_thwc.shape, self.geometry.patch)
-        known_N = np.arange(t * h * w) < self._known_frames(rng, t) * h * w
+        known_thw, ceiling = known.draw(self.config.known, rng, (t, h, w))
         text_LM, text_token_L = self.text(self._caption(rng, latent.captions))
         tokens = pack.Tokens(
             mean_NP=pack.patchify(latent.mean_thwc, self.geometry.patch).astype(np.float32),
             std_NP=pack.patchify(latent.std_thwc, self.geometry.patch).astype(np.float32),
             position_N3=pack.positions(latent.mean_thwc.shape, self.geometry, latent.fps),
             index_N=np.arange(t * h * w, dtype=np.int32),
-            known_N=known_N,
+            known_N=known_thw.ravel(),
+            ceiling=ceiling,
             extent_3=pack.extent(latent.mean_thwc.shape, self.geometry, latent.fps),
             clip=latent.id,
             draw=draw,
@@ -155,12 +156,6 @@ class Tokeniser:
         short, long = ordered[: (len(ordered) + 1) // 2], ordered[(len(ordered) + 1) // 2 :] or ordered
         chosen = long if rng.random() < self.config.long_captions else short
         return chosen[int(rng.integers(len(chosen)))]
-
-    def _known_frames(self, rng: np.random.Generator, t: int) -> int:
-        """How many of the first latent frames are given: none, or 1 .. t - 1."""
-        if t < 2 or rng.random() >= self.config.known_frames:
-            return 0
-        return int(rng.integers(1, t))
 
 
 @dataclasses.dataclass(frozen=True)

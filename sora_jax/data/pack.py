@@ -54,13 +54,14 @@ class Geometry(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """One clip, cut into patches; what pack_rows puts into rows."""
+    """One clip, cut into patches; what pack_rows puts into rows. ceiling is the highest time of its unknown patches."""
 
     mean_NP: np.ndarray
     std_NP: np.ndarray
     position_N3: np.ndarray
     index_N: np.ndarray
     known_N: np.ndarray
+    ceiling: float
     extent_3: np.ndarray
     clip: int
     draw: int
@@ -256,7 +257,8 @@ def fill_row(clips: Sequence[Tokens], config: PackConfig, patch_dim: int, text_w
                 continue
             layout.slot_BN[here][mine] = slot
             layout.slot_segment_BS[slot], layout.extent_BS3[slot] = segment, clip.extent_3
-            row.known_BS[slot], row.clip_BS[slot], row.draw_BS[slot] = known, clip.clip, clip.draw
+            row.ceiling_BS[slot] = 0.0 if known else clip.ceiling
+            row.clip_BS[slot], row.draw_BS[slot] = clip.clip, clip.draw
             slot += 1
         layout.text_segment_BL[there] = segment
         if text_width is None:
@@ -274,7 +276,7 @@ def empty_row(config: PackConfig, patch_dim: int, text_width: int | None) -> Pac
         mean_BNP=np.zeros((N, patch_dim), np.float32),
         std_BNP=np.zeros((N, patch_dim), np.float32),
         index_BN=np.zeros(N, np.int32),
-        known_BS=np.zeros(S, bool),
+        ceiling_BS=np.zeros(S, np.float32),
         clip_BS=np.zeros(S, np.int32),
         draw_BS=np.zeros(S, np.int32),
         layout=Layout(

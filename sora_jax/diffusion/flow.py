@@ -54,6 +54,11 @@ def corrupt(
     return (1 - time) * clean + time * noise
 
 
+def spread(x_BS: Any, slot_BN: Any) -> Any:
+    """A slot's value for each of its tokens (B, N)."""
+    return jnp.take_along_axis(x_BS, slot_BN, axis=1)
+
+
 def velocity(clean: Array, noise: Array) -> Array:
     return noise - clean
 

@@ -1,6 +1,8 @@
 """Samplers for the flow's ODE: schedules, Euler and Heun steps, classifier-free guidance. Pure functions, one scan.
 
-A sampler integrates d noisy / d time = velocity from time 1 to time 0 and carries the latents alone.
+A sampler integrates d noisy / d time = velocity from each slot's ceiling to time 0 and carries the latents alone. A slot that
+is known has the ceiling 0: its tokens start clean, take steps of length 0, and so come back as they were given. A ceiling
+between 0 and 1 starts from a clip with some noise on it (SDEdit, arXiv:2108.01073).
 """
 
 from __future__ import annotations
@@ -11,58 +13,85 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 
 from sora_jax.diffusion import flow
 
-# velocity(noisy_BNP, time) with one time for all tokens that are not known.
+# velocity(noisy_BNP, time_BS)
 Velocity = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """steps of method 'euler' or 'heun' (two evaluations a step), guidance 1 = none, shift as in flow.shifted."""
+    """steps of method 'euler' or 'heun' (two evaluations a step), shift as in flow.shifted, for a clip of base_tokens tokens.
+
+    Larger clips are shifted more (flow.resolution_shift); with base_tokens 0 all are shifted alike. guidance is how much to
+    insist on the prompt, 1 = none, at times in guidance_interval (arXiv:2404.07724); guidance_rescale in [0, 1] takes back what
+    it adds to the deviation (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none.
+    """
 
     steps: int = 20
     method: str = "heun"
     guidance: float = 4.0
     shift: float = 1.0
+    base_tokens: int = 0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    known_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampler.steps is {self.steps}; it must be at least 1")
         if self.method not in STEPPERS:
             raise ValueError(f"sampler.method {self.method!r} is none of {', '.join(STEPPERS)}")
-        if self.guidance < 0 or self.shift <= 0:
+        if self.guidance < 0 or self.known_guidance < 0 or self.shift <= 0 or self.base_tokens < 0:
             raise ValueError(
-                f"sampler: guidance {self.guidance} must not be negative and shift {self.shift} must be positive"
+                f"sampler: guidance {self.guidance}, known_guidance {self.known_guidance} and base_tokens {self.base_tokens} "
+                f"must not be negative and shift {self.shift} must be positive"
+            )
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1 or not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"sampler: guidance_interval {self.guidance_interval} must rise within [0, 1] and "
+                f"guidance_rescale {self.guidance_rescale} be in [0, 1]"
             )
 
     @property
+    def branches(self) -> int:
+        """How often a step's evaluation asks for the velocities of all tokens: with the prompt, without, and without known ones."""
+        if self.known_guidance != 1:
+            return 3
+        return 1 if self.guidance == 1 else 2
+
+    @property
     def evaluations(self) -> int:
-        """How often velocities of all tokens are asked for, without a prompt too where there is guidance."""
-        return self.steps * {"euler": 1, "heun": 2}[self.method] * (1 if self.guidance == 1 else 2)
+        """How often velocities of all tokens are asked for."""
+        return self.steps * {"euler": 1, "heun": 2}[self.method] * self.branches
 
 
-def schedule(config: SamplerConfig) -> np.ndarray:
-    """Times (steps + 1,) from 1 to 0."""
-    return np.asarray(flow.shifted(np.linspace(1.0, 0.0, config.steps + 1, dtype=np.float32), config.shift), np.float32)
+def schedule(
+    config: SamplerConfig, ceiling_BS: Float[Array, "B S"], tokens_BS: Float[Array, "B S"]
+) -> Float[Array, "K B S"]:
+    """Times of every slot, steps + 1 from its ceiling to 0. tokens_BS is the number of tokens of the slot's clip."""
+    base = jnp.linspace(1.0, 0.0, config.steps + 1, dtype=jnp.float32)[:, None, None]
+    larger = flow.resolution_shift(jnp.maximum(tokens_BS, 1), config.base_tokens) if config.base_tokens else 1.0
+    return ceiling_BS * flow.shifted(base, config.shift * larger)
 
 
-def euler(velocity: Velocity, noisy: Array, time: Array, following: Array) -> Array:
-    return noisy + (following - time) * velocity(noisy, time)
+def euler(velocity: Velocity, noisy: Array, time: Array, following: Array, slot_BN: Array) -> Array:
+    return noisy + flow.spread(following - time, slot_BN)[..., None] * velocity(noisy, time)
 
 
-def heun(velocity: Velocity, noisy: Array, time: Array, following: Array) -> Array:
+def heun(velocity: Velocity, noisy: Array, time: Array, following: Array, slot_BN: Array) -> Array:
     """Second order: the mean of the slopes at both ends (Karras et al., arXiv:2206.00364, algorithm 1)."""
+    length = flow.spread(following - time, slot_BN)[..., None]
     slope = velocity(noisy, time)
-    ahead = velocity(noisy + (following - time) * slope, following)
-    return noisy + (following - time) * 0.5 * (slope + ahead)
+    ahead = velocity(noisy + length * slope, following)
+    return noisy + length * 0.5 * (slope + ahead)
 
 
-STEPPERS: dict[str, Callable[[Velocity, Array, Array, Array], Array]] = {"euler": euler, "heun": heun}
+STEPPERS: dict[str, Callable[[Velocity, Array, Array, Array, Array], Array]] = {"euler": euler, "heun": heun}
 
 
 def guided(conditional: Array, unconditional: Array, guidance: Any) -> Array:
@@ -70,21 +99,39 @@ def guided(conditional: Array, unconditional: Array, guidance: Any) -> Array:
     return unconditional + guidance * (conditional - unconditional)
 
 
+def rescaled(
+    guided_BNP: Float[Array, "B N P"],
+    conditional_BNP: Float[Array, "B N P"],
+    share_BNS: Float[Array, "B N S"],
+    amount: float,
+) -> Float[Array, "B N P"]:
+    """The guided prediction, moved by `amount` towards the deviation that the conditional one has (arXiv:2305.08891, eq. 15, 16).
+
+    Deviations are taken over the tokens of a slot, which share_BNS has as one-hot rows: neighbours in a row change nothing.
+    """
+
+    def deviation_BN(x_BNP: Array) -> Array:
+        count_BS = jnp.maximum(share_BNS.sum(1), 1)
+        mean_BS = jnp.einsum("bns,bnp->bs", share_BNS, x_BNP) / count_BS / x_BNP.shape[-1]
+        off_BNP = x_BNP - jnp.einsum("bns,bs->bn", share_BNS, mean_BS)[..., None]
+        variance_BS = jnp.einsum("bns,bnp->bs", share_BNS, jnp.square(off_BNP)) / count_BS / x_BNP.shape[-1]
+        return jnp.einsum("bns,bs->bn", share_BNS, jnp.sqrt(variance_BS))
+
+    factor_BN = deviation_BN(conditional_BNP) / jnp.maximum(deviation_BN(guided_BNP), 1e-6)
+    return guided_BNP * (amount * factor_BN + 1 - amount)[..., None]
+
+
 def sample(
     velocity: Velocity,
-    noise_BNP: Float[Array, "B N P"],
-    config: SamplerConfig,
-    known_BN: Bool[Array, "B N"] | None = None,
-    clean_BNP: Float[Array, "B N P"] | None = None,
+    start_BNP: Float[Array, "B N P"],
+    slot_BN: Int[Array, "B N"],
+    times_KBS: Float[Array, "K B S"],
+    method: str,
 ) -> Float[Array, "B N P"]:
-    """Integrate from noise to data. Tokens of known_BN hold the values of clean_BNP at every step."""
-
-    def hold(x_BNP: Array) -> Array:
-        return x_BNP if known_BN is None or clean_BNP is None else jnp.where(known_BN[..., None], clean_BNP, x_BNP)
+    """Integrate from the first of the times to the last. start_BNP is the point of the path at each token's first time."""
 
     def step(noisy_BNP: Array, span: tuple[Array, Array]) -> tuple[Array, None]:
-        return hold(STEPPERS[config.method](lambda x, t: velocity(hold(x), t), noisy_BNP, *span)), None
+        return STEPPERS[method](velocity, noisy_BNP, *span, slot_BN), None
 
-    times = jnp.asarray(schedule(config))
-    clean, _ = jax.lax.scan(step, hold(noise_BNP), (times[:-1], times[1:]))
-    return clean
+    clean_BNP, _ = jax.lax.scan(step, start_BNP, (times_KBS[:-1], times_KBS[1:]))
+    return clean_BNP

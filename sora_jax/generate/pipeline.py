@@ -1,12 +1,13 @@
 """From requests to videos: text states, noise keyed by seed, packed rows, the sampler, the VAE's decoder.
 
-Every mode of prompting is the same call: known latents are held at time 0 while the rest is denoised.
+Every mode of prompting is the same call: what is known stays at time 0 while the rest is denoised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
+from sora_jax.generate.canvas import Canvas, known_cells, known_patches
 from sora_jax.generate.codec import Codec
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
@@ -37,7 +39,7 @@ BATCH_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known_thwc gives the first latents."""
+    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). canvas says what of it is given."""
 
     prompt: str
     height: int
@@ -45,7 +47,23 @@ class Request:
     frames: int
     fps: float
     seed: int
-    known_thwc: np.ndarray | None = None
+    canvas: Canvas | None = None
+
+    def __post_init__(self) -> None:
+        size = (self.frames, self.height, self.width)
+        if self.canvas is not None and self.canvas.given_THW.shape != size:
+            raise ValueError(
+                f"the canvas is of {list(self.canvas.given_THW.shape)} and the request of {list(size)} pixels"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a request's latents start from: its clean latent (t, h, w, c), known patches (n,), and the time of the others."""
+
+    clean_thwc: np.ndarray
+    known_N: np.ndarray
+    ceiling: float
 
 
 class Pipeline:
@@ -67,20 +85,57 @@ class Pipeline:
         self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 
     def sample(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
-        """uint8 videos (T, H, W, 3), in order. Raises ValueError for sizes the model cannot make."""
-        latents = self.sample_latents(requests, settings)
-        with self._on_mesh():
-            return self.codec.decode(latents)
+        """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-    def sample_latents(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
-        """Normalised latents (t, h, w, c), in order."""
+        Raises ValueError for sizes the model cannot make.
+        """
+        starts = self.starts(requests)
+        latents = self.sample_latents(requests, settings, starts)
+        given = {
+            i: request.canvas for i, request in enumerate(requests) if request.canvas and request.canvas.given_THW.any()
+        }
+        with self._on_mesh():
+            made = self.codec.decode(latents)
+            whole = self.codec.decode([starts[i].clean_thwc for i in given])
+        for (i, canvas), round_trip in zip(given.items(), whole, strict=True):
+            made[i] = np.where(canvas.given_THW[..., None], round_trip, made[i])
+        return made
+
+    def sample_latents(
+        self, requests: Sequence[Request], settings: sampler.SamplerConfig, starts: Sequence[Start] | None = None
+    ) -> list[np.ndarray]:
+        """Normalised latents (t, h, w, c), in order. starts are those of the requests' canvases if None."""
+        starts = self.starts(requests) if starts is None else starts
         self.text.prepare(["", *(request.prompt for request in requests)])
-        clips = [self._tokens(number, request, request.prompt) for number, request in enumerate(requests)]
-        unprompted = [self._tokens(number, request, "") for number, request in enumerate(requests)]
+        pairs = list(enumerate(zip(requests, starts, strict=True)))
+        clips = [self._tokens(number, request, start, request.prompt) for number, (request, start) in pairs]
+        unprompted = [self._tokens(number, request, start, "") for number, (request, start) in pairs]
         with self._on_mesh():
             patches = self._denoised(clips, unprompted, [request.seed for request in requests], settings)
-        shapes = [self._latent_shape(request) for request in requests]
-        return [pack.unpatchify(patches[i], shape, self.geometry.patch) for i, shape in enumerate(shapes)]
+        return [
+            pack.unpatchify(patches[i], start.clean_thwc.shape, self.geometry.patch) for i, start in enumerate(starts)
+        ]
+
+    def starts(self, requests: Sequence[Request]) -> list[Start]:
+        """The encoded canvases of the requests; of requests without one, nothing known."""
+        with_canvas = {i: request.canvas for i, request in enumerate(requests) if request.canvas is not None}
+        with self._on_mesh():
+            encoded = self.codec.encode([canvas.frames_THWC for canvas in with_canvas.values()])
+        latents = {i: mean_thwc for i, (mean_thwc, _) in zip(with_canvas, encoded, strict=True)}
+
+        def start(number: int, request: Request) -> Start:
+            shape = self.vae_config.latent_shape(request.frames, request.height, request.width)
+            canvas = with_canvas.get(number)
+            if canvas is None:
+                pack.grid_shape(shape, self.geometry.patch)
+                return Start(np.zeros(shape, np.float32), np.zeros(self._patches(shape), bool), 1.0)
+            cells_thw = known_cells(canvas.given_THW, self.geometry.stride)
+            return Start(latents[number], known_patches(cells_thw, self.geometry.patch), canvas.strength)
+
+        return [start(number, request) for number, request in enumerate(requests)]
+
+    def _patches(self, latent_shape: tuple[int, ...]) -> int:
+        return math.prod(pack.grid_shape(latent_shape, self.geometry.patch))
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -109,24 +164,16 @@ class Pipeline:
             found |= pack.unpack(np.asarray(clean), batch)
         return found
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
-        return self.vae_config.latent_shape(request.frames, request.height, request.width)
-
-    def _tokens(self, number: int, request: Request, prompt: str) -> pack.Tokens:
-        shape = self._latent_shape(request)
-        t, h, w = pack.grid_shape(shape, self.geometry.patch)
-        clean = np.zeros(shape, np.float32)
-        known = np.zeros(t * h * w, bool)
-        if request.known_thwc is not None:
-            clean[: len(request.known_thwc)] = request.known_thwc
-            known[: len(request.known_thwc) // self.geometry.patch[0] * h * w] = True
+    def _tokens(self, number: int, request: Request, start: Start, prompt: str) -> pack.Tokens:
+        shape, count = start.clean_thwc.shape, len(start.known_N)
         text_LM, text_token_L = self.text(prompt)
         return pack.Tokens(
-            mean_NP=pack.patchify(clean, self.geometry.patch),
-            std_NP=np.zeros((t * h * w, self.run.dit.patch_dim), np.float32),
+            mean_NP=pack.patchify(start.clean_thwc, self.geometry.patch),
+            std_NP=np.zeros((count, self.run.dit.patch_dim), np.float32),
             position_N3=pack.positions(shape, self.geometry, request.fps),
-            index_N=np.arange(t * h * w, dtype=np.int32),
-            known_N=known,
+            index_N=np.arange(count, dtype=np.int32),
+            known_N=start.known_N,
+            ceiling=start.ceiling,
             extent_3=pack.extent(shape, self.geometry, request.fps),
             clip=number,
             draw=0,
@@ -156,7 +203,7 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
 def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
     """denoise(params, batch, blind, seed_BS, settings) -> clean patches (B, N, P): a whole batch from its noise, one program.
 
-    blind is the batch's layout without prompts, seed_BS a seed for every slot; known slots are held at time 0.
+    blind is the batch's layout without prompts, seed_BS a seed for every slot.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(config, nnx.Rngs(0))), nnx.Param)[0]
 
@@ -165,30 +212,43 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         model = nnx.merge(graphdef, params)
         layout = batch.layout
-        seed_BN = spread_slots(seed_BS, layout.slot_BN)
-        known_BN = spread_slots(batch.known_BS, layout.slot_BN) & (layout.segment_BN > 0)
+        seed_BN, ceiling_BN = (flow.spread(x_BS, layout.slot_BN) for x_BS in (seed_BS, batch.ceiling_BS))
         noise_BNP = flow.token_noise(
             jax.random.key(NOISE_KEY), seed_BN, jnp.zeros_like(seed_BN), batch.index_BN, batch.mean_BNP.shape[-1]
         )
-        # With and without prompt in one batch: one program, and guidance needs both at every step.
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), layout, blind)
+        mine_BSS = layout.slot_segment_BS[:, :, None] == layout.slot_segment_BS[:, None, :]
+        slots_BNS = jax.nn.one_hot(layout.slot_BN, seed_BS.shape[1]) * (layout.segment_BN > 0)[..., None]
+        tokens_BS = jnp.einsum("bst,bt->bs", mine_BSS.astype(jnp.float32), slots_BNS.sum(1))
+        # Branches of guidance are one batch: one program, and each is wanted at every step.
+        branches = [layout, blind, blind][: settings.branches]
+        layouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches)
 
-        def velocity(noisy_BNP: jax.Array, time: jax.Array) -> jax.Array:
-            time_BS = jnp.where(batch.known_BS, 0.0, time)
-            if settings.guidance == 1:
-                return model(noisy_BNP, time_BS, layout)
-            twice = model(jnp.concatenate([noisy_BNP] * 2), jnp.concatenate([time_BS] * 2), both)
-            conditional, unconditional = jnp.split(twice, 2)
-            return sampler.guided(conditional, unconditional, settings.guidance)
+        def velocity(noisy_BNP: jax.Array, time_BS: jax.Array) -> jax.Array:
+            noisy, times = [noisy_BNP] * len(branches), [time_BS] * len(branches)
+            if settings.known_guidance != 1:
+                # Known tokens as if they were not, with as much noise as the others of their clip.
+                times[2] = jnp.where(mine_BSS, time_BS[:, None, :], 0.0).max(-1)
+                hidden_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, flow.spread(times[2], layout.slot_BN))
+                noisy[2] = jnp.where((ceiling_BN == 0)[..., None], hidden_BNP, noisy_BNP)
+            found = jnp.split(model(jnp.concatenate(noisy), jnp.concatenate(times), layouts), len(branches))
+            if len(branches) == 1:
+                return found[0]
+            low, high = settings.guidance_interval
+            time_BN = flow.spread(time_BS, layout.slot_BN)
+            guidance_BN = jnp.where((time_BN >= low) & (time_BN <= high), settings.guidance, 1.0)
+            made_BNP = sampler.guided(found[0], found[1], guidance_BN[..., None])
+            if len(branches) == 3:
+                # Two guidances in turn (arXiv:2211.09800, equation 3).
+                made_BNP = made_BNP + (settings.known_guidance - 1) * (found[1] - found[2])
+            if settings.guidance_rescale:
+                made_BNP = sampler.rescaled(made_BNP, found[0], slots_BNS, settings.guidance_rescale)
+            return made_BNP
 
-        return sharding.everywhere(sampler.sample(velocity, noise_BNP, settings, known_BN, batch.mean_BNP))
+        times_KBS = sampler.schedule(settings, batch.ceiling_BS, tokens_BS)
+        start_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, ceiling_BN)
+        return sharding.everywhere(sampler.sample(velocity, start_BNP, layout.slot_BN, times_KBS, settings.method))
 
     return denoise
-
-
-def spread_slots(x_BS: Any, slot_BN: Any) -> Any:
-    """A slot's value for each of its tokens."""
-    return jnp.take_along_axis(x_BS, slot_BN, axis=1)
 
 
 def load_run(path: Path, step: int | None = None) -> DiTRun:

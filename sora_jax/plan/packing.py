@@ -60,6 +60,7 @@ def _counted(number: int, tokens: int, words: int) -> pack.Tokens:
         position_N3=nothing,
         index_N=np.arange(tokens, dtype=np.int32),
         known_N=np.zeros(tokens, bool),
+        ceiling=1.0,
         extent_3=np.zeros(3, np.float32),
         clip=number,
         draw=0,

@@ -95,8 +95,8 @@ class Objective:
     def at(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, Array, Array]:
         """(loss, weighted squared error of each token, weights)."""
         model, layout = nnx.merge(self.graphdef, params), batch.layout
-        clip_BN = pipeline.spread_slots(batch.clip_BS, layout.slot_BN)
-        draw_BN = pipeline.spread_slots(batch.draw_BS, layout.slot_BN)
+        clip_BN = flow.spread(batch.clip_BS, layout.slot_BN)
+        draw_BN = flow.spread(batch.draw_BS, layout.slot_BN)
         patch_dim = batch.mean_BNP.shape[-1]
 
         def draw(purpose: int) -> Array:
@@ -105,11 +105,10 @@ class Objective:
             return sharding.constrain(noise_BNP, "rows", "tokens", "none")
 
         clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
-        time_BS = jnp.where(batch.known_BS, 0.0, time_BS)
-        time_BN = pipeline.spread_slots(time_BS, layout.slot_BN)
-        known_BN = pipeline.spread_slots(batch.known_BS, layout.slot_BN)
+        time_BS = batch.ceiling_BS * time_BS
+        time_BN, ceiling_BN = (flow.spread(x_BS, layout.slot_BN) for x_BS in (time_BS, batch.ceiling_BS))
         predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
-        weight_BN = ((layout.segment_BN > 0) & ~known_BN).astype(jnp.float32)
+        weight_BN = ((layout.segment_BN > 0) & (ceiling_BN > 0)).astype(jnp.float32)
         loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
         return loss, error_BN * weight_BN, weight_BN
 
@@ -200,7 +199,7 @@ class DiTTask:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Flow loss of the averaged weights on held-out clips: fixed noise, stratified times, prompts always given."""
-        plain = loader.LoaderConfig(long_captions=0.0, caption_dropout=0.0, known_frames=0.0)
+        plain = loader.LoaderConfig(long_captions=0.0, caption_dropout=0.0)
         packing = dataclasses.replace(self.run.pack, drop_rate=0.0, drop_repeats=0.0)
         store, (st, sh, sw) = self.stores["heldout"], self.vae_config.stride
         shapes = dict(zip(store.ids.tolist(), store.shapes.tolist(), strict=True))

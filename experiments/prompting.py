@@ -1,0 +1,40 @@
+"""Prompting with images and videos: one model that fills in whatever is missing, and what each way of prompting reaches.
+
+sora-jax study --config=experiments/prompting.py --workdir=runs/prompting
+"""
+
+import parts
+from ml_collections import ConfigDict
+
+ARGUMENTS = ("", "vae", "dit")
+DIT_STEPS = 3000
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
+    if arg not in ARGUMENTS:
+        raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
+    vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
+    stages = {"vae": vae, "dit": dit()}
+    if arg:
+        stages["dit"].vae_checkpoint = "runs/prompting/vae"
+        return stages[arg]
+    return parts.study("Prompting with anything", stages, prompts=256)
+
+
+def dit() -> ConfigDict:
+    """The quickstart's model with masks: two in five clips are made from text alone."""
+    run = parts.dit_run(parts.compact_world(), steps=DIT_STEPS, vae_checkpoint="vae")
+    run.loader.known.update(
+        first_frame=0.12,
+        first_frames=0.12,
+        last_frames=0.1,
+        both_ends=0.1,
+        some_frames=0.05,
+        box=0.08,
+        less_noise=0.03,
+    )
+    # A clip of which a part is known has two slots.
+    run.pack.row_slots = 14
+    run.loop.save_every = 500
+    return run

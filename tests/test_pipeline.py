@@ -1,0 +1,141 @@
+"""Laws of sampling: sizes, company, what is given comes back, less noise, guidance. The weights are random ones."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sora_jax.generate import pipeline
+from sora_jax.generate.canvas import Canvas
+from sora_jax.text.captions import CaptionText
+from sora_jax.train import dit
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    run = dit.resolve(tiny.dit_run("nowhere"))
+    vae_config = tiny.vae_run().vae
+    params, rest = jax.jit(lambda key: pipeline.initial_weights(run, vae_config, key))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    # What starts at zero would leave the prompt and the noise levels unread.
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten(
+        [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+    weights = rest["vae"]
+    return pipeline.Pipeline(
+        run, vae_config, params, (weights["params"], weights["rest"]), CaptionText(run.text, run.text.encoder)
+    )
+
+
+def request(prompt, seed=0, frames=5, **other):
+    return pipeline.Request(prompt, 32, 32, frames, 8.0, seed, **other)
+
+
+def test_samples_have_the_sizes_asked_for(sampler):
+    requests = [
+        request("a red circle", frames=1),
+        request("a blue star", frames=9),
+        pipeline.Request("x", 48, 32, 5, 8.0, 1),
+    ]
+    videos = sampler.sample(requests, sampler.run.sampler)
+    assert [video.shape for video in videos] == [(1, 32, 32, 3), (9, 32, 32, 3), (5, 48, 32, 3)]
+    assert all(video.dtype == np.uint8 for video in videos)
+
+
+def test_a_sample_does_not_depend_on_its_company(sampler):
+    mine = request("a red circle moves left", seed=5)
+    alone = sampler.sample_latents([mine], sampler.run.sampler)[0]
+    others = [request("a blue star", seed=n, frames=frames) for n, frames in enumerate((1, 9, 5, 1))]
+    together = sampler.sample_latents([*others, mine], sampler.run.sampler)[-1]
+    assert np.allclose(alone, together, atol=1e-4)
+    assert not np.allclose(
+        alone, sampler.sample_latents([request("a red circle moves left", seed=6)], sampler.run.sampler)[0]
+    )
+
+
+GIVEN = {
+    "image": (slice(0, 1),),
+    "end": (slice(5, 9),),
+    "part of a group": (slice(0, 3),),
+    "box": (slice(0, 9), slice(0, 16), slice(8, 24)),
+    "a few pixels": (slice(2, 4), slice(3, 5), slice(3, 5)),
+}
+
+
+def prompted(where, rng, strength=1.0):
+    """A request with a part of a random video given."""
+    frames = rng.integers(0, 256, (9, 32, 32, 3), np.uint8)
+    given = np.zeros(frames.shape[:3], bool)
+    given[GIVEN[where]] = True
+    return request("a red circle", frames=9, canvas=Canvas(frames, given, strength))
+
+
+@pytest.mark.parametrize("where", GIVEN)
+def test_what_is_given_comes_back_as_the_vae_makes_it(sampler, rng, where):
+    asked = prompted(where, rng)
+    start = sampler.starts([asked])[0]
+    latent = sampler.sample_latents([asked], sampler.run.sampler)[0]
+    known = start.known_N.reshape(3, 4, 4)
+    assert np.array_equal(latent[known], start.clean_thwc[known])
+    assert not np.isclose(latent[~known], start.clean_thwc[~known]).any(-1).all()
+    made = sampler.sample([asked], sampler.run.sampler)[0]
+    given = asked.canvas.given_THW
+    assert np.array_equal(made[given], sampler.codec.decode([start.clean_thwc])[0][given])
+
+
+def test_the_future_of_an_image_does_not_depend_on_what_the_canvas_holds_there(sampler, rng):
+    asked = prompted("image", rng)
+    frames = asked.canvas.frames_THWC.copy()
+    frames[1:] = 0
+    other = dataclasses.replace(asked, canvas=dataclasses.replace(asked.canvas, frames_THWC=frames))
+    one, two = (sampler.sample_latents([each], sampler.run.sampler)[0] for each in (asked, other))
+    assert np.allclose(one, two, atol=1e-5)
+
+
+def test_no_strength_leaves_a_video_as_it_is_and_full_strength_forgets_it(sampler, rng):
+    canvas = Canvas(rng.integers(0, 256, (9, 32, 32, 3), np.uint8), np.zeros((9, 32, 32), bool))
+    asked = [
+        request("a red circle", frames=9, canvas=dataclasses.replace(canvas, strength=strength))
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    clean = sampler.starts(asked)[0].clean_thwc
+    made = sampler.sample_latents([*asked, request("a red circle", frames=9)], sampler.run.sampler)
+    off = [float(np.abs(latent - clean).mean()) for latent in made]
+    assert off[0] == 0 and 0 < off[1] < off[2] and np.allclose(made[2], made[3], atol=1e-5)
+
+
+def test_guidance_on_what_is_known_changes_nothing_where_nothing_is(sampler, rng):
+    plain = sampler.run.sampler
+    insisting = dataclasses.replace(plain, known_guidance=3.0)
+    free, asked = request("a red circle", frames=9), prompted("image", rng)
+    without, with_it = (sampler.sample_latents([free, asked], settings) for settings in (plain, insisting))
+    assert np.allclose(without[0], with_it[0], atol=1e-4)
+    assert not np.allclose(without[1], with_it[1], atol=1e-2)
+
+
+def test_guidance_outside_of_its_interval_and_full_rescaling(sampler):
+    asked = [request("a red circle", frames=9)]
+
+    def made(**changes):
+        return sampler.sample_latents(asked, dataclasses.replace(sampler.run.sampler, **changes))[0]
+
+    assert np.allclose(
+        made(guidance_interval=(0.0, 0.0), method="euler"), made(guidance=1.0, method="euler"), atol=1e-5
+    )
+    assert not np.allclose(made(), made(guidance_rescale=1.0), atol=1e-3)
+
+
+def test_requests_of_all_kinds_in_one_batch_are_as_alone(sampler, rng):
+    settings = dataclasses.replace(sampler.run.sampler, guidance_rescale=0.5, known_guidance=2.0, base_tokens=32)
+    asked = [prompted(where, rng) for where in GIVEN] + [request("a blue star", seed=1, frames=1)]
+    together = sampler.sample_latents(asked, settings)
+    for each, found in zip(asked, together, strict=True):
+        assert np.allclose(sampler.sample_latents([each], settings)[0], found, atol=1e-4)
+
+
+def test_sizes_that_cannot_be_made_are_told(sampler):
+    with pytest.raises(ValueError, match="1 \\+ 4k"):
+        sampler.sample([request("a red circle", frames=6)], sampler.run.sampler)
