@@ -7,14 +7,16 @@ import parts
 from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
-DIT_STEPS = 3000
+DIT_STEPS = 3400
+# Motions that can go on for ever are among them, to be extended and looped.
+MOTIONS = ("still", *parts.DIRECTIONS, "orbit", "bounce")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
+    vae = parts.vae_run(world(), steps=parts.VAE_STEPS)
     stages = {"vae": vae, "dit": dit()}
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
@@ -22,9 +24,15 @@ def get_config(arg: str = "") -> ConfigDict:
     return parts.study("Prompting with anything", stages, prompts=256)
 
 
+def world() -> ConfigDict:
+    world = parts.compact_world()
+    world.motions = MOTIONS
+    return world
+
+
 def dit() -> ConfigDict:
     """The quickstart's model with masks: two in five clips are made from text alone."""
-    run = parts.dit_run(parts.compact_world(), steps=DIT_STEPS, vae_checkpoint="vae")
+    run = parts.dit_run(world(), steps=DIT_STEPS, vae_checkpoint="vae")
     run.loader.known.update(
         first_frame=0.12,
         first_frames=0.12,

@@ -92,6 +92,29 @@ def read(frames_THWC: np.ndarray) -> Reading | None:
     return Reading(tuple(things), relation, _read_background(level_THWC, smooth_THW))
 
 
+def places(frames_THWC: np.ndarray) -> np.ndarray:
+    """(T, 2): the centroid (y, x) of a video's larger thing in each frame, in pixels; NaN where it is not in sight."""
+    found_T2 = np.full((len(frames_THWC), 2), np.nan)
+    if track := _largest(frames_THWC):
+        found_T2[track.frames_F] = np.stack([track.y_F, track.x_F], axis=1)
+    return found_T2
+
+
+def areas(frames_THWC: np.ndarray) -> np.ndarray:
+    """(T,): the area of a video's larger thing in each frame, in pixels; 0 where it is not in sight."""
+    found_T = np.zeros(len(frames_THWC))
+    if track := _largest(frames_THWC):
+        found_T[track.frames_F] = track.area_F
+    return found_T
+
+
+def _largest(frames_THWC: np.ndarray) -> _Track | None:
+    hue_THW = _hue_plane(_levels(frames_THWC))
+    smooth_THW = _smooth(hue_THW)
+    covers = _separate(hue_THW, smooth_THW, _find_colours(smooth_THW))
+    return _follow(covers[0]) if covers else None
+
+
 def read_many(videos: Sequence[np.ndarray]) -> list[Reading | None]:
     """Reads videos of any shapes; see read."""
     return [read(frames_THWC) for frames_THWC in videos]

@@ -1,0 +1,64 @@
+"""Does a video flow? Jumps between neighbouring frames, in pixels' levels and in the place of the thing that it shows.
+
+What is usual is taken from the video itself, so that fast and slow motions are judged alike. Nothing here knows the caption.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from sora_jax.evaluate import reader
+
+# Pixels; a thing at rest is read to within about a third of it, and videos of rest have no usual step of their own.
+LEAST_STEP = 0.5
+# Levels of 255; the same for whole frames.
+LEAST_CHANGE = 0.25
+# Of the frames a thing may be out of sight, or be of less than half or more than twice its usual area, and still be kept.
+MOST_LOST = 0.05
+
+
+def changes(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, " T-1"]:
+    """Mean absolute difference of each frame from the one before it, in levels of 255."""
+    return np.abs(np.diff(frames_THWC.astype(np.float32), axis=0)).mean((1, 2, 3))
+
+
+def loop_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
+    """The change from the last frame to the first, as a multiple of the mean change between neighbours."""
+    closing = changes(frames_THWC[[-1, 0]])[0]
+    return float(closing / max(changes(frames_THWC).mean(), LEAST_CHANGE))
+
+
+def worst_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
+    """The largest change between neighbours, as a multiple of the median one."""
+    found = changes(frames_THWC)
+    return float(found.max() / max(np.median(found), LEAST_CHANGE))
+
+
+def seam(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: int) -> dict[str, float]:
+    """How far the thing jumps into frame `at`, and how much its velocity changes there, in usual steps.
+
+    position is the step into the frame and velocity the change from the step before it; a usual step is the mean of the
+    others. Both are infinite where the thing is not in sight.
+    """
+    place_T2 = reader.places(frames_THWC)
+    step_T2 = np.diff(place_T2, axis=0)
+    length_T = np.linalg.norm(step_T2, axis=1)
+    others = np.delete(length_T, at - 1)
+    usual = max(float(np.nanmean(others)) if np.isfinite(others).any() else 0.0, LEAST_STEP)
+    turn = np.linalg.norm(step_T2[at - 1] - step_T2[at - 2]) if at > 1 else 0.0
+    found = {"position": length_T[at - 1] / usual, "velocity": turn / usual}
+    return {name: float(value) if np.isfinite(value) else float("inf") for name, value in found.items()}
+
+
+def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int) -> bool:
+    """Whether the thing of the first `window` frames is there to the end: in sight, of its size, of its colour, in one piece."""
+    first, last = reader.read(frames_THWC[:window]), reader.read(frames_THWC[-window:])
+    if first is None or last is None or len(last.things) != len(first.things):
+        return False
+    area_T = reader.areas(frames_THWC)
+    usual = np.median(area_T[:window])
+    lost = (area_T < usual / 2) | (area_T > 2 * usual)
+    return bool(lost.mean() <= MOST_LOST) and all(
+        one.colour == other.colour and other.whole for one, other in zip(first.things, last.things, strict=True)
+    )
