@@ -13,8 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from sora_jax.data.known import KnownConfig
 from sora_jax.data.loader import LoaderConfig
+from sora_jax.data.masks import KnownConfig
 from sora_jax.data.pack import PackConfig
 from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.flow import TimeConfig

@@ -122,7 +122,7 @@ def test_useful_attention_is_that_within_segments(rng):
     def tokens(number, count):
         zeros = np.zeros((count, 4), np.float32)
         return pack.Tokens(
-            zeros, zeros, np.zeros((count, 3), np.float32), np.arange(count), np.zeros(count, bool), np.zeros(3),
+            zeros, zeros, np.zeros((count, 3), np.float32), np.arange(count), np.zeros(count, bool), 1.0, np.zeros(3),
             number, 0, np.zeros((3, 8), np.float32), None,
         )  # fmt: skip
 

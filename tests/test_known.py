@@ -1,79 +1,39 @@
-"""Laws of the masks that are trained on: shares as told, whole frames where frames are meant, something always unknown."""
-
-import dataclasses
+"""Which cells and patches a mask of given pixels makes known."""
 
 import numpy as np
 import pytest
 
-from sora_jax.data import known
-from sora_jax.data.known import KnownConfig
+from sora_jax.generate import known
+from sora_jax.generate.known import Known
 
-GRIDS = [(1, 1, 1), (1, 4, 4), (2, 1, 1), (2, 3, 4), (3, 1, 2), (5, 4, 6)]
-KINDS = [field.name for field in dataclasses.fields(KnownConfig)]
-
-
-def drawn(kind, grid, count=200, share=1.0):
-    rng = np.random.default_rng(0)
-    return [known.draw(KnownConfig(**{kind: share}), rng, grid) for _ in range(count)]
+STRIDE = (4, 8, 8)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_something_is_always_unknown(kind, grid):
-    assert not any(mask.all() for mask, _ in drawn(kind, grid))
-    assert all(mask.shape == grid and 0 <= ceiling <= 1 for mask, ceiling in drawn(kind, grid))
-
-
-def frames(kind, grid=(5, 2, 3)):
-    """Which frames are known, of all draws; each frame is known or unknown as a whole."""
-    masks = [mask for mask, _ in drawn(kind, grid)]
-    assert all(mask[time].all() or not mask[time].any() for mask in masks for time in range(grid[0]))
-    return {tuple(np.flatnonzero(mask[:, 0, 0]).tolist()) for mask in masks}
-
-
-def test_each_kind_of_frames_is_all_that_its_name_says():
-    assert frames("first_frame") == {(0,)}
-    assert frames("first_frames") == {tuple(range(k)) for k in (1, 2, 3, 4)}
-    assert frames("last_frames") == {tuple(range(k, 5)) for k in (1, 2, 3, 4)}
-    assert frames("both_ends") == {(*range(a), *range(b, 5)) for a in (1, 2, 3) for b in range(a + 1, 5)}
-    assert len(frames("some_frames")) == 2**5 - 2
-
-
-def test_boxes_are_known_inside_or_outside_and_keep_their_place_where_known_inside():
-    masks = [mask for mask, _ in drawn("box", (4, 4, 5), 400)]
-    inside = outside = 0
-    for mask in masks:
-        if not mask.any():
+def test_a_cell_is_known_only_if_all_its_pixels_are_given(rng):
+    for _ in range(50):
+        cells_thw = rng.random((3, 2, 4)) < 0.5
+        # Frame 0 is latent 0, four frames are each of the others.
+        frames = np.repeat(cells_thw, [1, 4, 4], axis=0)
+        given_THW = frames.repeat(8, axis=1).repeat(8, axis=2)
+        assert np.array_equal(known.known_cells(given_THW, STRIDE), cells_thw)
+        if not cells_thw.any():
             continue
-        where = np.argwhere(~mask)
-        low, high = where.min(0), where.max(0) + 1
-        if (~mask).sum() == np.prod(high - low):  # the unknown is a box
-            outside += 1
-        else:
-            inside += 1
-            assert (mask == mask[:1]).all()
-    assert min(inside, outside) > 50
-    assert len({mask.tobytes() for mask in masks}) > 100
+        T, H, W = (int(rng.choice(axis)) for axis in np.nonzero(given_THW))
+        given_THW[T, H, W] = False
+        cells_thw[(T + 3) // 4, H // 8, W // 8] = False
+        assert np.array_equal(known.known_cells(given_THW, STRIDE), cells_thw)
 
 
-def test_less_noise_gives_nothing_and_lowers_the_ceiling():
-    found = drawn("less_noise", (2, 2, 2))
-    assert not any(mask.any() for mask, _ in found)
-    ceilings = np.array([ceiling for _, ceiling in found])
-    assert ceilings.mean() == pytest.approx(0.5, abs=0.06) and ceilings.max() > 0.95
+def test_a_patch_is_known_only_if_all_its_cells_are():
+    known_thw = np.ones((2, 4, 4), bool)
+    known_thw[1, 3, 0] = False
+    assert np.flatnonzero(~known.known_patches(known_thw, (1, 2, 2))).tolist() == [6]
+    assert known.known_patches(known_thw, (2, 4, 4)).tolist() == [False]
 
 
-def test_shares_are_as_told():
-    config = KnownConfig(first_frame=0.2, last_frames=0.3, less_noise=0.1)
-    rng = np.random.default_rng(1)
-    found = [known.draw(config, rng, (3, 2, 2)) for _ in range(2000)]
-    first = np.mean([mask[0].all() for mask, _ in found])
-    last = np.mean([mask[-1].all() for mask, _ in found])
-    less = np.mean([ceiling < 1 for _, ceiling in found])
-    assert [first, last, less] == pytest.approx([0.2, 0.3, 0.1], abs=0.03)
-
-
-@pytest.mark.parametrize("bad", [{"box": -0.1}, {"box": 1.5}, {"box": 0.6, "first_frame": 0.6}])
-def test_shares_that_make_no_sense_are_refused(bad):
-    with pytest.raises(ValueError, match=r"loader\.known"):
-        KnownConfig(**bad)
+def test_a_mask_of_another_size_and_strengths_outside_of_0_to_1_are_refused():
+    frames = np.zeros((5, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="must agree"):
+        Known(frames, np.zeros((4, 8, 8), bool))
+    with pytest.raises(ValueError, match="strength"):
+        Known(frames, np.zeros((5, 8, 8), bool), 1.5)

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from sora_jax.data import known, latents, loader, pack
+from sora_jax.data import latents, loader, masks, pack
 from sora_jax.structs import Share
 
 GEOMETRY = pack.Geometry((1, 1, 1), (4, 8, 8))
 PACKING = pack.PackConfig(rows=2, row_tokens=40, row_slots=8, row_text=24, window=12, drop_rate=0.3)
-PLAIN = loader.LoaderConfig(long_captions=0.5, caption_dropout=0.2, known=known.KnownConfig(first_frames=0.3, box=0.2))
+PLAIN = loader.LoaderConfig(long_captions=0.5, caption_dropout=0.2, known=masks.KnownConfig(first_frames=0.3, box=0.2))
 CLIPS = 30
 
 
@@ -165,9 +165,9 @@ def test_captions_are_dropped_and_lengths_mixed_as_configured(store):
 
 
 def test_known_frames_are_whole_frames_at_the_start(store):
-    drawn = shares(store, loader.LoaderConfig(known=known.KnownConfig(first_frames=0.5)))
-    masks = {tuple(tokens.known_N[np.argsort(tokens.index_N)]) for tokens in drawn if len(tokens.index_N) == 12}
-    assert masks == {tuple(np.arange(12) < 4 * frames) for frames in range(3)}
+    drawn = shares(store, loader.LoaderConfig(known=masks.KnownConfig(first_frames=0.5)))
+    found = {tuple(tokens.known_N[np.argsort(tokens.index_N)]) for tokens in drawn if len(tokens.index_N) == 12}
+    assert found == {tuple(np.arange(12) < 4 * frames) for frames in range(3)}
     share = np.mean([tokens.known_N.any() for tokens in drawn])
     assert share == pytest.approx(0.5, abs=0.08)
 
@@ -294,12 +294,13 @@ def test_a_judgement_needs_every_clip(copied):
 
 
 def test_a_worker_that_dies_is_replaced(store):
-    source, expected = batches(store, workers=1), batches(store, workers=1)
-    total = pack.Count()
-    for number in range(12):
-        if number == 3:
-            os.kill(next(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
-        batch, count = next(source)
+    source = batches(store, workers=1)
+    drawn, total = [next(source)], pack.Count()
+    mine = multiprocessing.active_children()  # before the other source has any
+    expected = batches(store, workers=1)
+    os.kill(next(child.pid for child in mine if child.is_alive()), signal.SIGKILL)
+    drawn += [next(source) for _ in range(11)]
+    for batch, count in drawn:
         total.add(count)
         assert same(batch, next(expected)[0])
     assert total.worker_deaths == 1

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from sora_jax.generate import pipeline
-from sora_jax.generate.canvas import Canvas
+from sora_jax.generate.known import Known
 from sora_jax.text.captions import CaptionText
 from sora_jax.train import dit
 
@@ -70,7 +70,7 @@ def prompted(where, rng, strength=1.0):
     frames = rng.integers(0, 256, (9, 32, 32, 3), np.uint8)
     given = np.zeros(frames.shape[:3], bool)
     given[GIVEN[where]] = True
-    return request("a red circle", frames=9, canvas=Canvas(frames, given, strength))
+    return request("a red circle", frames=9, known=Known(frames, given, strength))
 
 
 @pytest.mark.parametrize("where", GIVEN)
@@ -82,23 +82,23 @@ def test_what_is_given_comes_back_as_the_vae_makes_it(sampler, rng, where):
     assert np.array_equal(latent[known], start.clean_thwc[known])
     assert not np.isclose(latent[~known], start.clean_thwc[~known]).any(-1).all()
     made = sampler.sample([asked], sampler.run.sampler)[0]
-    given = asked.canvas.given_THW
+    given = asked.known.given_THW
     assert np.array_equal(made[given], sampler.codec.decode([start.clean_thwc])[0][given])
 
 
 def test_the_future_of_an_image_does_not_depend_on_what_the_canvas_holds_there(sampler, rng):
     asked = prompted("image", rng)
-    frames = asked.canvas.frames_THWC.copy()
+    frames = asked.known.frames_THWC.copy()
     frames[1:] = 0
-    other = dataclasses.replace(asked, canvas=dataclasses.replace(asked.canvas, frames_THWC=frames))
+    other = dataclasses.replace(asked, known=dataclasses.replace(asked.known, frames_THWC=frames))
     one, two = (sampler.sample_latents([each], sampler.run.sampler)[0] for each in (asked, other))
     assert np.allclose(one, two, atol=1e-5)
 
 
 def test_no_strength_leaves_a_video_as_it_is_and_full_strength_forgets_it(sampler, rng):
-    canvas = Canvas(rng.integers(0, 256, (9, 32, 32, 3), np.uint8), np.zeros((9, 32, 32), bool))
+    canvas = Known(rng.integers(0, 256, (9, 32, 32, 3), np.uint8), np.zeros((9, 32, 32), bool))
     asked = [
-        request("a red circle", frames=9, canvas=dataclasses.replace(canvas, strength=strength))
+        request("a red circle", frames=9, known=dataclasses.replace(canvas, strength=strength))
         for strength in (0.0, 0.5, 1.0)
     ]
     clean = sampler.starts(asked)[0].clean_thwc

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from sora_jax.data import known, pack
+from sora_jax.data import masks, pack
 from sora_jax.data.latents import DamagedClipError, Latent, LatentStore
 from sora_jax.structs import PackedBatch, Share
 
@@ -37,7 +37,7 @@ class LoaderConfig:
 
     long_captions: float = 0.2
     caption_dropout: float = 0.1
-    known: known.KnownConfig = dataclasses.field(default_factory=known.KnownConfig)
+    known: masks.KnownConfig = dataclasses.field(default_factory=masks.KnownConfig)
     workers: int = 0
     lanes: int = 1
     patience: float = 120.0
@@ -131,7 +131,7 @@ class Tokeniser:
         """Tokens of draw number `draw` of a clip, and how many were dropped."""
         rng = np.random.default_rng((self.seed, latent.id, draw))
         t, h, w = pack.grid_shape(latent.mean_thwc.shape, self.geometry.patch)
-        known_thw, ceiling = known.draw(self.config.known, rng, (t, h, w))
+        known_thw, ceiling = masks.draw(self.config.known, rng, (t, h, w))
         text_LM, text_token_L = self.text(self._caption(rng, latent.captions))
         tokens = pack.Tokens(
             mean_NP=pack.patchify(latent.mean_thwc, self.geometry.patch).astype(np.float32),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
-from sora_jax.generate.canvas import Canvas, known_cells, known_patches
 from sora_jax.generate.codec import Codec
+from sora_jax.generate.known import Known, known_cells, known_patches
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
 from sora_jax.structs import Layout, PackedBatch
@@ -39,7 +38,7 @@ BATCH_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). canvas says what of it is given."""
+    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known says what of it is given."""
 
     prompt: str
     height: int
@@ -47,22 +46,24 @@ class Request:
     frames: int
     fps: float
     seed: int
-    canvas: Canvas | None = None
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         size = (self.frames, self.height, self.width)
-        if self.canvas is not None and self.canvas.given_THW.shape != size:
+        if self.known is not None and self.known.given_THW.shape != size:
             raise ValueError(
-                f"the canvas is of {list(self.canvas.given_THW.shape)} and the request of {list(size)} pixels"
+                f"what is known has {list(self.known.given_THW.shape)} pixels and the request {list(size)}; they must agree"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a request's latents start from: its clean latent (t, h, w, c), known patches (n,), and the time of the others."""
+    """What a request starts from: its clean latent (t, h, w, c), which patches (n,) of it are known and which pixels (T, H, W)
+    are given, and the time that the rest starts from."""
 
     clean_thwc: np.ndarray
     known_N: np.ndarray
+    given_THW: np.ndarray
     ceiling: float
 
 
@@ -89,22 +90,26 @@ class Pipeline:
 
         Raises ValueError for sizes the model cannot make.
         """
+        made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
-        latents = self.sample_latents(requests, settings, starts)
-        given = {
-            i: request.canvas for i, request in enumerate(requests) if request.canvas and request.canvas.given_THW.any()
-        }
+        given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
+        wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
+        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted])
         with self._on_mesh():
-            made = self.codec.decode(latents)
-            whole = self.codec.decode([starts[i].clean_thwc for i in given])
-        for (i, canvas), round_trip in zip(given.items(), whole, strict=True):
-            made[i] = np.where(canvas.given_THW[..., None], round_trip, made[i])
+            sampled = self.codec.decode(latents)
+            round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
+        for i, frames_THWC in zip(wanted, sampled, strict=True):
+            made[i] = frames_THWC
+        for (i, given_THW), frames_THWC in zip(given.items(), round_trips, strict=True):
+            made[i] = frames_THWC if made[i] is None else np.where(given_THW[..., None], frames_THWC, made[i])
         return made
 
     def sample_latents(
         self, requests: Sequence[Request], settings: sampler.SamplerConfig, starts: Sequence[Start] | None = None
     ) -> list[np.ndarray]:
-        """Normalised latents (t, h, w, c), in order. starts are those of the requests' canvases if None."""
+        """Normalised latents (t, h, w, c), in order. starts are those of the requests if None."""
+        if not requests:
+            return []
         starts = self.starts(requests) if starts is None else starts
         self.text.prepare(["", *(request.prompt for request in requests)])
         pairs = list(enumerate(zip(requests, starts, strict=True)))
@@ -117,25 +122,26 @@ class Pipeline:
         ]
 
     def starts(self, requests: Sequence[Request]) -> list[Start]:
-        """The encoded canvases of the requests; of requests without one, nothing known."""
-        with_canvas = {i: request.canvas for i, request in enumerate(requests) if request.canvas is not None}
+        """What requests start from: their known frames, encoded, or nothing."""
+        known = {i: request.known for i, request in enumerate(requests) if request.known is not None}
         with self._on_mesh():
-            encoded = self.codec.encode([canvas.frames_THWC for canvas in with_canvas.values()])
-        latents = {i: mean_thwc for i, (mean_thwc, _) in zip(with_canvas, encoded, strict=True)}
+            encoded = self.codec.encode([each.frames_THWC for each in known.values()])
+        latents = {i: mean_thwc for i, (mean_thwc, _) in zip(known, encoded, strict=True)}
 
         def start(number: int, request: Request) -> Start:
-            shape = self.vae_config.latent_shape(request.frames, request.height, request.width)
-            canvas = with_canvas.get(number)
-            if canvas is None:
-                pack.grid_shape(shape, self.geometry.patch)
-                return Start(np.zeros(shape, np.float32), np.zeros(self._patches(shape), bool), 1.0)
-            cells_thw = known_cells(canvas.given_THW, self.geometry.stride)
-            return Start(latents[number], known_patches(cells_thw, self.geometry.patch), canvas.strength)
+            size = (request.frames, request.height, request.width)
+            shape = self.vae_config.latent_shape(*size)
+            given_THW = known[number].given_THW if number in known else np.zeros(size, bool)
+            cells_thw = known_cells(given_THW, self.geometry.stride)
+            pack.grid_shape(shape, self.geometry.patch)  # refuses sizes that are no whole patches
+            return Start(
+                latents.get(number, np.zeros(shape, np.float32)),
+                known_patches(cells_thw, self.geometry.patch),
+                given_THW,
+                known[number].strength if number in known else 1.0,
+            )
 
         return [start(number, request) for number, request in enumerate(requests)]
-
-    def _patches(self, latent_shape: tuple[int, ...]) -> int:
-        return math.prod(pack.grid_shape(latent_shape, self.geometry.patch))
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Canvas:
+class Known:
     """Frames at the full size and length of a request, and which of their pixels are given.
 
     strength is the time from which the rest is made: 1 is from noise, less from the canvas's own frames with that much noise
