@@ -22,7 +22,7 @@ DIRECTIONS = ("forward", "backward")
 # Seeds are int32 on the device.
 MAX_SEED = 2**31 - 1
 MAX_FILE_BYTES = 2**20
-MAX_ORDERS = 10_000
+MAX_ORDERS = 1000
 MAX_SAMPLES = 1000
 
 
@@ -138,6 +138,13 @@ class _Check:
     turned: Callable[[Any], Any] = lambda value: value
 
 
+def _brief(value: Any) -> str:
+    """What came, in less than a line: it may be of any size and depth."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxlist, shown.maxdict = 2, 3, 2
+    return shown.repr(value)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -152,8 +159,8 @@ def _whole(low: int, high: int) -> _Check:
 
 def _number(low: float, high: float, open_low: bool = False) -> _Check:
     def holds(value: Any) -> bool:
-        real = _is_int(value) or isinstance(value, float)
-        return real and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+        real = _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+        return real and (low < value if open_low else low <= value) and value <= high
 
     return _Check(f"a number {'above' if open_low else 'from'} {low:g} to {high:g}", holds, float)
 
@@ -222,7 +229,7 @@ _NO_FRAMES = ("edit", "inpaint", "outpaint", "interpolate")
 
 def _checked(name: str, value: Any, check: _Check) -> Any:
     if not check.holds(value):
-        raise RequestError(f"{name} is {reprlib.repr(value)}; it must be {check.words}")
+        raise RequestError(f"{name} is {_brief(value)}; it must be {check.words}")
     return check.turned(value)
 
 
@@ -261,22 +268,25 @@ def _check_modes(order: Order) -> None:
 def from_mapping(given: Any) -> Order:
     """The order of a mapping of keys to JSON values. Raises RequestError, for an unknown key with the nearest known one."""
     if not isinstance(given, Mapping):
-        raise RequestError(f"an order is a mapping of keys, such as prompt, but this is {reprlib.repr(given)}")
+        raise RequestError(f"an order is a mapping of keys, such as prompt, but this is {_brief(given)}")
     known = [field.name for field in dataclasses.fields(Order)]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key)[:64], known, 1)
             raise RequestError(
-                f"{reprlib.repr(key)} is no key of an order; "
+                f"{_brief(key)} is no key of an order; "
                 + (f"did you mean {near[0]}?" if near else f"they are {', '.join(known)}")
             )
         if given[key] is None:
             raise RequestError(f"{key} is empty; give it a value or leave it out")
-    return Order(**given)
+    return Order(**{name: _checked(name, value, _CHECKS[name]) for name, value in given.items()})
 
 
 def resolve_paths(order: Order, folder: Path) -> Order:
     """The order with its relative input paths taken from a folder."""
+
+    if not order.paths():
+        return order
 
     def resolved(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -348,24 +358,28 @@ def _yaml(path: Path, text: str) -> Entries:
     import yaml
 
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return _entries([] if (tree := yaml.safe_load(text)) is None else tree)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _refuse_repeated_keys(path, node)
+        return _entries([] if node is None else loader.construct_document(node))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RequestError(f"{path}{line}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
     except (RecursionError, ValueError) as error:  # ValueError: dates that do not exist
-        raise RequestError(f"{path}: this is no YAML of orders: {reprlib.repr(str(error))}") from error
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path}: this is no YAML of orders: {_brief(str(error))}") from error
 
 
-def _refuse_repeated_keys(node: Any) -> None:
+def _refuse_repeated_keys(path: Path, node: Any) -> None:
     """YAML takes the last of repeated keys silently. Looks at orders only, as what is below is refused anyway."""
     for order in getattr(node, "value", []) if getattr(node, "id", "") == "sequence" else [node]:
         if getattr(order, "id", "") == "mapping":
             keys = [str(key.value) for key, _ in order.value]
             if repeated := sorted({key for key in keys if keys.count(key) > 1}):
                 line = order.start_mark.line + 1
-                raise ValueError(f"{reprlib.repr(repeated[0])} comes twice in the order at line {line}")
+                raise RequestError(f"{path}: {_brief(repeated[0])} comes twice in the order at line {line}; keep one")
 
 
 _PARSERS: dict[str, Callable[[Path, str], Entries]] = {
@@ -384,7 +398,7 @@ def parse_json(text: str, where: str) -> Any:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise RequestError(f"{where}: {reprlib.repr(twice)} comes twice; keep one")
+            raise RequestError(f"{where}: {_brief(twice)} comes twice; keep one")
         return found
 
     def refuse(constant: str) -> Any:
@@ -397,4 +411,4 @@ def parse_json(text: str, where: str) -> Any:
     except (RecursionError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{where}: this is no JSON of orders: {reprlib.repr(str(error))}") from error
+        raise RequestError(f"{where}: this is no JSON of orders: {_brief(str(error))}") from error
