@@ -1,0 +1,330 @@
+"""The modes of prompting, each a way to lay out a timeline: which frames there are, what of them is given, and in which windows
+the rest is made. That is all that a mode is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sora_jax.generate import canvas, media
+from sora_jax.generate.canvas import Job, Timeline, Window
+from sora_jax.generate.media import Fit, Part, Video
+from sora_jax.generate.requests import Order, RequestError, Size
+
+# Of an interpolation that does not say.
+FACTOR = 2
+
+
+class Grid(NamedTuple):
+    """What the model's sizes are multiples of: a latent in (frames, pixels, pixels), and a token in latents."""
+
+    stride: tuple[int, int, int]
+    patch: tuple[int, int, int] = (1, 1, 1)
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+
+def _off(what: str, value: int, unit: int, offset: int = 0) -> list[str]:
+    """A sentence if value is not offset + unit k, with the nearest that are, or none."""
+    if value >= 1 and (value - offset) % unit == 0:
+        return []
+    below = (value - offset) // unit * unit + offset
+    found = [str(near) for near in (below, below + unit) if near > 0]
+    rule = f"{offset} + {unit}k" if offset else f"a multiple of {unit}"
+    verb = "are the nearest that work" if len(found) > 1 else "is the nearest that works"
+    return [f"{what} not {rule}; {' and '.join(found)} {verb}"]
+
+
+def check_size(size: Size, grid: Grid) -> None:
+    """Raises RequestError, with the nearest sizes that work, for what the strides do not allow."""
+    (st, sh, sw), (pt, ph, pw) = grid
+    wrong = _off(f"height {size.height} is", size.height, sh * ph) + _off(f"width {size.width} is", size.width, sw * pw)
+    wrong += _off(f"{size.frames} frames are", size.frames, st * pt, 1 + st * (pt - 1))
+    if wrong:
+        raise RequestError("; and ".join(wrong))
+
+
+# Jobs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """What the modes lay out a timeline with. size.frames is the default length, borders (left, right, top, bottom)."""
+
+    order: Order
+    size: Size
+    borders: tuple[int, int, int, int]
+    window: int
+    grid: Grid
+    limits: media.Limits
+    told: list[str]
+
+    @property
+    def stride(self) -> int:
+        """Frames a group."""
+        return self.grid.stride[0]
+
+    @property
+    def part(self) -> Part:
+        return Part(self.order.start or 0.0, self.order.end)
+
+    def fit(self) -> Fit:
+        """The size that inputs are brought to."""
+        left, right, top, bottom = self.borders
+        height, width = self.size.height - top - bottom, self.size.width - left - right
+        if min(height, width) < 1:
+            raise RequestError(
+                f"left, right, top and bottom leave no room in {self.size.height}x{self.size.width}; make it larger"
+            )
+        return Fit(height, width, self.order.fit or "crop")
+
+    def read(self, path: str, fps: float | None = None, part: Part | None = None) -> Video:
+        video = media.read(Path(path), fps or self.size.fps, self.fit(), part or self.part, self.limits)
+        self.told.extend(line for line in video.told if line not in self.told)
+        return video
+
+    def whole(self) -> int:
+        """How many frames a video from a prompt or an image has; of seconds, the nearest length that works."""
+        if self.order.seconds is None:
+            return self.order.frames or self.size.frames
+        wanted, groups = self.order.seconds * self.size.fps, self.grid.patch[0]
+        frames = 1 + self.stride * (groups * max(1, round(((wanted - 1) / self.stride + 1) / groups)) - 1)
+        if not math.isclose(frames, wanted):
+            self.told.append(f"{self.order.seconds:g} seconds at {self.size.fps:g} fps are made as {frames} frames")
+        return frames
+
+    def added(self) -> int:
+        """How many frames are added to what is given: half a window if the order does not say."""
+        if self.order.seconds is not None:
+            return max(1, round(self.order.seconds * self.size.fps))
+        return self.order.frames or self.stride * max(1, (self.window - 1) // self.stride // 2)
+
+    def plan(
+        self, first: int, last: int, before: int = 0, after: int = 0, backward: bool = False
+    ) -> tuple[Window, ...]:
+        return canvas.plan(
+            first, last, window=self.window, stride=self.stride, before=before, after=after, backward=backward
+        )
+
+    def blank(self, frames: int) -> Video:
+        """Frames of which nothing is given."""
+        if frames * self.size.height * self.size.width > self.limits.kept_pixels:
+            raise RequestError(
+                f"{frames} frames of {self.size.height}x{self.size.width} are more than fits in memory; make less at once"
+            )
+        size = self.size.height, self.size.width
+        return Video(np.zeros((frames, *size, 3), np.uint8), np.zeros(size, bool), self.size.fps, size, ())
+
+
+def prepare(
+    order: Order, defaults: Size, grid: Grid, window: int | None = None, limits: media.Limits = media.LIMITS
+) -> Job:
+    """Reads an order's files and lays it out; order.samples is not looked at (see Order.variations).
+
+    defaults is the size where the order says none; window is how many frames the model makes at once where the order does not
+    say (None: those of defaults). Raises RequestError and media.MediaError.
+    """
+    window = _window(order, window or defaults.frames, grid)
+    left, right, top, bottom = borders = _borders(order)
+    size = dataclasses.replace(
+        defaults,
+        height=order.height or defaults.height + top + bottom,
+        width=order.width or defaults.width + left + right,
+        fps=order.fps or defaults.fps,
+    )
+    # Before files are read for it; as long as defaults say, it is a good length.
+    check_size(dataclasses.replace(size, frames=1 + grid.stride[0] * (grid.patch[0] - 1)), grid)
+    told: list[str] = []
+    layout = _LAYOUTS[order.mode]
+    timeline, fps = layout(_Scene(order, size, borders, window, grid, limits, told))
+    made = dataclasses.replace(size, frames=len(timeline.frames_THWC), fps=fps)
+    if len(timeline.windows) > 1:
+        told.append(
+            f"more than {window} frames are not made at once: {made.frames} are made in {len(timeline.windows)} windows, "
+            "each from what is before it"
+        )
+    draft = None
+    if order.draft is not None:
+        small = _small_size(size, order.draft, grid)
+        shares = (small.width / size.width,) * 2 + (small.height / size.height,) * 2
+        shrunk = [round(border * share) for border, share in zip(borders, shares, strict=True)]
+        draft, _ = layout(_Scene(order, small, (shrunk[0], shrunk[1], shrunk[2], shrunk[3]), window, grid, limits, []))
+        told.append(f"a draft of {small.height}x{small.width} is made first")
+    return Job(order, made, tuple(told), grid.stride[0], timeline, draft)
+
+
+def _borders(order: Order) -> tuple[int, int, int, int]:
+    return order.left or 0, order.right or 0, order.top or 0, order.bottom or 0
+
+
+def _window(order: Order, window: int, grid: Grid) -> int:
+    """How many frames are made at once. Raises RequestError for what the grid does not allow."""
+    window = order.window or window
+    if grid.patch[0] == 1:
+        if wrong := _off(f"window {window} is", window, grid.stride[0], 1):
+            raise RequestError(wrong[0])
+        return window
+    if order.mode != "text":
+        raise RequestError(f"this model's tokens span {grid.patch[0]} latents of time; it is prompted by text alone")
+    return 1 + grid.stride[0] * 10**6  # nothing can be known beside what is made: all at once
+
+
+def _small_size(size: Size, share: float, grid: Grid) -> Size:
+    """About this share of height and width. Raises RequestError if no smaller size works."""
+    units = grid.stride[1] * grid.patch[1], grid.stride[2] * grid.patch[2]
+    height, width = (
+        max(unit, unit * round(pixels * share / unit))
+        for pixels, unit in zip((size.height, size.width), units, strict=True)
+    )
+    if (height, width) == (size.height, size.width):
+        raise RequestError(
+            f"draft {share:g} of {height}x{width} is no smaller size in steps of {units[0]}x{units[1]}; make it smaller"
+        )
+    return dataclasses.replace(size, height=height, width=width)
+
+
+Layout = tuple[Timeline, float]
+
+
+def _text(scene: _Scene) -> Layout:
+    frames = scene.whole()
+    check_size(dataclasses.replace(scene.size, frames=frames), scene.grid)
+    return _timeline([scene.blank(frames)], scene.plan(0, frames)), scene.size.fps
+
+
+def _image(scene: _Scene) -> Layout:
+    assert scene.order.image is not None
+    image = media.read_image(Path(scene.order.image), scene.fit(), scene.limits)
+    scene.told.extend(line for line in image.told if line not in scene.told)
+    frames = scene.whole()
+    check_size(dataclasses.replace(scene.size, frames=frames), scene.grid)
+    return _around([image, scene.blank(frames - 1)], scene, made=1), scene.size.fps
+
+
+def _extend(scene: _Scene) -> Layout:
+    assert scene.order.extend is not None
+    video, new = scene.read(scene.order.extend), scene.blank(scene.added())
+    backward = scene.order.direction == "backward"
+    return _around([new, video] if backward else [video, new], scene, made=0 if backward else 1), scene.size.fps
+
+
+def _connect(scene: _Scene) -> Layout:
+    assert scene.order.connect is not None
+    a, b = (scene.read(path, part=media.WHOLE) for path in scene.order.connect)
+    return _around([a, scene.blank(scene.added()), b], scene, made=1), scene.size.fps
+
+
+def _loop(scene: _Scene) -> Layout:
+    if scene.order.loop is True:
+        # Clip and bridge are both made; a third, in whole groups, leads back.
+        whole = scene.whole()
+        bridge = max(1, min(whole - 1, scene.stride * max(1, round(whole / 3 / scene.stride))))
+        bridge += (whole - bridge - 1) % scene.stride
+        clip = whole - bridge
+        if clip < 1:
+            raise RequestError(f"{whole} frames are too few for a loop; {1 + scene.stride} is the least")
+        windows = scene.plan(0, clip) + scene.plan(clip, whole, before=clip, after=clip)
+        return dataclasses.replace(_timeline([scene.blank(whole)], windows), loop=clip), scene.size.fps
+    assert isinstance(scene.order.loop, str)
+    video = scene.read(scene.order.loop)
+    length, new = len(video.frames_THWC), scene.blank(scene.added())
+    timeline = _around([video, new], scene, made=1)
+    windows = scene.plan(length, length + len(new.frames_THWC), before=length, after=length)
+    if not video.given_HW.all():
+        windows = scene.plan(0, length) + windows
+    return dataclasses.replace(timeline, windows=windows, loop=length), scene.size.fps
+
+
+def _edit(scene: _Scene) -> Layout:
+    assert scene.order.edit is not None
+    video = scene.read(scene.order.edit)._replace(given_HW=np.zeros((scene.size.height, scene.size.width), bool))
+    strength = canvas.STRENGTH if scene.order.strength is None else scene.order.strength
+    timeline = _timeline([video], scene.plan(0, len(video.frames_THWC)))
+    return dataclasses.replace(timeline, strength=strength), scene.size.fps
+
+
+def _inpaint(scene: _Scene) -> Layout:
+    assert scene.order.inpaint is not None and scene.order.mask is not None
+    video = scene.read(scene.order.inpaint)
+    mask = media.read_mask(Path(scene.order.mask), scene.size.fps, scene.fit(), scene.part, scene.limits)
+    (height, width), (H, W) = mask.source_size, video.source_size
+    if abs(height * W - width * H) > max(height, width, H, W):
+        raise RequestError(f"mask is {height}x{width}, but what it is for is {H}x{W}; give it the same size")
+    frames = len(video.frames_THWC)
+    if len(mask.new_THW) not in (1, frames):
+        raise RequestError(
+            f"mask has {len(mask.new_THW)} frames at {scene.size.fps:g} fps, but what it is for {frames}; "
+            "give it as many, or an image"
+        )
+    if not mask.new_THW.any():
+        raise RequestError("mask has no white; make white what is to be made anew")
+    timeline = _timeline([video], scene.plan(0, frames))
+    return dataclasses.replace(timeline, given_THW=timeline.given_THW & ~mask.new_THW), scene.size.fps
+
+
+def _outpaint(scene: _Scene) -> Layout:
+    assert scene.order.outpaint is not None
+    video = scene.read(scene.order.outpaint)
+    left, right, top, bottom = scene.borders
+    edges = ((top, bottom), (left, right))
+    larger = video._replace(
+        frames_THWC=np.pad(video.frames_THWC, ((0, 0), *edges, (0, 0)), mode="edge"),
+        given_HW=np.pad(video.given_HW, edges),
+    )
+    return _timeline([larger], scene.plan(0, len(video.frames_THWC))), scene.size.fps
+
+
+def _interpolate(scene: _Scene) -> Layout:
+    order, factor = scene.order, scene.order.factor or FACTOR
+    assert order.interpolate is not None
+    path, fit = Path(order.interpolate), scene.fit()
+    video = media.read(path, order.fps / factor if order.fps else None, fit, scene.part, scene.limits)
+    scene.told.extend(video.told)
+    if len(video.frames_THWC) < 2 or video.fps is None:
+        raise RequestError(f"{order.interpolate} has one frame; give two or more to go between")
+    frames_THWC = canvas.stretch(video.frames_THWC, factor)
+    timeline = _timeline([video._replace(frames_THWC=frames_THWC)], scene.plan(0, len(frames_THWC)))
+    timeline.given_THW[np.arange(len(frames_THWC)) % factor > 0] = False
+    strength = canvas.STRENGTH if order.strength is None else order.strength
+    return dataclasses.replace(timeline, strength=strength), video.fps * factor
+
+
+_LAYOUTS: dict[str, Callable[[_Scene], Layout]] = {
+    "text": _text,
+    "image": _image,
+    "extend": _extend,
+    "connect": _connect,
+    "loop": _loop,
+    "edit": _edit,
+    "inpaint": _inpaint,
+    "outpaint": _outpaint,
+    "interpolate": _interpolate,
+}
+
+
+def _timeline(parts: Sequence[Video], windows: tuple[Window, ...]) -> Timeline:
+    frames_THWC = np.concatenate([part.frames_THWC for part in parts])
+    given = [np.broadcast_to(part.given_HW, part.frames_THWC.shape[:3]) for part in parts]
+    return Timeline(frames_THWC, np.concatenate(given), windows)
+
+
+def _around(parts: Sequence[Video], scene: _Scene, made: int) -> Timeline:
+    """Parts in order, of which number `made` is made and the others are given.
+
+    If a letterbox left over pixels of what is given, all of it is made; the given pixels are put back.
+    """
+    ends = np.cumsum([0, *(len(part.frames_THWC) for part in parts)]).tolist()
+    first, last, total = ends[made], ends[made + 1], ends[-1]
+    backward = first == 0
+    if not all(part.given_HW.all() for number, part in enumerate(parts) if number != made):
+        return _timeline(parts, scene.plan(0, total, backward=backward))
+    windows = scene.plan(first, last, before=first, after=total - last, backward=backward)
+    clips = [(start, end) for number, (start, end) in enumerate(itertools.pairwise(ends)) if number != made]
+    return dataclasses.replace(_timeline(parts, windows), clips=tuple(clips))
