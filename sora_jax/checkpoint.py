@@ -604,13 +604,8 @@ def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: 
         _check_stored(step_directory / name, record["items"][name], _flatten_dict(tree))
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    try:
-        with context:
-            loaded = ocp.load_checkpointables(step_directory, request) if request else {}
-    except Exception as error:
-        if _is_damage(error):
-            raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
-        raise
+    with _damage_told(step_directory), context:
+        loaded = ocp.load_checkpointables(step_directory, request) if request else {}
     arrays = {name: _flatten_dict(loaded.get(name, {})) for name in wanted}
     arrays = {
         name: {path: arrays[name][path] if 0 not in leaf.shape else _zeros(leaf) for path, leaf in flat.items()}
@@ -621,6 +616,19 @@ def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: 
             if tuple(record["items"][name][path][2:]) != found:
                 raise CorruptCheckpointError(f"{step_directory}: {name}/{path} is not what was saved (fingerprint)")
     return arrays
+
+
+@contextlib.contextmanager
+def _damage_told(step_directory: epath.Path) -> Iterator[None]:
+    """Turns errors of orbax's that are due to the files into CorruptCheckpointError."""
+    try:
+        yield
+    except (disk.FileError, CorruptCheckpointError):
+        raise
+    except Exception as error:
+        if _is_damage(error):
+            raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
+        raise
 
 
 def _check_memory(step_directory: epath.Path, wanted: Mapping[str, Flat]) -> None:
@@ -836,11 +844,12 @@ def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayIn
 
 
 def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]:
-    try:
-        trees = ocp.checkpointables_metadata(step_directory).metadata
-    except ocp.errors.InvalidLayoutError:  # of one tree without items
-        trees = {"state": ocp.metadata(step_directory).metadata}
-    return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
+    with _damage_told(step_directory):
+        try:
+            trees = ocp.checkpointables_metadata(step_directory).metadata
+        except ocp.errors.InvalidLayoutError:  # of one tree without items
+            trees = {"state": ocp.metadata(step_directory).metadata}
+        return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
 
 
 def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
@@ -851,7 +860,8 @@ def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
 
 
 def _plain_meta(step_directory: epath.Path) -> dict[str, Any]:
-    metadata = _read_json(step_directory / _ORBAX_METADATA).get("custom_metadata")
+    with _damage_told(step_directory):
+        metadata = _read_json(step_directory / _ORBAX_METADATA)["custom_metadata"]
     return metadata if isinstance(metadata, dict) else {}
 
 
@@ -952,12 +962,13 @@ def _plain_arrays_of(step_directory: epath.Path, item: str) -> Flat:
 
     infos = _plain_items(step_directory)[item]
     _check_memory(step_directory, {item: {info.path: _numpy_like(info.dtype, info.shape) for info in infos}})
-    try:
-        metadata = ocp.checkpointables_metadata(step_directory).metadata[item]
-    except ocp.errors.InvalidLayoutError:  # of one tree without items
-        tree = ocp.load(step_directory, jax.tree.map(on_host, ocp.metadata(step_directory).metadata))
-    else:
-        tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
+    with _damage_told(step_directory):
+        try:
+            metadata = ocp.checkpointables_metadata(step_directory).metadata[item]
+        except ocp.errors.InvalidLayoutError:  # of one tree without items
+            tree = ocp.load(step_directory, jax.tree.map(on_host, ocp.metadata(step_directory).metadata))
+        else:
+            tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 

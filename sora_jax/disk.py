@@ -40,10 +40,10 @@ class FileError(ValueError):
 def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = AGAIN) -> bytes:
     """The content of a file. Raises FileError if it is no regular file or has more than `most` bytes, OSError as open does."""
     with _open(Path(path), most, remedy) as file:
-        # One byte more than allowed: a file may grow, and some that look empty never end.
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise FileError(f"{path} has more than the {most} bytes that are read; {remedy}")
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+    if len(content) > size:
+        raise FileError(f"{path} grows while it is read; {remedy}")
     return content
 
 
@@ -101,7 +101,7 @@ def read_npy(path: str | os.PathLike[str], remedy: str = AGAIN) -> np.ndarray:
 
 
 def npy_header(file: io.BufferedIOBase, name: str, remedy: str = AGAIN) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) that an .npy file claims; leaves it at its values. Raises FileError if it is none of numbers."""
+    """(shape, Fortran order, dtype) an .npy file claims; leaves it at its values. Raises FileError if it is none of numbers."""
     try:
         version = np.lib.format.read_magic(file)
         read = {
@@ -142,6 +142,9 @@ def read_npz(path: str | os.PathLike[str], most: int, remedy: str = AGAIN) -> di
         check_archive(content)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
+            told = content[content.rfind(b"PK\x05\x06") + 10 :][:2]
+            if int.from_bytes(told, "little") not in (len(entries), 2**16 - 1):
+                raise FileError(f"{path} lists {len(entries)} entries and claims others; {remedy}")
             claimed = sum(entry.file_size for entry in entries)
             if claimed > most:
                 raise FileError(f"{path} unfolds to {claimed} bytes, and at most {most} are read; {remedy}")

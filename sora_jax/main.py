@@ -1126,17 +1126,16 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         if not all(prompts):
             raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
         return prompts
-    from sora_jax import disk
-
     try:
-        content = disk.read_bytes(file, MAX_PROMPT_BYTES, "split it").decode()
-        prompts = [line.strip() for line in content.splitlines() if line.strip()]
+        # A pipe will do, so there may be no size to ask for.
+        content = _first_bytes(file, MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise Failure(f"--prompts_file={file} has more than {MAX_PROMPT_BYTES} bytes; split it")
+        prompts = [line.strip() for line in content.decode().splitlines() if line.strip()]
     except OSError as error:
         raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise Failure(f"--prompts_file={file} is not UTF-8 text") from error
-    except disk.FileError as error:
-        raise Failure(f"--prompts_file: {error}") from error
     if not prompts:
         raise Failure(f"--prompts_file={file} holds no prompt; write one per line")
     return prompts
