@@ -20,15 +20,20 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+
+from sora_jax import disk
 
 PyTree = Any
 Flat = dict[str, Any]  # "blocks/0/kernel" -> array
@@ -50,6 +55,13 @@ _NOT_THE_FILES = (
 # What the system says of a disk, when a library passes on its words alone.
 _OF_THE_DISK = ("No space left", "quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
 _PART_BYTES = 2**28  # of a device, that are read back at a time
+# Of what others may have written.
+_MAX_METADATA_BYTES = 2**25  # of a JSON file of orbax's: 100,000 arrays
+_MAX_ARRAYS = 2**17
+_MAX_AXES = 32
+_MAX_VALUES = 2**48  # of an array: sums of them must not go round
+_MAX_NAME = 200
+_REMEDY = "use another step, or fetch the checkpoint again"
 _MAX_PROBLEMS = 8  # an error that lists every parameter of a model hides what is wrong
 
 
@@ -79,7 +91,7 @@ class ArrayInfo:
 
     @property
     def num_values(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -129,6 +141,10 @@ def save(
     root = _root(directory)
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r}; it must be a whole number of at least 0, as it names a folder")
+    if wrong := [name for name in items if not _is_name(name) or "/" in name]:
+        raise ValueError(f"{wrong[0]!r} cannot be the name of an item, which is that of a folder; rename it")
     if step in steps(root):
         raise ValueError(f"{root} already holds step {step}; ask latest_step() first, or save to another directory")
     flat = {name: _flatten(name, tree) for name, tree in items.items()}
@@ -191,6 +207,10 @@ def _flatten(item: str, tree: PyTree) -> Flat:
         if path in flat:
             raise ValueError(f"{item}/{path}: two parameters have this path; rename one")
         flat[path] = leaf
+    if wrong := [path for path in flat if path and not all(map(_is_name, path.split("/")))]:
+        raise ValueError(
+            f"{item}/{wrong[0]!r}: no name of an array, which is short, printable and neither . nor ..; rename it"
+        )
     # Orbax joins names with dots, and would let {"a.b"} overwrite {"a": {"b"}}.
     if len({path.replace("/", ".") for path in flat}) < len(flat):
         raise ValueError(f"{item}: two parameters differ in '.' and '/' only; rename one of {sorted(flat)}")
@@ -202,8 +222,12 @@ def _check_leaf(path: str, leaf: Any) -> None:
         raise ValueError(f"{path}: {type(leaf).__name__} is not an array; use np.asarray, or put the value into meta")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise ValueError(f"{path}: {leaf.dtype} has no bits of its own; store jax.random.key_data(key)")
-    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or np.dtype(leaf.dtype).kind in "biu"):
+    if not _storable_dtype(leaf.dtype):
         raise ValueError(f"{path}: {leaf.dtype} cannot be stored; a bool, integer or float array is needed")
+
+
+def _storable_dtype(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) or np.dtype(dtype).kind in "biu"
 
 
 def _storable(arrays: Flat) -> Flat:
@@ -458,18 +482,80 @@ def _rename_aside(root: epath.Path, step: int, name: str = "corrupt") -> None:
 
 def _read_record(step_directory: epath.Path) -> dict[str, Any]:
     """The record of a step. Raises CorruptCheckpointError, or ValueError if this module did not write the step."""
+    path = step_directory / _ORBAX_METADATA
     try:
-        metadata = json.loads((step_directory / _ORBAX_METADATA).read_text())["custom_metadata"]
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpointError(f"{step_directory}/{_ORBAX_METADATA} cannot be read: {error!r}") from error
+        metadata = _read_json(path)["custom_metadata"]
+    except disk.FileError as error:
+        raise CorruptCheckpointError(str(error)) from error
+    except (FileNotFoundError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{path} cannot be read: {error!r}") from error
     if not isinstance(metadata, dict) or not ({_RECORD, "sha256"} & metadata.keys()):
         raise ValueError(
             f"{step_directory} was not written by sora_jax, and has no fingerprints to check; load it with orbax and "
             "save it again with sora_jax.checkpoint.save"
         )
     if _digest(metadata.get(_RECORD)) != metadata.get("sha256"):
-        raise CorruptCheckpointError(f"the record in {step_directory}/{_ORBAX_METADATA} does not match its digest")
+        raise CorruptCheckpointError(f"the record in {path} does not match its digest")
+    # Anyone can make a digest.
+    if reason := _fault(metadata[_RECORD]):
+        raise CorruptCheckpointError(f"the record in {path} is none that sora_jax writes: {reason}")
     return metadata[_RECORD]
+
+
+def _read_json(path: epath.Path) -> Any:
+    """A JSON file of orbax's. Raises disk.FileError if it is too large or none, FileNotFoundError."""
+    if "://" not in os.fspath(path):
+        return disk.read_json(path, _REMEDY, _MAX_METADATA_BYTES)
+    if (size := path.stat().length) > _MAX_METADATA_BYTES:
+        raise disk.FileError(f"{path} has {size} bytes, and at most {_MAX_METADATA_BYTES} are read; {_REMEDY}")
+    return disk.parse_json(path.read_bytes(), path, _REMEDY)
+
+
+def _fault(record: Any) -> str:
+    """Why a record is not one that save has made; '' if it may be."""
+    if not isinstance(record, dict) or record.keys() != {"meta", "items"}:
+        return "it has not just meta and items"
+    if not isinstance(record["meta"], dict) or not isinstance(record["items"], dict):
+        return "meta or items are no names with values"
+    arrays = 0
+    for item, held in record["items"].items():
+        if not _is_name(item) or "/" in item or not isinstance(held, dict):
+            return f"{item[:100]!r} cannot be the name of an item, or holds no arrays by name"
+        arrays += len(held)
+        for path, array in held.items():
+            if path and not all(map(_is_name, path.split("/"))):
+                return f"{path[:100]!r} cannot be the path of an array"
+            if reason := _array_fault(array):
+                return f"{item}/{path}: {reason}"
+    return f"it has {arrays} arrays, and at most {_MAX_ARRAYS} are read" if arrays > _MAX_ARRAYS else ""
+
+
+def _is_name(name: str) -> bool:
+    """Whether it stays in its folder, and on its line when it is shown."""
+    return 0 < len(name) <= _MAX_NAME and name not in (".", "..") and name.isprintable() and "\\" not in name
+
+
+def _array_fault(array: Any) -> str:
+    if not isinstance(array, list) or len(array) != 4:
+        return "it is not dtype, shape and two sums"
+    dtype, shape, *sums = array
+    try:
+        known = isinstance(dtype, str) and str(jnp.dtype(dtype)) == dtype and _storable_dtype(jnp.dtype(dtype))
+    except TypeError:
+        known = False
+    if not known:
+        return f"{str(dtype)[:100]!r} is no dtype of numbers"
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_AXES
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        return f"{str(shape)[:100]} is no shape"
+    if math.prod(shape) > _MAX_VALUES:
+        return f"a shape of {str(shape)[:100]} has more than {_MAX_VALUES} values"
+    if not all(type(each) is int and 0 <= each < 2**32 for each in sums):
+        return f"{str(sums)[:100]} are no fingerprints"
+    return ""
 
 
 def _check_items(step_directory: epath.Path, record: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -513,15 +599,13 @@ def _item_problems(item: str, held: Mapping[str, Sequence[Any]], wanted: Flat) -
 def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> dict[str, Flat]:
     """The wanted arrays by item and path, in the order of `wanted`. Raises CorruptCheckpointError."""
     request = {name: _nest(_storable(arrays)) for name, arrays in wanted.items() if _storable(arrays)}
+    _check_memory(step_directory, wanted)
+    for name, tree in request.items():
+        _check_stored(step_directory / name, record["items"][name], _flatten_dict(tree))
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    try:
-        with context:
-            loaded = ocp.load_checkpointables(step_directory, request) if request else {}
-    except Exception as error:
-        if _is_damage(error):
-            raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
-        raise
+    with _damage_told(step_directory), context:
+        loaded = ocp.load_checkpointables(step_directory, request) if request else {}
     arrays = {name: _flatten_dict(loaded.get(name, {})) for name in wanted}
     arrays = {
         name: {path: arrays[name][path] if 0 not in leaf.shape else _zeros(leaf) for path, leaf in flat.items()}
@@ -532,6 +616,77 @@ def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: 
             if tuple(record["items"][name][path][2:]) != found:
                 raise CorruptCheckpointError(f"{step_directory}: {name}/{path} is not what was saved (fingerprint)")
     return arrays
+
+
+@contextlib.contextmanager
+def _damage_told(step_directory: epath.Path) -> Iterator[None]:
+    """Turns errors of orbax's that are due to the files into CorruptCheckpointError."""
+    try:
+        yield
+    except (disk.FileError, CorruptCheckpointError):
+        raise
+    except Exception as error:
+        if _is_damage(error):
+            raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
+        raise
+
+
+def _check_memory(step_directory: epath.Path, wanted: Mapping[str, Flat]) -> None:
+    """Raises disk.FileError if the arrays claim more than this machine's memory: TensorStore would end the process."""
+    claimed = sum(_host_bytes(leaf) for flat in wanted.values() for leaf in flat.values())
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
+    if claimed > memory:
+        raise disk.FileError(
+            f"{step_directory} claims arrays of {_megabytes(claimed)}, and this machine has {_megabytes(memory)} of memory; "
+            "use one with more, or more devices"
+        )
+
+
+def _host_bytes(leaf: Any) -> int:
+    """What a leaf takes of the host's memory."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return math.prod(leaf.shape) * leaf.dtype.itemsize
+    here = [device for device in leaf.sharding.addressable_devices if device.platform == "cpu"]
+    return len(here) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize if here else 0
+
+
+def _check_stored(item_directory: epath.Path, held: Mapping[str, Sequence[Any]], wanted: Flat) -> None:
+    """Raises CorruptCheckpointError if stored arrays claim other shapes than the record has.
+
+    TensorStore allocates what they claim, whatever is asked for, and ends the process if it cannot. What is missing or
+    cannot be read is left to it.
+    """
+    try:
+        about = _read_json(item_directory / _ORBAX_TREE)
+        use_ocdbt, name = about["use_ocdbt"], "zarr.json" if about["use_zarr3"] else ".zarray"
+        where = f"{item_directory}/"
+        base = where if "://" in where else {"driver": "file", "path": where}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base} if use_ocdbt else base).result()
+        found = {path: store.read(f"{path.replace('/', '.')}/{name}") for path in wanted}
+        for path, reading in found.items():
+            if reading.result().state == "value":
+                told = disk.parse_json(reading.result().value, f"{name} of {path} in {item_directory}", _REMEDY)
+                _check_claim(f"{item_directory}/{path}", told, held[path][1])
+    except disk.FileError as error:
+        raise CorruptCheckpointError(str(error)) from error
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, CorruptCheckpointError):
+            raise
+        logging.debug("%s: the shapes of its arrays cannot be read: %s", item_directory, error)
+
+
+def _check_claim(name: str, told: Any, shape: Sequence[int]) -> None:
+    """Holds what zarr says of an array, in either of its formats, against the shape in the record."""
+    parts = told["chunk_grid"]["configuration"]["chunk_shape"] if "chunk_grid" in told else told["chunks"]
+    fits = told["shape"] == list(shape) and len(parts) == len(shape)
+    if not fits or not all(
+        type(part) is int and 0 < part <= max(1, size) for part, size in zip(parts, shape, strict=True)
+    ):
+        raise CorruptCheckpointError(
+            f"{name} claims the shape {str(told['shape'])[:100]} in parts of {str(parts)[:100]}, and was saved as {shape}"
+        )
 
 
 def _zeros(leaf: Any) -> Any:
@@ -557,6 +712,8 @@ def _is_damage(error: BaseException) -> bool:
     rights and a file system that is away say nothing about the files, and must not cost a good checkpoint.
     """
     for cause in _chain(error):
+        if isinstance(cause, RecursionError):  # of JSON that is nested too deeply
+            return True
         if isinstance(cause, MemoryError | RuntimeError) or any(status in str(cause) for status in _NOT_THE_FILES):
             return False
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
@@ -572,7 +729,12 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
     root = _root(directory)
     if not root.is_dir():
         return []
-    return sorted(int(child.name) for child in root.iterdir() if child.name.isdecimal() and child.is_dir())
+    return sorted(int(child.name) for child in root.iterdir() if _is_number(child.name) and child.is_dir())
+
+
+def _is_number(name: str) -> bool:
+    """As save writes it: 7, and neither 07 nor a digit of another script."""
+    return name.isdecimal() and len(name) < 20 and name == str(int(name))
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -682,11 +844,12 @@ def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayIn
 
 
 def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]:
-    try:
-        trees = ocp.checkpointables_metadata(step_directory).metadata
-    except ocp.errors.InvalidLayoutError:  # of one tree without items
-        trees = {"state": ocp.metadata(step_directory).metadata}
-    return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
+    with _damage_told(step_directory):
+        try:
+            trees = ocp.checkpointables_metadata(step_directory).metadata
+        except ocp.errors.InvalidLayoutError:  # of one tree without items
+            trees = {"state": ocp.metadata(step_directory).metadata}
+        return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
 
 
 def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
@@ -697,7 +860,8 @@ def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
 
 
 def _plain_meta(step_directory: epath.Path) -> dict[str, Any]:
-    metadata = json.loads((step_directory / _ORBAX_METADATA).read_text()).get("custom_metadata")
+    with _damage_told(step_directory):
+        metadata = _read_json(step_directory / _ORBAX_METADATA)["custom_metadata"]
     return metadata if isinstance(metadata, dict) else {}
 
 
@@ -796,12 +960,15 @@ def _plain_arrays_of(step_directory: epath.Path, item: str) -> Flat:
     def on_host(leaf: Any) -> Any:
         return _numpy_like(leaf.dtype, leaf.shape) if hasattr(leaf, "shape") else leaf
 
-    try:
-        metadata = ocp.checkpointables_metadata(step_directory).metadata[item]
-    except ocp.errors.InvalidLayoutError:  # of one tree without items
-        tree = ocp.load(step_directory, jax.tree.map(on_host, ocp.metadata(step_directory).metadata))
-    else:
-        tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
+    infos = _plain_items(step_directory)[item]
+    _check_memory(step_directory, {item: {info.path: _numpy_like(info.dtype, info.shape) for info in infos}})
+    with _damage_told(step_directory):
+        try:
+            metadata = ocp.checkpointables_metadata(step_directory).metadata[item]
+        except ocp.errors.InvalidLayoutError:  # of one tree without items
+            tree = ocp.load(step_directory, jax.tree.map(on_host, ocp.metadata(step_directory).metadata))
+        else:
+            tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
@@ -904,7 +1071,7 @@ def _outline(value: Any, level: int) -> list[str]:
     """A JSON value as indented lines."""
     pad = "  " * level
     if isinstance(value, Mapping) and value:
-        return [line for key, child in value.items() for line in _outline_entry(f"{pad}{key}:", child, level)]
+        return [line for key, child in value.items() for line in _outline_entry(f"{pad}{_scalar(key)}:", child, level)]
     if isinstance(value, list) and any(isinstance(child, Mapping | list) for child in value):
         return [line for child in value for line in _outline_entry(f"{pad}-", child, level)]
     return [pad + _scalar(value)]
@@ -919,5 +1086,6 @@ def _outline_entry(label: str, child: Any, level: int) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    text = value if isinstance(value, str) and value and "\n" not in value else json.dumps(value)
+    # What is not printable could steer a terminal.
+    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
     return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"

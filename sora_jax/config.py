@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -216,6 +217,9 @@ class DiTRun:
             )
 
 
+MAX_INT = 2**53
+MAX_SHOWN = 200
+
 GROUPS = ("ladder", "isoflop", "models", "rates")
 
 
@@ -240,6 +244,11 @@ class StudyRun:
 
     def __post_init__(self) -> None:
         # JSON gives lists.
+        if not all(
+            isinstance(members, list | tuple) and all(isinstance(each, str) for each in members)
+            for members in self.groups.values()
+        ):
+            raise ValueError("groups must hold lists of the names of stages")
         object.__setattr__(self, "groups", {name: tuple(members) for name, members in self.groups.items()})
         if not self.stages or sorted(self.order) != sorted(self.stages):
             raise ValueError(f"order {self.order} must name each of the stages once: {', '.join(self.stages)}")
@@ -268,11 +277,20 @@ def from_config_dict(tree: Any) -> Run:
     dataclass of the part refuses.
     """
     tree = plain(tree)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config is {_shown(tree)}; it must hold task and the keys of a run")
     task = tree.pop("task", None)
-    if task not in RUNS:
-        raise ConfigError(f"config.task is {task!r}; it must be one of {', '.join(RUNS)}")
+    if not isinstance(task, str) or task not in RUNS:
+        raise ConfigError(f"config.task is {_shown(task)}; it must be one of {', '.join(RUNS)}")
     if task == "study":
-        stages = {name: from_config_dict(stage) for name, stage in dict(tree.get("stages") or {}).items()}
+        stages = tree.get("stages") or {}
+        if not isinstance(stages, dict) or any(
+            isinstance(each, dict) and each.get("task") == "study" for each in stages.values()
+        ):
+            raise ConfigError(
+                f"config.stages is {_shown(stages)}; it must hold stages by name, none of which is a study"
+            )
+        stages = {name: from_config_dict(stage) for name, stage in stages.items()}
         return _checked(StudyRun, tree | {"stages": stages}, "config")
     return _checked(RUNS[task], tree, "config")
 
@@ -293,15 +311,17 @@ NOTHING_KNOWN = dataclasses.asdict(KnownConfig())
 def from_stored(tree: Any) -> Run:
     """The run of a config that was stored with a checkpoint, perhaps before all of today's keys were there."""
     tree = plain(tree)
-    loading = tree.get("loader", {})
+    task = tree.get("task") if isinstance(tree, dict) else None
+    loading = tree.get("loader") if isinstance(tree, dict) else None
     if isinstance(loading, dict) and "known_frames" in loading:
         loading["known"] = NOTHING_KNOWN | {"first_frames": loading.pop("known_frames")}
-    for path, value in ADDED.get(tree.get("task", ""), {}).items():
+    for path, value in ADDED.get(task, {}).items() if isinstance(task, str) else ():
         *parts, key = path.split(".")
         part = tree
         for name in parts:
-            part = part.get(name, {})
-        part.setdefault(key, value)
+            part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            part.setdefault(key, value)
     return from_config_dict(tree)
 
 
@@ -346,13 +366,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
     return found
 
 
-def _checked(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+def _checked(kind: Any, values: Any, where: str) -> Any:
     """An instance of the dataclass `kind`, every field given and of its type."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {_shown(values)}; it must hold the keys of {kind.__name__}")
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     unknown, missing = [k for k in values if k not in names], [n for n in names if n not in values]
     if unknown or missing:
-        problem = f"has no key {unknown[0]!r}" if unknown else f"lacks the key {missing[0]!r}"
+        problem = f"has no key {_shown(unknown[0])}" if unknown else f"lacks the key {missing[0]!r}"
         raise ConfigError(f"{where} {problem}; its keys are {', '.join(names)}")
     fields = {name: _typed(hints[name], values[name], f"{where}.{name}") for name in names}
     try:
@@ -373,27 +395,49 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             return None
         return _typed(next(a for a in arguments if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is {value!r}; it must hold the keys of {hint.__name__}")  # type: ignore[union-attr]
         return _checked(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is {value!r}; it must be a tuple")
+            raise ConfigError(f"{where} is {_shown(value)}; it must be a tuple")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise ConfigError(f"{where} is {value!r}; it must have {len(arguments)} entries")
+            raise ConfigError(f"{where} is {_shown(value)}; it must have {len(arguments)} entries")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(
             _typed(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {_shown(value)}; it must hold values by name")
         return dict(value)
+    # What is larger than this no device counts, and no sum of it is exact.
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_INT:
+        raise ConfigError(f"{where} is {_shown(value)}; it must be between -{MAX_INT} and {MAX_INT}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+        raise ConfigError(f"{where} is {_shown(value)}; it must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value}; it must be finite")
     return value
 
 
-def vae_config(tree: Mapping[str, Any]) -> VAEConfig:
+def _shown(value: Any) -> str:
+    """A value for a sentence, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of thousands of digits
+        text = f"a {type(value).__name__} of {value.bit_length()} bits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def vae_config(tree: Any) -> VAEConfig:
     """The VAE's architecture from JSON, as a DiT's checkpoint keeps it. Raises ConfigError."""
     return _checked(VAEConfig, tree, "vae")
+
+
+def stored_number(meta: Mapping[str, Any], name: str, where: object) -> float:
+    """A number of a checkpoint's meta. Raises ConfigError if it is none."""
+    value = meta.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} of the checkpoint in {where} is {_shown(value)}; it must be a number from 0 on")
+    return float(value)

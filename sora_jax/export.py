@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import checkpoint
+from sora_jax import checkpoint, config, disk
 
 WEIGHTS = "model.safetensors"
 ITEMS = ("ema", "rest")
@@ -24,7 +24,7 @@ ITEMS = ("ema", "rest")
 OF_THE_RUN = ("loader", "seconds", "judged", "rollbacks")
 
 
-class ExportError(ValueError):
+class ExportError(disk.FileError):
     """Files that are not, or not any more, what export_weights wrote; or a place that is taken."""
 
 
@@ -32,7 +32,7 @@ def export_weights(path: Path, out: Path, evaluation: Mapping[str, float] | None
     """Writes the newest good step of a work dir to the folder `out`: model.safetensors, config.json and README.md.
 
     evaluation is what the card says of quality. Returns the number of values by item. The folder appears when it is whole.
-    Raises ExportError if it is there already, and as checkpoint.restore.
+    Raises ExportError if it is there already, ConfigError if the checkpoint has no config of ours, and as checkpoint.restore.
     """
     import safetensors.numpy
 
@@ -42,6 +42,7 @@ def export_weights(path: Path, out: Path, evaluation: Mapping[str, float] | None
     described = checkpoint.describe(path)
     home, step = Path(described.path).parent, described.step
     meta = {name: value for name, value in checkpoint.read_meta(home, step).items() if name not in OF_THE_RUN}
+    config.from_stored(meta.get("config"))  # of another's checkpoint no card can be written
     arrays = {f"{item}/{name}": x for item in ITEMS for name, x in _flat(checkpoint.restore_nested(home, item, step))}
     record = {
         "step": step,
@@ -70,26 +71,21 @@ def import_weights(folder: Path, workdir: Path) -> int:
     It can be sampled and evaluated, but not trained on: optimizer and loader were not exported. Raises ExportError if the
     file is not what was written, or workdir holds a checkpoint.
     """
-    import safetensors
-    import safetensors.numpy
-
     if checkpoint.steps(workdir):
         raise ExportError(f"{workdir} holds a checkpoint; choose another folder")
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise ExportError(f"{path} does not exist; give the folder that `sora-jax export` wrote")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        arrays = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ExportError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+        arrays, metadata = disk.read_safetensors(path)
+    except disk.FileError as error:
+        raise ExportError(str(error)) from error
     told = metadata.get("record", "")
     if metadata.get("format") != "sora_jax":
         raise ExportError(f"{path} was not written by `sora-jax export`")
     if hashlib.sha256(told.encode()).hexdigest() != metadata.get("sha256"):
         raise ExportError(f"the metadata of {path} is not what was written; fetch it again")
-    record = json.loads(told)
+    record = _record(path, told)
     found = {name: _described(x, prints) for (name, x), prints in _with_prints(arrays)}
     if wrong := [name for name in {**record["arrays"], **found} if record["arrays"].get(name) != found.get(name)]:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
@@ -99,6 +95,25 @@ def import_weights(folder: Path, workdir: Path) -> int:
     }
     checkpoint.save(workdir, record["step"], items, record["meta"] | {"imported_from": record["source"]}, keep=1)
     return record["step"]
+
+
+def _record(path: Path, told: str) -> dict[str, Any]:
+    """The record in a file of weights, whose digest anyone can make. Raises ExportError unless it describes a run of ours."""
+    try:
+        record = disk.parse_json(told, f"the record of {path}")
+        step, meta, source = record["step"], record["meta"], record["source"]
+        if type(step) is not int or step < 0 or not isinstance(meta, dict) or not isinstance(source, str):
+            raise ExportError(f"{path} names no step, meta and source; fetch it again")
+        if not isinstance(record["arrays"], dict):
+            raise ExportError(f"{path} describes no arrays; fetch it again")
+        config.from_stored(meta.get("config"))
+    except (LookupError, TypeError) as error:
+        raise ExportError(f"the record of {path} lacks {error}; fetch it again") from error
+    except disk.FileError as error:
+        raise ExportError(str(error)) from error
+    except config.ConfigError as error:
+        raise ExportError(f"{path} has no config that can be run: {error}") from error
+    return record
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, np.ndarray]]:
@@ -116,6 +131,16 @@ def _with_prints(arrays: Mapping[str, np.ndarray]) -> Any:
 
 def _described(x: np.ndarray, prints: tuple[int, int]) -> list[Any]:
     return [str(x.dtype), list(x.shape), *prints]
+
+
+def _versions(meta: Mapping[str, Any]) -> dict[str, str]:
+    """As far as they are words without spaces, since a card says what it is told."""
+    told = meta.get("versions")
+    return (
+        {key: x for key, x in told.items() if isinstance(x, str) and not set(key + x) & set(" \n<>")}
+        if isinstance(told, dict)
+        else {}
+    )
 
 
 def _listed(values: Any) -> str:
@@ -136,10 +161,14 @@ def card(record: Mapping[str, Any], parameters: int, evaluation: Mapping[str, fl
     lines = [
         *("---", "license: apache-2.0", "library_name: sora_jax", f"tags: {tags}", *pipeline, "---", ""),
         *(f"# {name}", "", f"A {task} of {parameters:,} parameters (averaged over training), by sora_jax.", ""),
-        *("## Training", "", f"- step {record['step']}, {meta['total_flops']:.3g} training FLOPs in all"),
+        *(
+            "## Training",
+            "",
+            f"- step {record['step']}, {config.stored_number(meta, 'total_flops', name):.3g} training FLOPs in all",
+        ),
         f"- data: a procedural world of moving shapes, {run['data']['train_clips']} clips of "
         f"{_listed(world['frame_counts'])} frames of {_listed(world['frame_sizes'])} pixels (height, width)",
-        "- versions: " + ", ".join(f"{key} {value}" for key, value in meta.get("versions", {}).items()),
+        "- versions: " + ", ".join(f"{key} {value}" for key, value in _versions(meta).items()),
         *(f"- digest of the checkpoint: `{record['source']}`", "- all settings: config.json", ""),
         *(("## Held-out clips", "", "| measure | value |", "| --- | --- |", *scores, "") if scores else ()),
         *(

@@ -47,13 +47,15 @@ VBENCH_PROMPTS = 8
 LONGEST_SECONDS = 1e6
 # Seeds are int32 on the device.
 MAX_SEED = 2**31 - 1
+MAX_PROMPT_BYTES = 2**26
 
 
 class Failure(Exception):
     """A sentence for the user and its exit code; prog is the command that refuses, if not the running one."""
 
     def __init__(self, message: object, code: int = USER_ERROR, prog: str | None = None) -> None:
-        super().__init__(" ".join(str(message).split()))
+        # What a file says of itself may be in it, and could steer a terminal.
+        super().__init__("".join(each if each.isprintable() else "?" for each in " ".join(str(message).split())))
         self.code, self.prog = code, prog
 
 
@@ -619,12 +621,12 @@ def _logging_to_stderr() -> Iterator[None]:
 def _errors_for_users(*kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions whose messages are written for users into a Failure.
 
-    These are ConfigError, a damaged checkpoint, a missing one, and `kinds`. ValueError may be one of them only around
-    code that validates what the user gave: anywhere else it is a bug.
+    These are ConfigError, a damaged checkpoint or another file, a missing one, and `kinds`. ValueError may be one of them
+    only around code that validates what the user gave: anywhere else it is a bug.
     """
-    from sora_jax import checkpoint, config
+    from sora_jax import checkpoint, config, disk
 
-    refused: tuple[type[Exception], ...] = (config.ConfigError, *kinds)
+    refused: tuple[type[Exception], ...] = (config.ConfigError, disk.FileError, *kinds)
 
     try:
         yield
@@ -774,6 +776,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Trains the stage of --config in --workdir, or goes on with it."""
     run = load_run(arguments.config, arguments.overrides)
     from sora_jax import checkpoint, config, processes, signals
+    from sora_jax.data import loader
     from sora_jax.train import loop, watch
 
     if isinstance(run, config.StudyRun):
@@ -791,7 +794,7 @@ def train(arguments: argparse.Namespace) -> None:
             task = _task(run, arguments.workdir)
             with _errors_for_users():
                 loop.fit(task, arguments.workdir, options)
-    except (loop.DivergedError, checkpoint.SaveError) as error:
+    except (loop.DivergedError, checkpoint.SaveError, loader.LoaderError) as error:
         raise Failure(error, RUN_ERROR) from error
     except KeyboardInterrupt as interrupt:
         step = checkpoint.latest_step(arguments.workdir)
@@ -855,6 +858,7 @@ def study(arguments: argparse.Namespace) -> None:
     """Trains the stages of --config in --workdir, or goes on with them, and writes the report."""
     run = load_run(arguments.config, arguments.overrides)
     from sora_jax import checkpoint, config, sharding, signals
+    from sora_jax.data import loader
     from sora_jax.train import loop
 
     if not isinstance(run, config.StudyRun):
@@ -873,7 +877,7 @@ def study(arguments: argparse.Namespace) -> None:
     try:
         with _errors_for_users(), signals.handled():
             runner.run(run, arguments.workdir, arguments.command)
-    except (loop.DivergedError, checkpoint.SaveError) as error:
+    except (loop.DivergedError, checkpoint.SaveError, loader.LoaderError) as error:
         raise Failure(error, RUN_ERROR) from error
     except KeyboardInterrupt as interrupt:
         message = f"{_interrupted(interrupt)}; the same command goes on from the newest checkpoint of each stage"
@@ -937,6 +941,7 @@ def sample(arguments: argparse.Namespace) -> None:
     _make_folder(arguments.out.parent)
 
     logging.info("sampling %d of %s", len(videos), size)
+    from sora_jax import disk
     from sora_jax.generate.pipeline import Request
 
     made = pipeline.sample(
@@ -945,9 +950,8 @@ def sample(arguments: argparse.Namespace) -> None:
     scale = arguments.scale or math.ceil(SHOWN_WIDTH / size.width)
     with _errors_of_writing(arguments.out):
         _write(videos, made, size.fps, scale)
-        manifest.write_text(
-            json.dumps(_manifest(arguments, videos, size, settings, step, scale), indent=2, ensure_ascii=False)
-        )
+        told = _manifest(arguments, videos, size, settings, step, scale)
+        disk.write_atomically(manifest, json.dumps(told, indent=2, ensure_ascii=False).encode())
     for video in videos:
         print(f"{video.path}  seed {video.seed}  {video.prompt}")
 
@@ -1123,7 +1127,11 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
             raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
         return prompts
     try:
-        prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        # A pipe will do, so there may be no size to ask for.
+        content = _first_bytes(file, MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise Failure(f"--prompts_file={file} has more than {MAX_PROMPT_BYTES} bytes; split it")
+        prompts = [line.strip() for line in content.decode().splitlines() if line.strip()]
     except OSError as error:
         raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -1186,10 +1194,15 @@ def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: float, scal
 def _manifest_path(out: Path) -> Path:
     """Where the manifest goes. Raises Failure if another file is there, such as the config.json of a run."""
     path = out.with_suffix(".json")
-    with contextlib.suppress(FileNotFoundError):
-        if not path.read_bytes().startswith(b'{\n  "sora_jax_sample"'):
-            raise Failure(f"--out={out} would replace {path} by its manifest; choose another name")
+    start = b'{\n  "sora_jax_sample"'
+    if path.exists() and (not path.is_file() or _first_bytes(path, len(start)) != start):
+        raise Failure(f"--out={out} would replace {path} by its manifest; choose another name")
     return path
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 def _manifest(

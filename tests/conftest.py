@@ -14,6 +14,7 @@ install_import_hook("sora_jax", "typecheck.checked")
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -21,6 +22,10 @@ import pytest  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+# The same examples in every run, so that what passes here passes there.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.load_profile("same")
 
 # Minutes each: begun last, they would keep one worker busy while the others wait.
 SLOW = ("test_processes", "test_runner", "test_sharding", "test_optimizer", "test_loop", "test_plan")

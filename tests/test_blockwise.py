@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sora_jax.nn import blockwise
 from sora_jax.nn.attention import reference
@@ -61,6 +63,45 @@ def test_only_blocks_with_a_clip_in_common_are_computed():
     pairs = list(zip(*(np.asarray(part[:count]).tolist() for part in (row, i, j)), strict=True))
     assert pairs[:3] == [(0, 0, 0), (0, 1, 1), (0, 2, 2)]
     assert pairs[3:] == [(1, a, b) for a in range(4) for b in range(4) if a // 2 == b // 2]
+
+
+def computed(q_segment, k_segment, block):
+    """Pairs of blocks that are computed, and those of which the dense mask has a pair of tokens, as sets."""
+    q, k = (jnp.asarray(segment, jnp.int32)[None] for segment in (q_segment, k_segment))
+    heads = [jnp.zeros((1, each.shape[1], 1, 8)) for each in (q, k, k)]
+    inputs = blockwise.prepared(*heads, q, k, "float32", block)
+    (_, i, j), count = blockwise._pairs(inputs, block)
+    q, k = np.asarray(inputs.q_segment_BN[0]), np.asarray(inputs.k_segment_BM[0])
+    dense = (q[:, None] == k) & (q[:, None] > 0)
+    some = dense.reshape(len(q) // block, block, len(k) // block, block).any((1, 3))
+    pairs = list(zip(np.asarray(i[:count]).tolist(), np.asarray(j[:count]).tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    return set(pairs), set(zip(*(part.tolist() for part in np.nonzero(some)), strict=True))
+
+
+@given(st.lists(st.integers(0, 4), min_size=24, max_size=24), st.lists(st.integers(0, 4), min_size=17, max_size=17))
+def test_no_block_is_skipped_that_the_dense_mask_needs(q_segment, k_segment):
+    found, needed = computed(q_segment, k_segment, 8)
+    assert needed <= found
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 20))
+def test_of_a_packed_row_exactly_the_blocks_of_the_dense_mask_are_computed(lengths, padding):
+    segment = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])[:40]
+    segment = np.pad(segment, (0, 40 - len(segment)))
+    found, needed = computed(segment, segment, 8)
+    assert found == needed
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 3), min_size=24, max_size=24), st.integers(0, 2**32))
+def test_any_segments_give_what_the_dense_mask_gives(segment, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 24, 1, 8)), jnp.float32) for _ in range(3))
+    segment = jnp.asarray(segment, jnp.int32)[None]
+    out, _ = blockwise.blockwise(q, k, v, segment, segment, block=8)
+    real = np.asarray(segment) > 0
+    assert np.allclose(out[real], reference(q, k, v, segment, segment)[real], atol=1e-5) and np.all(out[~real] == 0)
 
 
 def test_extreme_logits_stay_finite(inputs):

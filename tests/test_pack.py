@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sora_jax.data import pack
 from sora_jax.models import dit
@@ -84,6 +86,62 @@ def test_rows_keep_their_budgets_and_every_token_its_own(clips):
             assert batch.ceiling_BS[row, slot] == (0 if clip.known_N[place] else clip.ceiling)
             assert np.array_equal(layout.position_BN3[row, token], clip.position_N3[place])
             assert np.array_equal(layout.extent_BS3[row, slot], clip.extent_3)
+
+
+@st.composite
+def mixes(draw):
+    """(clips, budgets): clips of any sizes, some with known frames, with tokens dropped or without text but one token."""
+    config = pack.PackConfig(
+        rows=2,
+        row_tokens=draw(st.integers(1, 60)),
+        row_slots=draw(st.integers(1, 5)),
+        row_text=draw(st.integers(1, 16)),
+        window=8,
+        drop_rate=draw(st.sampled_from([0.0, 0.7])),
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    clips = []
+    for number in range(draw(st.integers(1, 12))):
+        shape = tuple(draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))))
+        known, words = draw(st.integers(0, shape[0])), draw(st.integers(1, 9))
+        clip = make(rng, 7 * number + 3, shape, known_frames=known, words=words)
+        clips.append(pack.drop(clip, shape[1] * shape[2], config, rng)[0])
+    return clips, config
+
+
+@given(mixes(), st.integers(0, 2**32))
+def test_any_mix_is_packed_within_its_budgets_and_comes_back(mix, seed):
+    clips, config = mix
+    rows, count = pack.pack_rows(clips, config, np.random.default_rng(seed))
+    fitting = [clip for clip in clips if pack.fits(clip, config)]
+    assert sorted(clip.clip for row in rows for clip in row) == [clip.clip for clip in fitting]
+    assert count.too_long_clips == len(clips) - len(fitting) and count.tokens == sum(len(c.index_N) for c in fitting)
+    for row in rows:
+        sizes = np.array([(len(clip.index_N), clip.num_slots, clip.num_text) for clip in row]).sum(0)
+        assert row and (sizes <= (config.row_tokens, config.row_slots, config.row_text)).all()
+    if rows:
+        batch = pack.stack([pack.fill_row(row, config, 4, 6) for row in rows])
+        back = pack.unpack(batch.mean_BNP, batch)
+        assert back.keys() == {clip.clip for clip in fitting}
+        assert all(np.array_equal(back[clip.clip], clip.mean_NP) for clip in fitting)
+        # Nothing but the clips' tokens and words is in a row.
+        assert (batch.layout.segment_BN > 0).sum() == count.tokens and (
+            batch.mean_BNP[batch.layout.segment_BN == 0] == 0
+        ).all()
+        assert (batch.layout.text_segment_BL > 0).sum() == sum(clip.num_text for clip in fitting)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), max_size=40), st.randoms(use_true_random=False))
+def test_rows_are_opened_only_when_no_other_has_room(sizes, random):
+    budgets, order = (9, 9, 9), list(range(len(sizes)))
+    random.shuffle(order)
+    rows = pack.assign(sizes, budgets, order)
+    assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
+    used = [np.sum([sizes[item] for item in row], 0) for row in rows]
+    assert all((each <= 9).all() for each in used)
+    # The first of a row found no room in any earlier one, as these were then; all the less as they are now.
+    for number, row in enumerate(rows):
+        assert all(((earlier + sizes[row[0]]) > 9).any() for earlier in used[:number])
 
 
 def test_too_long_clips_are_counted_not_lost(rng, clips):

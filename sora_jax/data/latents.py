@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import zlib
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from sora_jax import disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +36,57 @@ class Latent:
 FORMAT = 2
 
 
-class DamagedClipError(ValueError):
+REMEDY = "delete the folder to encode anew"
+
+
+class DamagedClipError(disk.FileError):
     """What is stored of a clip is not what was written."""
 
 
 class LatentStore:
-    """Random access to the latents of a folder. Raises FileNotFoundError if it is not a store.
+    """Random access to the latents of a folder. Raises FileNotFoundError if it is not a store, disk.FileError if its files
+    do not go together.
 
     Reading a clip raises DamagedClipError, or OSError if the files cannot be read now.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / "store.json").is_file():
             raise FileNotFoundError(f"{folder} holds no encoded clips (store.json is missing)")
-        meta = json.loads((folder / "store.json").read_text())
-        self.folder, self.meta = folder, meta["meta"]
-        self.captions: list[str] = meta["captions"]
-        self.shapes = np.load(folder / "shapes.npy", allow_pickle=False)
-        self.fps = np.load(folder / "fps.npy", allow_pickle=False)
-        self.caption_ids = np.load(folder / "caption_ids.npy", allow_pickle=False)
-        self.ids = np.load(folder / "ids.npy", allow_pickle=False)
-        self.starts = np.concatenate([[0], np.cumsum(np.prod(self.shapes, axis=1))])
-        self.checks = np.load(folder / "checks.npy", allow_pickle=False)
-        found = {name: _header(folder / f"{name}.npy", int(self.starts[-1])) for name in VALUES}
+        told = disk.read_json(folder / "store.json", REMEDY, MAX_STORE_BYTES)
+        try:
+            self.meta, self.captions = told["meta"], told["captions"]
+        except (LookupError, TypeError) as error:
+            raise disk.FileError(f"{folder / 'store.json'} lacks meta or captions; {REMEDY}") from error
+        arrays = {name: disk.read_npy(folder / f"{name}.npy", REMEDY) for name in PER_CLIP}
+        self.shapes, self.fps, self.caption_ids, self.ids, self.checks = arrays.values()
+        found = {name: _header(folder / f"{name}.npy") for name in VALUES}
         self._offsets = {name: offset for name, (offset, _) in found.items()}
-        self.channels = found["mean"][1]
+        length, self.channels = found["mean"][1]
+        if reason := self._fault(length) or (found["mean"][1] != found["std"][1] and "mean and std have two shapes"):
+            raise disk.FileError(f"{folder}: {reason}; {REMEDY}")
+        self.starts = np.concatenate([[0], np.cumsum(np.prod(self.shapes, axis=1))])
+
+    def _fault(self, length: int) -> str:
+        """Why the parts are not of one store with `length` positions; '' if they are."""
+        for name, (kind, axes) in PER_CLIP.items():
+            array = getattr(self, name)
+            if array.dtype != kind or array.ndim != axes or len(array) != len(self.ids):
+                return f"{name}.npy holds {array.dtype}{list(array.shape)}, not {kind}[{len(self.ids)}]"
+        # In Python's numbers, as products of hostile ones go round in numpy's.
+        sizes = [math.prod(shape) if min(shape) > 0 else -1 for shape in self.shapes.tolist() if len(shape) == 3]
+        if len(sizes) != len(self.ids) or min(sizes, default=0) < 0 or sum(sizes) != length or length > MAX_POSITIONS:
+            return f"shapes.npy does not add up to the {length} positions of mean.npy"
+        if not (
+            np.isfinite(self.fps).all() and (self.fps > 0).all() and (self.ids >= 0).all() and (self.ids < 2**31).all()
+        ):
+            return "a frame rate or the number of a clip is out of range"
+        if not isinstance(self.captions, list) or not all(isinstance(caption, str) for caption in self.captions):
+            return "captions are not strings"
+        if self.caption_ids.max(initial=-1) >= len(self.captions) or not (self.caption_ids >= 0).any(axis=1).all():
+            return "a clip has no caption, or one that is not there"
+        return ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,9 +96,7 @@ class LatentStore:
         shape = (*self.shapes[number], self.channels)
         parts = [self._part(name, int(start), int(end)) for name in VALUES]
         if _check(parts) != self.checks[number]:
-            raise DamagedClipError(
-                f"clip {number} of {self.folder} is not what was written; delete the folder to encode anew"
-            )
+            raise DamagedClipError(f"clip {number} of {self.folder} is not what was written; {REMEDY}")
         mean_thwc, std_thwc = (np.frombuffer(part, np.float16).reshape(shape) for part in parts)
         return Latent(
             id=int(self.ids[number]),
@@ -83,11 +109,21 @@ class LatentStore:
     def _part(self, name: str, start: int, end: int) -> bytes:
         value = self.channels * np.dtype(np.float16).itemsize
         with (self.folder / f"{name}.npy").open("rb") as file:
-            file.seek(self._offsets[name] + start * value)
-            return file.read((end - start) * value)
+            here, there = (self._offsets[name] + place * value for place in (start, end))
+            # What the file does not have would be allocated before it is missed.
+            if there > os.fstat(file.fileno()).st_size:
+                return b""
+            file.seek(here)
+            return file.read(there - here)
 
 
 VALUES = ("mean", "std")
+# dtype and number of axes of what is stored of each clip beside its values.
+PER_CLIP = {"shapes": ("int64", 2), "fps": ("float32", 1), "caption_ids": ("int32", 2), "ids": ("int64", 1)} | {
+    "checks": ("uint32", 1)
+}
+MAX_POSITIONS = 2**48  # what is larger is no store, and sums of it would go round
+MAX_STORE_BYTES = 2**28  # of store.json: a million captions
 
 
 def _check(parts: Iterable[bytes]) -> int:
@@ -97,19 +133,13 @@ def _check(parts: Iterable[bytes]) -> int:
     return check
 
 
-def _header(path: Path, length: int) -> tuple[int, int]:
-    """Where the values of an .npy file of `length` positions begin, and how many channels they have. Raises DamagedClipError."""
+def _header(path: Path) -> tuple[int, tuple[int, int]]:
+    """Where the values of an .npy file begin, and its (positions, channels). Raises disk.FileError, OSError as open does."""
     with path.open("rb") as file:
-        try:
-            np.lib.format.read_magic(file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise DamagedClipError(f"{path} is no array file ({error}); delete the folder to encode anew") from error
-        if len(shape) != 2 or shape[0] != length or fortran or dtype != np.float16:
-            raise DamagedClipError(
-                f"{path} holds {dtype}{list(shape)}, not float16[{length}, channels]; delete the folder"
-            )
-        return file.tell(), shape[1]
+        shape, fortran, dtype = disk.npy_header(file, str(path), REMEDY)
+        if len(shape) != 2 or fortran or dtype != np.float16:
+            raise disk.FileError(f"{path} holds {dtype}{list(shape)}, not float16[positions, channels]; {REMEDY}")
+        return file.tell(), (shape[0], shape[1])
 
 
 def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:

@@ -22,6 +22,9 @@ from sora_jax.diffusion import flow
 Velocity = Callable[[Array, Array], Array]
 
 
+MOST_STEPS = 10_000
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """steps of method 'euler' or 'heun' (two evaluations a step), shift as in flow.shifted, for a clip of base_tokens tokens.
@@ -41,8 +44,8 @@ class SamplerConfig:
     known_guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampler.steps is {self.steps}; it must be at least 1")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"sampler.steps is {self.steps}; it must be at least 1 and at most {MOST_STEPS}")
         if self.method not in STEPPERS:
             raise ValueError(f"sampler.method {self.method!r} is none of {', '.join(STEPPERS)}")
         if self.guidance < 0 or self.known_guidance < 0 or self.shift <= 0 or self.base_tokens < 0:

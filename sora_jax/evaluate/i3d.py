@@ -8,7 +8,6 @@ rgb_imagenet.pt is the training that began with ImageNet, so its distances are o
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from einops import rearrange
 from jax import Array, lax
 from jaxtyping import Float
 
+from sora_jax import disk
 from sora_jax.evaluate import torch_file
 
 Params = Mapping[str, Mapping[str, Array]]
@@ -214,20 +214,9 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
             f"there is no file {path}; FVD needs the weights of I3D: bring i3d_pretrained_400.pt or rgb_imagenet.pt"
         )
     if path.suffix == ".npz":
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a whole .npz file of numbers; fetch it again") from error
+        return disk.read_npz(path, torch_file.MAX_FILE_BYTES)
     if path.suffix == ".safetensors":
-        try:
-            import safetensors.numpy
-        except ImportError as error:
-            raise ImportError(f"{path} needs the package safetensors; pip install 'sora_jax[text]'") from error
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a whole .safetensors file; fetch it again") from error
+        return disk.read_safetensors(path, torch_file.MAX_FILE_BYTES)[0]
     return torch_file.read_state_dict(path)
 
 

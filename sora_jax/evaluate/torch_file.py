@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from sora_jax import disk
+
 MAX_FILE_BYTES = 2**29
 MAX_TENSOR_BYTES = 2**29  # of all tensors together: with strides of 0 a small file can claim far more than it holds
 MAX_PICKLE_BYTES = 2**24  # of a pickle in a zip archive; a network of 1000 tensors needs 2**17
@@ -45,20 +47,16 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a state dict by its name, in the file's order, each a contiguous array of its own.
 
     The file holds a state dict, or a dict with one under "state_dict"; other values, such as the number of an epoch, are
-    left out. Raises FileNotFoundError if there is no file; ValueError if it is not of either format, is cut off, is
+    left out. Raises FileNotFoundError if there is no file; disk.FileError if it is not of either format, is cut off, is
     larger than the caps above, or asks for anything but tensors of the types above (bfloat16 is not one).
     """
     path = Path(path)
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {num_bytes} bytes; at most {MAX_FILE_BYTES} are read")
     # In memory, where a length that a file claims allocates nothing beyond what the file has.
-    file = io.BytesIO(path.read_bytes())
+    file = io.BytesIO(disk.read_bytes(path, MAX_FILE_BYTES, REMEDY))
     try:
         return _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-    # zipfile has a type of its own for each way in which an archive can be damaged.
-    except (ValueError, RuntimeError, EOFError, OverflowError, struct.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (*disk.ARCHIVE_ERRORS, struct.error) as error:
+        raise disk.FileError(f"{path}: {error}") from error
 
 
 # The values a file is made of ----------------------------------------------------------------------------------------
@@ -278,6 +276,7 @@ def _storage(identity: tuple) -> _Storage:
 
 def _read_zip(file: io.BytesIO) -> dict[str, np.ndarray]:
     """NAME/data.pkl is the pickle, NAME/data/KEY the bytes of a storage; nothing is compressed."""
+    disk.check_archive(file.getvalue())
     with zipfile.ZipFile(file) as archive:
 
         def read(name: str, max_bytes: int) -> bytes:

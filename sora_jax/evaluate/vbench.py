@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_jax import disk
+
 SAMPLES_PER_PROMPT = 5
 # Filesystems take 255; a writer puts up to 13 more around the name of a file that is not whole yet.
 MAX_NAME_BYTES = 240
@@ -85,9 +87,9 @@ def export(
     if not entries:
         raise ValueError("there are no samples to export; give at least one prompt")
     # Plain ASCII: VBench reads the file in whatever encoding its machine has.
-    (folder / "prompts.json").write_text(json.dumps(prompts, indent=2), encoding="ascii")
+    disk.write_atomically(folder / "prompts.json", json.dumps(prompts, indent=2).encode("ascii"))
     manifest = {"samples_per_prompt": SAMPLES_PER_PROMPT, "fps": fps, "videos": entries}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="ascii")
+    disk.write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2).encode("ascii"))
     return videos
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from einops import repeat
 from jaxtyping import Shaped, UInt8
 
+from sora_jax import disk
+
 _CRF = 12  # x264's quality, 0 is lossless and 23 its default: a sample must show the model's faults, not the codec's
 _SHEET_FRAMES = 8  # frames of a video in a .png
 _BACKGROUND = 255
@@ -235,12 +237,4 @@ def _blank(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), _BACKGROUND, np.uint8)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none: written beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+write_atomically = disk.write_atomically

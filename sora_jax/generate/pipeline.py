@@ -260,10 +260,10 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 def load_run(path: Path, step: int | None = None) -> DiTRun:
     """The resolved config of a DiT's work dir. Raises FileNotFoundError or ConfigError."""
     meta = checkpoint.read_meta(path, step)
-    run = config.from_stored(meta.get("config", {}))
+    run = config.from_stored(meta.get("config"))
     if not isinstance(run, DiTRun):
         raise config.ConfigError(
-            f"{path} holds a {meta['config'].get('task')} checkpoint; give the work dir of a trained DiT"
+            f"{path} holds a {meta['config']['task']} checkpoint; give the work dir of a trained DiT"
         )
     return run
 
@@ -275,7 +275,7 @@ def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipel
     DiT, and ValueError if the model does not divide over the mesh.
     """
     run = load_run(path, step)
-    vae_config = config.vae_config(checkpoint.read_meta(path, step)["vae"])
+    vae_config = config.vae_config(checkpoint.read_meta(path, step).get("vae"))
     like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
     mesh = mesh or sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     whole = sharding.replicated(mesh)
@@ -303,11 +303,11 @@ def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> t
 
 def load_vae_config(path: Path) -> vae.VAEConfig:
     """The architecture of the VAE in a work dir. Raises FileNotFoundError or ConfigError."""
-    told = checkpoint.read_meta(path).get("config", {})
-    if told.get("task") != "vae":
+    told = checkpoint.read_meta(path).get("config")
+    if not isinstance(told, dict) or told.get("task") != "vae":
         raise config.ConfigError(f"{path} holds no VAE checkpoint; give the work dir of a trained VAE")
     # Its architecture alone: how it was trained may be told otherwise by now.
-    return config.vae_config(told["vae"])
+    return config.vae_config(told.get("vae"))
 
 
 def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:

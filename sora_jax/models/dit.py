@@ -26,6 +26,8 @@ from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm, whole
 
 # Below it the velocity of a predicted clean patch is held, as it would grow without bound.
 LEAST_TIME = 0.05
+# What a config may ask for: a checkpoint's is built before its arrays are held against it.
+MOST_WIDTH, MOST_BLOCKS = 2**17, 2**12
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -59,12 +61,20 @@ class DiTConfig:
     text: text_encoder.TextEncoderConfig | None = None
 
     def __post_init__(self) -> None:
+        if min(self.width, self.blocks, self.heads, *self.patch, self.channels, self.mlp_ratio, self.text_width) < 1:
+            raise ValueError("dit: width, blocks, heads, patch, channels, mlp_ratio and text_width must be positive")
+        if self.width > MOST_WIDTH or self.blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"dit: width {self.width} or blocks {self.blocks} is beyond any machine; at most {MOST_WIDTH} and {MOST_BLOCKS}"
+            )
         if self.width % self.heads:
             raise ValueError(f"dit.width {self.width} must be a multiple of dit.heads {self.heads}")
+        if len(self.wavelengths) != 3 or min(min(pair) for pair in self.wavelengths) <= 0:
+            raise ValueError(
+                f"dit.wavelengths {self.wavelengths} must be a positive pair for each of time, height and width"
+            )
         if self.remat not in REMAT:
             raise ValueError(f"dit.remat {self.remat!r} is none of {', '.join(REMAT)}")
-        if min(self.width, self.blocks, self.heads, *self.patch, self.channels) < 1:
-            raise ValueError("dit: width, blocks, heads, patch and channels must be positive")
         if self.attention not in BACKENDS:
             raise ValueError(f"dit.attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.predict not in ("velocity", "clean"):

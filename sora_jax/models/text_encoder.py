@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from sora_jax import sharding
 from sora_jax.nn.layers import Linear, whole
 
+MOST = 2**17  # a checkpoint's config is built before its arrays are held against it
 NORM_EPSILON = 1e-12  # BERT's; safe because norms are computed in float32
 # Of new embeddings: a step of Adam at 3e-4 is small beside them, unlike beside the 0.02 of BERT, and a word's state is
 # mostly the word, wherever it stands.
@@ -39,6 +40,8 @@ class TextEncoderConfig:
         for name in ("vocab_size", "width", "layers", "heads", "mlp_width", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"text encoder: {name} is {getattr(self, name)}; it must be at least 1")
+        if max(self.width, self.mlp_width, self.layers) > MOST:
+            raise ValueError(f"text encoder: width, mlp_width or layers is beyond any machine; at most {MOST}")
         if self.width % self.heads:
             raise ValueError(f"text encoder: width {self.width} is not a multiple of heads {self.heads}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -24,6 +24,9 @@ from jaxtyping import Float
 from sora_jax.nn.causal_conv import CausalConv
 from sora_jax.nn.layers import Linear, RMSNorm
 
+# What a config may ask for: a checkpoint's is built before its arrays are held against it.
+MOST_WIDTH, MOST_BLOCKS = 2**17, 2**8
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -47,6 +50,12 @@ class VAEConfig:
             )
         if min(*(n for fold in self.folds for n in fold), *self.widths, *self.kernel, self.channels) < 1:
             raise ValueError("vae: folds, widths, kernel and channels must be positive")
+        if min(self.blocks) < 0 or sum(self.blocks) > MOST_BLOCKS or len(self.blocks) > MOST_BLOCKS:
+            raise ValueError(
+                f"vae: blocks {str(self.blocks)[:100]} must not be negative, nor more than {MOST_BLOCKS} in all"
+            )
+        if max(*(n for fold in self.folds for n in fold), *self.widths, *self.kernel, self.channels) > MOST_WIDTH:
+            raise ValueError(f"vae: folds, widths, kernel or channels is beyond any machine; at most {MOST_WIDTH}")
         if self.kernel[1] % 2 == 0 or self.kernel[2] % 2 == 0:
             raise ValueError(f"vae.kernel {self.kernel}: height and width must be odd")
 

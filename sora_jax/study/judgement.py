@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import checkpoint
+from sora_jax import checkpoint, disk
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
@@ -30,6 +30,7 @@ from sora_jax.train import dit
 
 # Scenes of real clips that samples are held against as a set: other ones than those that were asked for.
 REAL_SCENES = 1_000_000
+MAX_JUDGED_BYTES = 2**32  # of the shown samples
 
 
 @dataclasses.dataclass
@@ -235,14 +236,32 @@ def _judges() -> str:
 
 
 def _read(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]] | None:
-    """Kept scores and videos, if there are any of these settings."""
+    """Kept scores and videos, if there are any of these settings; damaged ones are made anew."""
     if not (folder / "judged.json").is_file():
         return None
-    kept = json.loads((folder / "judged.json").read_text())
-    if kept["about"] != about:
+    try:
+        kept = disk.read_json(folder / "judged.json")
+        if not isinstance(kept, dict) or kept.get("about") != about:
+            return None
+        if not _are_scores(kept.get("scores")):
+            raise disk.FileError(f"{folder / 'judged.json'} holds no scores")
+        arrays = disk.read_npz(folder / "judged.npz", MAX_JUDGED_BYTES)
+        videos = [arrays.get(f"video_{number}") for number in range(len(arrays))]
+        found = [video for video in videos if video is not None and video.dtype == np.uint8 and video.ndim == 4]
+        if len(found) != len(videos):
+            raise disk.FileError(f"{folder / 'judged.npz'} holds something else than videos")
+    except (disk.FileError, FileNotFoundError) as error:
+        logging.warning("%s; judging anew", error)
         return None
-    with np.load(folder / "judged.npz", allow_pickle=False) as arrays:
-        return kept["scores"], [arrays[f"video_{number}"] for number in range(len(arrays.files))]
+    return kept["scores"], found
+
+
+def _are_scores(scores: Any) -> bool:
+    """Whether it is numbers by name, in groups, some with the name of a measure."""
+    return isinstance(scores, dict) and all(
+        isinstance(group, dict) and all(isinstance(each, int | float | str | None) for each in group.values())
+        for group in scores.values()
+    )
 
 
 def _write(folder: Path, about: dict[str, Any], scores: dict[str, Any], videos: Sequence[np.ndarray]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from sora_jax import checkpoint, compute
+from sora_jax import checkpoint, compute, config, disk
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
@@ -67,7 +67,8 @@ def stage_run(study: StudyRun, name: str, workdir: Path) -> VAERun | DiTRun:
 def own_flops(directory: Path) -> float:
     """What the training in a work dir cost, without what it builds on."""
     meta = checkpoint.read_meta(directory)
-    return meta["total_flops"] - meta["flops_before"]
+    total, before = (config.stored_number(meta, name, directory) for name in ("total_flops", "flops_before"))
+    return total - before
 
 
 def run_numbers(directory: Path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
             "blocks": run.dit.blocks,
             "patch": list(run.dit.patch),
             "steps": steps,
-            "seconds": meta["seconds"],
+            "seconds": config.stored_number(meta, "seconds", directory),
             "flops": steps * step.total,
             "flops_by_part": {part: steps * flops for part, flops in step.by_part().items()},
             "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
@@ -220,7 +221,17 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = self._kept()
+
+    def _kept(self) -> dict[str, float]:
+        try:
+            found = disk.read_json(self.path) if self.path.exists() else {}
+            if not isinstance(found, dict) or not all(isinstance(each, int | float) for each in found.values()):
+                raise disk.FileError(f"{self.path} holds no seconds by name")
+        except disk.FileError as error:
+            logging.warning("%s; counting from 0", error)
+            return {}
+        return found
 
     def measure(self, name: str) -> _Lap:
         return _Lap(self, name)
@@ -236,4 +247,4 @@ class _Lap:
     def __exit__(self, *_: object) -> None:
         seconds = self.clock.seconds
         seconds[self.name] = seconds.get(self.name, 0.0) + time.perf_counter() - self.began
-        self.clock.path.write_text(json.dumps(seconds))
+        disk.write_atomically(self.clock.path, json.dumps(seconds).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_jax import disk
 from sora_jax.config import TextConfig
 from sora_jax.text import encode, tokenise
 
@@ -44,9 +45,7 @@ class CaptionText:
             self._tokens |= dict(zip(fresh, self._hash.tokens(fresh), strict=True))
             return
         if self._cache is None and self._path is not None and self._path.exists():
-            self._cache = encode.CaptionCache.load(self._path)
-            if self._cache.encoder_name != encode.minilm_name(self.config.max_tokens, DTYPE):
-                self._cache = None
+            self._cache = self._kept(self._path)
         if self._cache is not None and all(caption in self._cache.index for caption in wanted):
             return
         if self._network is None:
@@ -57,6 +56,16 @@ class CaptionText:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._cache.save(self._path)
+
+    def _kept(self, path: Path) -> encode.CaptionCache | None:
+        """What the file holds of this encoder; it is a cache, so one that is damaged is written anew."""
+        try:
+            cache = encode.CaptionCache.load(path)
+        except disk.FileError as error:
+            logging.warning("%s; encoding anew", error)
+            return None
+        of_us = cache.encoder_name == encode.minilm_name(self.config.max_tokens, DTYPE)
+        return cache if of_us and cache.states.shape[1] == self.width else None
 
     def __call__(self, caption: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Raises KeyError for a caption that was not prepared."""

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from sora_jax import disk
 from sora_jax.models import text_encoder
 from sora_jax.text import tokenise
 
@@ -91,9 +92,7 @@ def missing_for_minilm() -> str:
 def load_minilm(dtype: str) -> text_encoder.TextEncoder:
     """MiniLM-L6 with its published weights; dtype is of matmul inputs. Raises FileNotFoundError if it is absent."""
     folder = require_minilm()
-    import safetensors.numpy
-
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors, _ = disk.read_safetensors(folder / "model.safetensors", remedy=REMEDY)
     return from_bert(tensors, dataclasses.replace(text_encoder.MINILM, dtype=dtype))
 
 
@@ -248,6 +247,10 @@ def _states(graphdef: nnx.GraphDef, params: PyTree, token_BL: jax.Array, segment
 
 # Cache ---------------------------------------------------------------------------------------------------------------
 
+# A million captions of ten tokens of 384 numbers.
+MAX_CACHE_BYTES = 2**33
+CACHE_REMEDY = "delete it and encode anew"
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptionCache:
@@ -267,13 +270,35 @@ class CaptionCache:
 
     @classmethod
     def load(cls, path: Path) -> CaptionCache:
-        with np.load(path, allow_pickle=False) as arrays:
-            captions, name = json.loads(arrays["captions"].tobytes()), json.loads(arrays["encoder"].tobytes())
-            return cls(name, _numbered(captions), arrays["states"], arrays["offsets"])
+        """What save wrote. Raises disk.FileError for what it cannot have written, OSError as open does."""
+        arrays = disk.read_npz(path, MAX_CACHE_BYTES, CACHE_REMEDY)
+        if arrays.keys() != {"captions", "encoder", "states", "offsets"}:
+            raise disk.FileError(f"{path} holds no states of captions; {CACHE_REMEDY}")
+        captions, name = (
+            disk.parse_json(arrays[part].tobytes(), f"{part} in {path}", CACHE_REMEDY)
+            for part in ("captions", "encoder")
+        )
+        states, offsets = arrays["states"], arrays["offsets"]
+        named = isinstance(name, str) and isinstance(captions, list) and all(isinstance(each, str) for each in captions)
+        if not named or len(set(captions)) < len(captions):
+            raise disk.FileError(
+                f"{path} names its encoder or its captions by no strings, or one twice; {CACHE_REMEDY}"
+            )
+        shaped = states.dtype == np.float16 and states.ndim == 2 and offsets.dtype == np.int64 and offsets.ndim == 1
+        ends = (0, len(states))
+        if (
+            not shaped
+            or len(offsets) != len(captions) + 1
+            or (offsets[0], offsets[-1]) != ends
+            or (np.diff(offsets) < 0).any()
+        ):
+            raise disk.FileError(f"{path}: the states do not divide among its {len(captions)} captions; {CACHE_REMEDY}")
+        return cls(name, _numbered(captions), states, offsets)
 
     def save(self, path: Path) -> None:
         """Write one .npz; path appears only when it is whole."""
         partial = path.with_name(f"{path.name}.partial.npz")
+        partial.unlink(missing_ok=True)  # a link is not followed
         np.savez(
             partial,
             captions=_bytes(list(self.index)),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections import deque
 from pathlib import Path
 
+from sora_jax import disk
+
 # Records that wait for a disk that is full; of more than these the oldest are lost.
 MOST_WAITING = 10_000
+MAX_LINE_BYTES = 2**20
 
 
 class Appended:
     """A file to which records are appended, each whole or not at all.
 
     A write that fails is told once; its record waits and is tried again with the next one. `first` is written before all.
+    A link in its place is not followed.
     """
 
     def __init__(self, path: Path, first: bytes = b"") -> None:
@@ -32,7 +35,7 @@ class Appended:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             _write_whole(self._file, b"".join(self._waiting))
         except OSError as error:
             if not self.failed:
@@ -75,15 +78,20 @@ def mend(path: Path) -> bytes:
 
     A process that is killed while it writes leaves half a line, which is removed, or a whole one without its newline.
     """
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return b""
-    content = path.read_bytes()
-    start = content.rfind(b"\n") + 1
-    if start == len(content):
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE_BYTES))
+        tail = file.read(MAX_LINE_BYTES)
+    last = tail[tail.rfind(b"\n") + 1 :]
+    if not last:
         return b""
-    with contextlib.suppress(ValueError):
-        json.loads(content[start:])
+    with contextlib.suppress(disk.FileError):
+        disk.parse_json(last, path)
         return b"\n"
+    if len(last) == MAX_LINE_BYTES:
+        return b"\n"  # no line of ours, and not ours to remove
     logging.warning("%s ended in half a line, which is removed", path)
-    os.truncate(path, start)
+    os.truncate(path, size - len(last))
     return b""

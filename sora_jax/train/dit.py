@@ -132,7 +132,7 @@ class DiTTask:
         self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
         self.rows = run.pack.rows
         self.flops_per_step = compute.dit_step(run.dit, run.pack).total
-        self.flops_before = float(read_meta(source)["total_flops"])
+        self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
         self.objective = Objective(run)
         self.geometry = pack.Geometry(run.dit.patch, self.vae_config.stride)
 

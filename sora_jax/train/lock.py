@@ -16,17 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sora_jax import processes
+from sora_jax import disk, processes
 from sora_jax.config import ConfigError
 
 NAME = "lock"
 TOUCH = 10.0  # seconds
 STALE = 120.0
+MAX_BYTES = 2**16
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a work dir; of several processes of one run the first does. Raises ConfigError if another run holds it."""
+    """Holds the lock of a work dir; of several processes of one run the first does. Raises ConfigError if another run holds it,
+    disk.FileError if what is in its place is no file of ours."""
     if not processes.is_first():
         yield
         return
@@ -63,12 +65,14 @@ def _take(path: Path) -> None:
 def _clear(path: Path) -> None:
     """Removes a stale lock. Raises ConfigError for one that is held."""
     try:
-        content, age = path.read_text(), _age(path)
+        content, age = disk.read_bytes(path, MAX_BYTES, f"remove it if no run writes to {path.parent}"), _age(path)
     except FileNotFoundError:
         return
     try:
-        holder = json.loads(content)
-        host, pid, started = holder["host"], int(holder["pid"]), holder["started"]
+        holder = disk.parse_json(content, path)
+        host, pid, started = holder["host"], holder["pid"], holder["started"]
+        if not isinstance(host, str) or type(pid) is not int or not 0 < pid < 2**31:
+            raise ValueError("no process")
     except (ValueError, KeyError, TypeError):
         host, pid, started = "?", -1, None
     gone = _started(pid) != started if host == socket.gethostname() else age > STALE
@@ -81,7 +85,7 @@ def _clear(path: Path) -> None:
     aside = path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}.stale")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
-        if aside.read_text() != content:
+        if aside.read_bytes() != content:
             aside.rename(path)
             return
         aside.unlink()

@@ -20,7 +20,7 @@ import optax
 from jax import Array
 
 import sora_jax
-from sora_jax import checkpoint, config, processes, sharding, signals
+from sora_jax import checkpoint, config, disk, processes, sharding, signals
 from sora_jax.structs import Share, TrainState
 from sora_jax.train import guard, lock, optimizer, progress, watch
 
@@ -153,7 +153,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         source = task.batches(sharding.share(mesh, task.rows))
         state, past = _resume(task, workdir, state, source)
         if processes.is_first():
-            (workdir / "config.json").write_text(config.to_json(run))
+            disk.write_atomically(workdir / "config.json", config.to_json(run).encode())
         if int(state.step) >= loop.steps:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
@@ -283,7 +283,7 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
     if checkpoint.latest_step(workdir) is None:
         return state, Past()
     stored = checkpoint.read_meta(workdir)
-    changed = config.differences(config.to_dict(config.from_stored(stored["config"])), config.to_dict(task.run))
+    changed = config.differences(config.to_dict(config.from_stored(stored.get("config"))), config.to_dict(task.run))
     # A longer or shorter run is another schedule: only what is written and shown may change.
     free = (
         "loop.log_every",
@@ -308,7 +308,17 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
     if "guard" not in checkpoint.describe(workdir).items:  # a checkpoint from before there was one
         del items["guard"]
     restored = checkpoint.restore(workdir, items)
-    source.set_state(restored.meta["loader"])
+    try:
+        source.set_state(restored.meta["loader"])
+    # Grain has no class of its own for a state that is none.
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise config.ConfigError(
+            f"the loader's position in the checkpoint in {workdir} is none ({error!r:.200}); start in another --workdir"
+        ) from error
     logging.info("%s: resumed from step %d", workdir, restored.step)
-    past = Past(**{name: restored.meta[name] for name in Past._fields if name in restored.meta})
+    past = Past(
+        config.stored_number(restored.meta, "seconds", workdir) if "seconds" in restored.meta else 0.0,
+        restored.meta.get("judged") is not False,
+        int(config.stored_number(restored.meta, "rollbacks", workdir)) if "rollbacks" in restored.meta else 0,
+    )
     return state._replace(step=jnp.int32(restored.step), **restored.items), past

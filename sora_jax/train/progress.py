@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sora_jax import processes
+from sora_jax import disk, processes
 from sora_jax.train import appended
 
 # Host metrics that are counts add up between two log lines.
@@ -180,19 +180,31 @@ def read_metrics(workdir: Path, kind: str) -> list[dict[str, Any]]:
 
 def last_step(workdir: Path) -> int:
     """The furthest step that metrics.jsonl tells of; 0 if there is none."""
-    return max((int(line["step"]) for line in _lines(workdir)), default=0)
+    return max((line["step"] for line in _lines(workdir)), default=0)
 
 
 def _lines(workdir: Path) -> list[dict[str, Any]]:
     """All whole lines of metrics.jsonl; damaged ones are told and passed over."""
     path = workdir / "metrics.jsonl"
     lines, damaged = [], 0
-    for text in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-            lines.append({"kind": line["kind"], "step": line["step"]} | line)
-        except (ValueError, KeyError, TypeError):
-            damaged += 1
+    if path.is_file():
+        with path.open("rb") as file:
+            while text := file.readline(appended.MAX_LINE_BYTES):
+                try:
+                    line = disk.parse_json(text, path)
+                except disk.FileError:
+                    line = None
+                if _is_line(line):
+                    lines.append(line)
+                else:
+                    damaged += 1
     if damaged:
         logging.warning("%s: %d damaged lines are passed over", path, damaged)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    """Whether the reporter can have written it: a kind, a step, and else numbers."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        return False
+    return line["step"] >= 0 and all(isinstance(value, int | float) for name, value in line.items() if name != "kind")

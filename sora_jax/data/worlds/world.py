@@ -19,6 +19,7 @@ Combination = tuple[str, str, str]  # colour, shape, motion
 # Speeds are in real units: a shorter clip moves less. Fractions of the frame's shorter side.
 SPEED = (0.16, 0.22)  # per second
 LEAST_TRAVEL = 0.125  # of however short a clip: 4 px of 32
+MOST_PIXELS = 2**33  # of a clip: two minutes at 1080p
 # Change of the radius as a fraction of it.
 GROWTH_SPEED = 0.35  # per second
 LEAST_GROWTH, MOST_GROWTH = 0.3, 0.7
@@ -260,6 +261,8 @@ def _check_frames(config: WorldConfig) -> None:
         )
     if not config.frame_counts or any(count < 1 or count % 4 != 1 for count in config.frame_counts):
         raise ValueError(f"frame_counts is {config.frame_counts}; each must be 4k + 1 (1 is an image)")
+    if max(height * width for height, width in config.frame_sizes) * max(config.frame_counts) > MOST_PIXELS:
+        raise ValueError(f"the largest clip of frame_sizes and frame_counts has more than {MOST_PIXELS} pixels")
     if 1 in config.frame_counts and "still" not in config.motions:
         raise ValueError(
             "images (frame count 1) show things at rest; add 'still' to motions or drop 1 from frame_counts"
