@@ -9,6 +9,12 @@ of 22 flipped bits loaded). So every save also stores a *record*: dtype, shape a
 digest of the record itself. Every restore holds the request against the record before it reads, and the arrays against
 it after.
 
+What is on disk is held against a *seal*, SHA256SUMS: the digest of every file of the step, written last, when all processes
+have written theirs. A byte that changed anywhere is found before anything is parsed, and so is a file that is missing or was
+not there. The fingerprints are of what was in memory and the same on every mesh; the seal is of these very files. A step
+that has none by its record (an older one, or one in an object store, which checks its own objects) is held against its
+fingerprints alone.
+
 Items are stored as nested dicts, whatever containers they have in memory: names, not classes, are the format, so that
 optax states, empty states and None come back exactly as `like` has them.
 """
@@ -17,13 +23,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -33,7 +41,7 @@ import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sora_jax import disk
+from sora_jax import disk, processes
 
 PyTree = Any
 Flat = dict[str, Any]  # "blocks/0/kernel" -> array
@@ -43,6 +51,11 @@ _RECORD = "sora_jax"  # our key in orbax's custom metadata
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the JSON file where orbax keeps custom metadata
 _ORBAX_TREE = "_METADATA"  # the JSON file where orbax keeps the tree of one item
 _ORBAX_TEMPORARY = "*.orbax-checkpoint-tmp*"
+_SEAL = "SHA256SUMS"  # in the format of coreutils: `sha256sum --check SHA256SUMS` in a step does what verify does first
+_SEALED = "sealed"  # in a record: that a seal is part of the step
+_PART = ".part"  # follows the number of a step that is not whole, as it is being written or deleted
+_FAILED = "cannot be read: "
+_READERS = 8  # threads that digest files
 # Statuses of TensorStore and XLA that say nothing about the files.
 _NOT_THE_FILES = (
     "RESOURCE_EXHAUSTED",
@@ -131,8 +144,8 @@ def save(
     """Writes directory/step, reads it back, and then deletes all but the newest `keep` steps. Returns when all that is done.
 
     items maps a name to a tree of jax or numpy arrays; an item without arrays is fine. meta is JSON. A step appears all
-    at once or not at all: a process killed in the middle leaves a temporary directory, which the next save removes. All
-    processes call it; directory must be one that all of them see.
+    at once, read back and sealed, or not at all: a process killed in the middle leaves a directory of another name, which
+    the next save removes. All processes call it; directory must be one that all of them see.
 
     Raises ValueError if the step exists, if keep < 1, if meta is not JSON, if a leaf is not a plain array, or if two
     parameters share a name; SaveError, and leaves what was there, if the step could not be written or is not on disk what it
@@ -151,37 +164,51 @@ def save(
     stored = {name: _nest(_storable(arrays)) for name, arrays in flat.items() if _storable(arrays)}
     if not stored:
         raise ValueError(f"none of the items {sorted(items)} holds a value; there is nothing to save")
-    record = {
+    record: dict[str, Any] = {
         "meta": _as_json(meta),
         "items": {name: _describe_arrays(arrays) for name, arrays in flat.items()},
     }
+    if sealed := _can_be_sealed(root):
+        record[_SEALED] = True
+    place = root / f"{step}{_PART}" if sealed else root / str(step)
     try:
         _sweep(root)
         # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
-        ocp.save_checkpointables(root / str(step), stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
-        wrong = _wrong(root / str(step), record, {name: _abstracts(arrays) for name, arrays in flat.items()})
+        ocp.save_checkpointables(place, stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
+        wrong = _wrong(place, record, {name: _abstracts(arrays) for name, arrays in flat.items()})
+        if not (damaged := _on_any_process(bool(wrong))) and sealed:
+            _seal(place, root / str(step))
     except Exception as error:
         if not _is_the_disk(error):
             raise
         with contextlib.suppress(OSError):
             _sweep(root)
         raise SaveError(_not_saved(root, step, _first_cause(error))) from error
-    if _on_any_process(bool(wrong)):
+    if damaged:
         if jax.process_index() == 0:
-            _rename_aside(root, step)
+            _rename_aside(root, place.name, f"{step}.corrupt")
         raise SaveError(_not_saved(root, step, f"read back, {wrong[0] if wrong else 'it differs for another process'}"))
     if jax.process_index() == 0:
         for old in steps(root)[:-keep]:
             # A step below newer ones, as after a restart from an old step, must survive its own save.
             if old != step:
-                (root / str(old)).rmtree()
+                _delete(root, old, atomically=sealed)
+
+
+def _delete(root: epath.Path, step: int, *, atomically: bool) -> None:
+    """atomically: half of a step must not be left under its name when the process dies."""
+    path = root / str(step)
+    if atomically:
+        path = path.rename(root / f"{step}{_PART}")
+    path.rmtree()
 
 
 def _sweep(root: epath.Path) -> None:
     """Removes what saves that did not end have left."""
     if jax.process_index() == 0:
-        for leftover in root.glob(_ORBAX_TEMPORARY) if root.exists() else ():
-            leftover.rmtree()
+        for pattern in (_ORBAX_TEMPORARY, f"*{_PART}") if root.exists() else ():
+            for leftover in root.glob(pattern):
+                leftover.rmtree()
 
 
 def _not_saved(root: epath.Path, step: int, why: str) -> str:
@@ -351,6 +378,7 @@ def restore(directory: str | os.PathLike[str], like: Mapping[str, PyTree], step:
     def read(step_directory: epath.Path) -> Restored:
         record = _read_record(step_directory)
         _check_fit(step_directory, record, wanted)
+        _check_seal(step_directory, record, wanted)
         arrays = _read_arrays(step_directory, record, wanted)
         items = {
             name: jax.tree.unflatten(jax.tree.structure(tree), list(arrays[name].values()))
@@ -370,6 +398,7 @@ def restore_nested(directory: str | os.PathLike[str], item: str, step: int | Non
     def read(step_directory: epath.Path) -> dict[str, Any]:
         record = _read_record(step_directory)
         _check_items(step_directory, record, [item])
+        _check_seal(step_directory, record, [item])
         return _nest(_read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item])
 
     return _newest_good(_root(directory), step, read)
@@ -382,17 +411,19 @@ def _wrong(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mappin
         try:
             _read_arrays(step_directory, record, part)
         except CorruptCheckpointError as error:
-            single = [{name: {path: leaf}} for name, flat in part.items() for path, leaf in flat.items()]
             # Several processes read together, or not at all.
-            again = [] if len(single) == 1 or jax.process_count() > 1 else _wrong_alone(step_directory, record, single)
-            found += again or [str(error)]
+            halves = _halves(part) if jax.process_count() == 1 else ()
+            found += [line for half in halves for line in _wrong(step_directory, record, half)] or [str(error)]
     return found
 
 
-def _wrong_alone(
-    step_directory: epath.Path, record: Mapping[str, Any], single: Sequence[Mapping[str, Flat]]
-) -> list[str]:
-    return [line for each in single for line in _wrong(step_directory, record, each)]
+def _halves(part: Mapping[str, Flat]) -> tuple[dict[str, Flat], ...]:
+    """The arrays of a part in two; of a single one nothing."""
+    every = [(name, path, leaf) for name, flat in part.items() for path, leaf in flat.items()]
+    halves: tuple[dict[str, Flat], ...] = ({}, {}) if len(every) > 1 else ()
+    for place, (name, path, leaf) in enumerate(every if halves else ()):
+        halves[2 * place // len(every)].setdefault(name, {})[path] = leaf
+    return halves
 
 
 def _parts(wanted: Mapping[str, Flat]) -> Iterator[dict[str, Flat]]:
@@ -459,7 +490,7 @@ def _set_aside(root: epath.Path, damaged: Mapping[int, CorruptCheckpointError], 
     for step, error in damaged.items():
         logging.warning("checkpoint %s/%d is damaged (%s); using step %d instead", root, step, error, good)
         if jax.process_index() == 0:
-            _rename_aside(root, step)
+            _rename_aside(root, str(step), f"{step}.corrupt")
 
 
 def set_aside(directory: str | os.PathLike[str], *, after: int, name: str) -> None:
@@ -467,17 +498,17 @@ def set_aside(directory: str | os.PathLike[str], *, after: int, name: str) -> No
     root = _root(directory)
     for step in steps(root):
         if step > after:
-            _rename_aside(root, step, name)
+            _rename_aside(root, str(step), f"{step}.{name}")
 
 
-def _rename_aside(root: epath.Path, step: int, name: str = "corrupt") -> None:
-    target, again = root / f"{step}.{name}", 2
+def _rename_aside(root: epath.Path, name: str, aside: str) -> None:
+    target, again = root / aside, 2
     while target.exists():
-        target, again = root / f"{step}.{name}-{again}", again + 1
+        target, again = root / f"{aside}-{again}", again + 1
     try:
-        (root / str(step)).rename(target)
+        (root / name).rename(target)
     except OSError as failure:  # a reader may lack the right, or the writer may have deleted the step by now
-        logging.warning("could not rename %s/%d to %s: %s", root, step, target.name, failure)
+        logging.warning("could not rename %s/%s to %s: %s", root, name, target.name, failure)
 
 
 def _read_record(step_directory: epath.Path) -> dict[str, Any]:
@@ -721,6 +752,141 @@ def _is_damage(error: BaseException) -> bool:
     return any(isinstance(cause, ValueError | LookupError | FileNotFoundError) for cause in _chain(error))
 
 
+# --- Seal ---
+
+
+def _can_be_sealed(root: epath.Path) -> bool:
+    """In an object store nothing is renamed at once, and others would see a step that has no seal yet."""
+    return "://" not in os.fspath(root)
+
+
+def _seal(place: epath.Path, final: epath.Path) -> None:
+    """Writes the seal of a step whose files are all there, and gives the step its name. All processes call it."""
+    # Of the first process's list, as in _broken.
+    names = processes.joined({"all": _files(place)} if processes.is_first() else {})["all"]
+    digests = _digests(place, names, to_disk=True)
+    failed = None
+    if processes.is_first():
+        body = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        try:
+            with open(place / _SEAL, "w") as file:
+                file.write(_seal_head(body) + body)
+                file.flush()
+                _to_disk(file.fileno())
+            place.rename(final)
+            # What a directory lists is on the disk, too, before older steps go.
+            for directory in (final.parent, *(path for path, _, _ in os.walk(final))):
+                _sync_directory(directory)
+        except OSError as error:
+            failed = error
+    if _on_any_process(failed is not None):
+        raise failed or OSError(f"the first process could not seal {place}")
+
+
+def _seal_head(body: str) -> str:
+    """The first line, a comment to coreutils."""
+    return f"# sha256 of the lines below: {hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def _check_seal(step_directory: epath.Path, record: Mapping[str, Any], items: Iterable[str]) -> None:
+    if broken := _broken(step_directory, record, items):
+        more = f" and {len(broken) - 1} more" if broken[1:] else ""
+        raise CorruptCheckpointError(f"{step_directory}: {broken[0]}{more}")
+
+
+def _broken(step_directory: epath.Path, record: Mapping[str, Any], items: Iterable[str]) -> list[str]:
+    """What is not as the seal says, of all files but those of other items. Several processes share the reading.
+
+    Raises OSError if a file cannot be read, which says nothing about what is in it.
+    """
+    if not record.get(_SEALED):
+        return []
+    # What the first process finds there counts for all: they must read the same files, and a shared disk may tell each its own.
+    told = _listed(step_directory, record["items"].keys() - set(items)) if processes.is_first() else {}
+    told = processes.joined(told)
+    found = _digests(step_directory, list(told["sealed"]))
+    return told["wrong"] + [
+        f"the file {name} is not what was saved" for name in sorted(found) if found[name] != told["sealed"][name]
+    ]
+
+
+def _listed(step_directory: epath.Path, others: Collection[str]) -> dict[str, Any]:
+    """The digests that the seal has of files that are there, and in words what is missing or not of the step."""
+
+    def asked(name: str) -> bool:
+        return name != _SEAL and name.split("/")[0] not in others
+
+    try:
+        head, _, body = (step_directory / _SEAL).read_bytes().decode().partition("\n")
+    except FileNotFoundError:
+        return {"sealed": {}, "wrong": [f"the file {_SEAL} is missing"]}
+    except UnicodeDecodeError:
+        head, body = "", ""
+    if f"{head}\n" != _seal_head(body):
+        return {"sealed": {}, "wrong": [f"the file {_SEAL} is not what was saved"]}
+    lines = (line.partition("  ") for line in body.splitlines())
+    sealed = {name: digest for digest, _, name in lines if asked(name)}
+    present = [name for name in _files(step_directory) if asked(name)]
+    return {
+        "sealed": {name: sealed[name] for name in present if name in sealed},
+        "wrong": [
+            *(f"the file {name} is missing" for name in sorted(sealed.keys() - set(present))),
+            *(f"the file {name} is not of this step; remove it" for name in sorted(set(present) - sealed.keys())),
+        ],
+    }
+
+
+def _files(directory: epath.Path) -> list[str]:
+    """All files below a directory by their paths in it, the largest first."""
+    sizes = {}
+    for parent, _, names in os.walk(directory, followlinks=True):
+        for name in names:
+            path = os.path.join(parent, name)
+            sizes[os.path.relpath(path, directory).replace(os.sep, "/")] = os.lstat(path).st_size
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
+
+
+def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = False) -> dict[str, str]:
+    """The sha256 of files, of which each process reads its part; "" of one that is gone.
+
+    to_disk: what the system has not written yet is written first.
+    """
+
+    def digest(name: str) -> str:
+        try:
+            with open(directory / name, "rb") as file:
+                if to_disk:
+                    _to_disk(file.fileno())
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:  # told to all, as all wait for each other
+            return f"{_FAILED}{error!r}"
+
+    own = names[jax.process_index() :: jax.process_count()]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = processes.joined(dict(zip(own, pool.map(digest, own), strict=True)))
+    if failed := next((value for value in found.values() if value.startswith(_FAILED)), None):
+        raise OSError(f"{directory}: {failed.removeprefix(_FAILED)}")
+    return found
+
+
+def _to_disk(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that has no such thing
+            raise
+
+
+def _sync_directory(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # --- Look ---
 
 
@@ -740,6 +906,11 @@ def _is_number(name: str) -> bool:
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """The newest step, good or not; None if there is none."""
     return max(steps(directory), default=None)
+
+
+def held_items(directory: str | os.PathLike[str]) -> list[str]:
+    """The items of the newest step whose record is whole; errors as for read_meta."""
+    return list(_newest_record(directory, None)["items"])
 
 
 def exists(directory: str | os.PathLike[str]) -> bool:
@@ -894,7 +1065,7 @@ class Change(NamedTuple):
 
 
 def verify(path: str | os.PathLike[str]) -> Verified:
-    """Reads every array of a step, or of the newest step of a directory, and holds it against its fingerprint.
+    """Holds every file of a step, or of the newest step of a directory, against the seal, and every array against its fingerprint.
 
     Raises FileNotFoundError if there is no checkpoint.
     """
@@ -912,7 +1083,13 @@ def verify(path: str | os.PathLike[str]) -> Verified:
             return Verified(str(step_directory), 0, False, (_first_cause(error),))
         return Verified(str(step_directory), sum(map(len, found.values())), False, ())
     wanted = {name: _numpy_likes(arrays) for name, arrays in record["items"].items()}
-    wrong = _wrong(step_directory, record, wanted)
+    wrong = [f"{step_directory}: {line}" for line in _broken(step_directory, record, wanted)]
+    try:
+        wrong += _wrong(step_directory, record, wanted)
+    except Exception as error:
+        if not wrong:
+            raise
+        wrong.append(_first_cause(error))  # of files that are known to be damaged anything may come
     return Verified(str(step_directory), sum(map(len, wanted.values())), True, tuple(wrong))
 
 
@@ -947,6 +1124,7 @@ def _item_arrays(step_directory: epath.Path, item: str) -> Flat:
         raise
     except ValueError:
         return _plain_arrays_of(step_directory, item)
+    _check_seal(step_directory, record, [item])
     return _read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item]
 
 

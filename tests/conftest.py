@@ -1,5 +1,6 @@
 """Eight simulated devices for every test; jaxtyping's shapes are checked as the code runs."""
 
+import json
 import os
 
 # Most of the time goes into compiling small programs, which need not be fast.
@@ -28,7 +29,36 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None, da
 hypothesis.settings.load_profile("same")
 
 # Minutes each: begun last, they would keep one worker busy while the others wait.
-SLOW = ("test_processes", "test_runner", "test_sharding", "test_optimizer", "test_loop", "test_plan")
+SLOW = (
+    "test_kills",
+    "test_damage",
+    "test_processes",
+    "test_runner",
+    "test_sharding",
+    "test_optimizer",
+    "test_loop",
+    "test_plan",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults-long", action="store_true", help="try each fault of tests/faults ten times as often")
+    parser.addoption(
+        "--faults-figures", default=".pytest_cache/faults.json", help="file for what tests/faults counted (JSON)"
+    )
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):
+        Path(session.config.getoption("--faults-figures")).unlink(missing_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = Path(config.getoption("--faults-figures"))
+    if path.exists():
+        for name, numbers in json.loads(path.read_text()).items():
+            told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
+            terminalreporter.write_line(f"{name}: {told}")
 
 
 def pytest_collection_modifyitems(items):

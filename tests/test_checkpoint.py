@@ -58,6 +58,12 @@ def data_file(directory, step, item):
     return max((Path(directory) / str(step) / item).rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
+@pytest.fixture
+def unsealed(monkeypatch):
+    """Steps are saved without a seal, as they were before there was one: fingerprints alone must do."""
+    monkeypatch.setattr(checkpoint, "_can_be_sealed", lambda root: False)
+
+
 def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
@@ -137,7 +143,7 @@ def test_restore_nested_needs_no_structure(tmp_path):
     assert bits(kernel) == bits(adam.mu["blocks"][0]["kernel"])
     assert len(jax.tree.leaves(nested)) == len(jax.tree.leaves(items["opt_state"]))
     flip_bit(data_file(tmp_path, 0, "params"))
-    with pytest.raises(checkpoint.CorruptCheckpointError, match="params/blocks/0/kernel"):
+    with pytest.raises(checkpoint.CorruptCheckpointError, match=r"the file params/.* is not what was saved"):
         checkpoint.restore_nested(tmp_path, "params")
 
 
@@ -176,7 +182,10 @@ def test_fingerprint_sees_every_flipped_bit_and_moved_values():
 # --- Damage ---
 
 
-def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog):
+@pytest.mark.parametrize("seal", [True, False])
+def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog, request, seal):
+    if not seal:
+        request.getfixturevalue("unsealed")
     older, newer = make_items(1), make_items(2)
     save(tmp_path, 1, older)
     save(tmp_path, 2, newer)
@@ -187,7 +196,7 @@ def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog):
     assert_same(restored.items, older)
     assert checkpoint.steps(tmp_path) == [1]
     assert (tmp_path / "2.corrupt").is_dir()
-    assert "params/blocks/0/kernel" in caplog.text
+    assert ("the file params/" if seal else "params/blocks/0/kernel") in caplog.text
     assert "using step 1" in caplog.text
     # The run goes on and reaches the same step again, and the disk fails again.
     save(tmp_path, 2, newer)
@@ -238,7 +247,7 @@ def settle():
     gc.collect()
 
 
-@pytest.mark.usefixtures("settle")
+@pytest.mark.usefixtures("settle", "unsealed")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["values cut short", "no manifest", "no metadata", "no item", "tree not JSON"])
@@ -260,6 +269,53 @@ def test_missing_and_short_files_fall_back(tmp_path, damage):
     assert restored.step == 1
     assert_same(restored.items, items)
     assert (tmp_path / "2.corrupt").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["seal gone", "seal changed", "file not of the step", "file gone", "file changed"])
+def test_what_no_array_depends_on_is_sealed_too(tmp_path, damage):
+    items = make_items()
+    save(tmp_path, 1, items)
+    save(tmp_path, 2, items)
+    seal, idle = tmp_path / "2" / "SHA256SUMS", tmp_path / "2" / "ema" / "_sharding"
+    if damage == "seal gone":
+        seal.unlink()
+    elif damage == "seal changed":
+        seal.write_text(seal.read_text().replace("_METADATA", "_metadata", 1))
+    elif damage == "file not of the step":
+        (tmp_path / "2" / "ema" / "d" / "stray").touch()
+    elif damage == "file gone":
+        idle.unlink()
+    elif damage == "file changed":
+        idle.write_text(idle.read_text() + " ")
+    assert len(checkpoint.verify(tmp_path / "2").wrong) == 1
+    # What is read apart does not depend on the files of others.
+    if damage.startswith("file"):
+        assert_same(checkpoint.restore(tmp_path, {"params": items["params"]}, 2).items["params"], items["params"])
+    assert checkpoint.restore(tmp_path, abstract(items)).step == 1 and (tmp_path / "2.corrupt").is_dir()
+
+
+def test_the_seal_is_read_by_coreutils(tmp_path):
+    if not shutil.which("sha256sum"):
+        pytest.skip("needs sha256sum")
+    save(tmp_path, 1, make_items())
+    check = ["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=tmp_path / "1", check=False).returncode == 0
+    flip_bit(data_file(tmp_path, 1, "ema"))
+    assert subprocess.run(check, cwd=tmp_path / "1", check=False, capture_output=True).returncode == 1
+
+
+def test_a_file_that_cannot_be_read_costs_no_checkpoint(tmp_path, monkeypatch):
+    items = make_items()
+    save(tmp_path, 1, items)
+    save(tmp_path, 2, items)
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.restore(tmp_path, abstract(items))
+    assert checkpoint.steps(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +423,22 @@ def test_a_killed_save_is_invisible_and_swept_up(tmp_path):
     assert not killed.exists()
 
 
+def test_half_of_a_deleted_step_has_no_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, {"params": make_params()})
+
+    def killed(path):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(checkpoint._root(tmp_path)), "rmtree", killed)
+        save(tmp_path, 3, {"params": make_params()}, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 3] and (tmp_path / "1.part").exists()
+    save(tmp_path, 4, {"params": make_params()}, keep=3)
+    assert checkpoint.steps(tmp_path) == [2, 3, 4] and not (tmp_path / "1.part").exists()
+
+
 # --- Look ---
 
 
@@ -390,7 +462,9 @@ def test_verify_names_every_damaged_array_and_no_other(tmp_path):
     flip_bit(data_file(tmp_path, 1, "ema"))
     flip_bit(data_file(tmp_path, 1, "params"))
     verified = checkpoint.verify(tmp_path / "1")
+    files = [data_file(tmp_path, 1, item).relative_to(tmp_path / "1") for item in ("ema", "params")]
     assert [line.split(": ")[1].split(" is")[0] for line in verified.wrong] == [
+        *(f"the file {file}" for file in files),
         "params/blocks/0/kernel",
         "ema/blocks/0/kernel",
     ]
@@ -425,7 +499,7 @@ def test_a_step_that_is_not_read_back_as_it_was_costs_no_older_one(tmp_path, mon
 
     def write_wrong(*arguments, **settings):
         write(*arguments, **settings)
-        flip_bit(data_file(tmp_path, 2, "ema"))
+        flip_bit(data_file(tmp_path, "2.part", "ema"))
 
     monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", write_wrong)
     with pytest.raises(checkpoint.SaveError, match=r"step 2 .*ema/blocks/0/kernel.*step 1 is the newest that is whole"):

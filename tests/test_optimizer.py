@@ -98,7 +98,7 @@ def change_of_output(width, steps=4):
     state = tx.init(params)
     for _ in range(steps):
         params, state = step(params, state)
-    return float(jnp.sqrt(jnp.mean(jnp.square(out(params)))))
+    return float(jnp.sqrt(jnp.mean(jnp.square(jax.jit(out)(params)))))
 
 
 def slope_of_change():

@@ -1,6 +1,7 @@
 """A plan tells what the compiled step needs, and refuses what could never work before anything is compiled."""
 
 import dataclasses
+import functools
 import math
 
 import dit as dit_experiment
@@ -42,6 +43,15 @@ def target():
     return topology.target("cpu:8")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """What several tests ask for is compiled once: a program does not depend on the chip whose peaks it is held against."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "compile_step", functools.cache(step.compile_step))
+        patch.setattr(roofline, "compile_sampler", functools.cache(step.compile_sampler))
+        yield
+
+
 @pytest.fixture(scope="module")
 def numbers(network, target):
     return roofline.plan(resolved(), network, target)
@@ -76,7 +86,7 @@ def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
     """In the compiled step no stacked weight of all blocks is whole on a device: only one block's at a time."""
     run = resolved()
     mesh = topology.mesh_on(target.devices, run.mesh)
-    made = step.compile_step(run, mesh)
+    made = roofline.compile_step(run, mesh)
     program = hlo.Program(made.program.as_text())
     stacked = {
         x.shape for x in jax.tree.leaves(made.weights["blocks"]) if len(x.shape) == 3 and x.shape[0] == run.dit.blocks

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sora_jax import processes
+from sora_jax import checkpoint, processes
 
 ROOT = Path(__file__).parent.parent
 # Trains a tiny VAE, and a DiT on it for as many steps as its second argument says, in the folder that is its first; or, of
@@ -47,6 +47,9 @@ def environment(devices):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
+
+# `sora-jax` as it is installed.
+COMMAND = "import sys; from sora_jax import main; sys.exit(main.run())"
 
 # Rows of four on two devices of each of two processes: in turns, and where both have all.
 ROWS = """
@@ -165,6 +168,24 @@ def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
         with launched(tmp_path, PROGRAM, tmp_path, 100_000, count=1, devices=8) as (process, log):
             until(lambda: "/100000  loss" in log.read_text(), process, log)
             assert "resumed from step" in log.read_text()
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, told):
+    workdir, config = tmp_path / "run", f"--config={ROOT / 'tests' / 'tiny.py'}:vae"
+    loop = ["--config.loop.steps=100000", "--config.loop.log_every=1", "--config.loop.save_every=0"]
+    with launched(tmp_path, COMMAND, "train", config, f"--workdir={workdir}", *loop, devices=1) as (process, log):
+        until(lambda: "step 3/100000" in log.read_text(), process, log)
+        began = time.monotonic()
+        os.kill(children(process.pid)[told], signal.SIGTERM)
+        process.wait(60)
+        seconds = time.monotonic() - began
+    said = log.read_text()
+    assert "exit codes 143, 143" in said and seconds < 15, said
+    # Both took part in the save, so that it is whole; and no process made a step more, as each waits for all.
+    (step,) = checkpoint.steps(workdir)
+    assert step == max(line["step"] for line in tiny.lines(workdir)) and not checkpoint.verify(workdir).wrong
+    assert said.count(f"the same command resumes from step {step}") == 2
 
 
 def test_numbers_and_dicts_of_one_process_are_its_own():

@@ -111,8 +111,10 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_sharded_equals_unsharded(rng, sizes):
+@pytest.fixture(scope="module")
+def unsharded():
+    """A model with its inputs, and loss and gradients without a mesh."""
+    rng = np.random.default_rng(0)
     config = dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16)
     model = dit.DiT(config, nnx.Rngs(0))
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -129,8 +131,14 @@ def test_sharded_equals_unsharded(rng, sizes):
     )
     noisy = jnp.asarray(rng.standard_normal((B, N, 8)), jnp.float32)
     time = jnp.full((B, S), 0.4)
-    loss, grads = forward(model, None, noisy, time, layout)
-    sharded_loss, sharded_grads = forward(model, mesh(*sizes), noisy, time, layout)
+    given = model, noisy, time, layout
+    return given, jax.device_get(forward(model, None, noisy, time, layout))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_sharded_equals_unsharded(unsharded, sizes):
+    (model, *inputs), (loss, grads) = unsharded
+    sharded_loss, sharded_grads = forward(model, mesh(*sizes), *inputs)
     assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded_grads), strict=True):
         assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
@@ -241,19 +249,26 @@ def test_twenty_steps_have_the_same_losses_on_1_2_4_and_8_devices(curve):
         assert other == pytest.approx(one, abs=1e-5), sizes
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
-def test_one_sample_is_the_same_on_every_mesh(run, sizes):
+@pytest.fixture(scope="module")
+def sampled(run):
+    """Samples on a mesh."""
     settings, params, vae_config, vae_weights = run
     text = CaptionText(settings.text, "scratch")
     requests = [pipeline.Request(f"a red circle {n}", 32, 32, 5, 8.0, seed=n) for n in range(8)]
 
-    def sampled(here):
+    @functools.cache
+    def on(*sizes):
+        here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
             placed = jax.device_put(params, sharding.parameter_shardings(params, here))
             made = pipeline.Pipeline(settings, vae_config, placed, vae_weights, text)
             return made.sample_latents(requests, dataclasses.replace(settings.sampler, steps=2, guidance=3.0))
 
-    one = sampled(sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1]))
-    other = sampled(mesh(*sizes))
+    return on
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+def test_one_sample_is_the_same_on_every_mesh(sampled, sizes):
+    one, other = sampled(1, 1, 1, 1), sampled(*sizes)
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
     assert np.abs(one[0] - one[1]).max() > 0.1

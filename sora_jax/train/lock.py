@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax import disk, processes
+from sora_jax.checkpoint import SaveError
 from sora_jax.config import ConfigError
 
 NAME = "lock"
@@ -27,13 +28,21 @@ MAX_BYTES = 2**16
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a work dir; of several processes of one run the first does. Raises ConfigError if another run holds it,
-    disk.FileError if what is in its place is no file of ours."""
+    """Holds the lock of a work dir; of several processes of one run the first does.
+
+    Raises ConfigError if another run holds it, disk.FileError if what is in its place is no file of ours, SaveError if the
+    work dir cannot be written.
+    """
     if not processes.is_first():
         yield
         return
     path = workdir / NAME
-    _take(path)
+    try:
+        _take(path)
+    except OSError as error:
+        raise SaveError(
+            f"{workdir} cannot be written: {error.strerror}; free space or mend the disk, and run again"
+        ) from error
     ended = threading.Event()
     touching = threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True)
     touching.start()
@@ -50,8 +59,8 @@ def _take(path: Path) -> None:
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     # Linked to its name when it is whole: nobody reads half of it, and of two only one succeeds.
     whole = path.with_name(f"{NAME}.{mine['host']}.{mine['pid']}")
-    whole.write_text(json.dumps(mine))
     try:
+        whole.write_text(json.dumps(mine))
         while True:
             try:
                 os.link(whole, path)
@@ -59,7 +68,7 @@ def _take(path: Path) -> None:
             except FileExistsError:
                 _clear(path)
     finally:
-        whole.unlink()
+        whole.unlink(missing_ok=True)
 
 
 def _clear(path: Path) -> None:

@@ -153,7 +153,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         source = task.batches(sharding.share(mesh, task.rows))
         state, past = _resume(task, workdir, state, source)
         if processes.is_first():
-            disk.write_atomically(workdir / "config.json", config.to_json(run).encode())
+            _write_config(run, workdir / "config.json")
         if int(state.step) >= loop.steps:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
@@ -161,6 +161,18 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
             state = _run(task, workdir, state, source, step, report, past, watching)
     return state
+
+
+def _write_config(run: Any, path: Path) -> None:
+    content = config.to_json(run).encode()
+    try:
+        # On a full disk the one that is there stays.
+        if not path.is_file() or path.read_bytes() != content:
+            disk.write_atomically(path, content)
+    except OSError as error:
+        raise checkpoint.SaveError(
+            f"cannot write {path}: {error.strerror}; free space or mend the disk, and run again"
+        ) from error
 
 
 def _run(
@@ -253,8 +265,12 @@ def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: An
                 found = task.evaluate(state)
             report.evaluation(number, found | {"total_flops": task.flops_before + number * task.flops_per_step})
         if _due(number, loop.sample_every, last):
-            with watching.of("sample"):
-                task.sample(state, workdir / "samples" / f"step_{number:07d}.png")
+            path = workdir / "samples" / f"step_{number:07d}.png"
+            try:
+                with watching.of("sample"):
+                    task.sample(state, path)
+            except OSError as error:
+                logging.error("cannot write %s: %s; the run goes on", path, error.strerror)
 
 
 def _due(number: int, every: int, last: bool) -> bool:
@@ -305,7 +321,7 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir or undo the change"
         )
     items = _items(state)
-    if "guard" not in checkpoint.describe(workdir).items:  # a checkpoint from before there was one
+    if "guard" not in checkpoint.held_items(workdir):  # a checkpoint from before there was one
         del items["guard"]
     restored = checkpoint.restore(workdir, items)
     try:

@@ -1,0 +1,212 @@
+"""Runs are killed, signalled and put on full disks for real, and lose nothing that was promised to be kept."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import child
+import numpy as np
+import pytest
+
+from sora_jax import checkpoint
+
+SEED = 20
+
+
+def last_logged(workdir):
+    """The last step of metrics.jsonl, of which the last line may be half there."""
+    lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    return max((line["step"] for line in map(json.loads, lines) if line["kind"] == "train"), default=0)
+
+
+def unfinished(workdir):
+    return list(workdir.glob("*.part*"))
+
+
+def newest(workdir):
+    return checkpoint.latest_step(workdir) or 0
+
+
+def test_kill_at_any_moment(runs, straight, tmp_path, figures, times):
+    """No kill costs more than the step that was not saved yet, and the state is that of a run that was left alone."""
+    kills, rng, workdir = times(30, 300), random.Random(SEED), tmp_path / "run"
+    saved, during_save = 0, 0
+    for number in range(kills):
+        process = runs.start(workdir, **child.LOOP, keep=2)
+        # One life in six is too short for a step. Of the others each second ends while a checkpoint is written, read back,
+        # sealed or deleted, the rest at any moment.
+        short = number % 6 == 5
+        with contextlib.suppress(TimeoutError):
+            child.wait_for(lambda before=saved: newest(workdir) > before, rng.uniform(0, 2) if short else 60)
+        if not short and number % 2:
+            with contextlib.suppress(TimeoutError):
+                child.wait_for(lambda: unfinished(workdir), 5, every=0.001)
+            time.sleep(rng.uniform(0, 0.2))
+        else:
+            time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        if not workdir.exists():
+            continue
+        during_save += bool(unfinished(workdir))
+        assert newest(workdir) >= saved
+        if (workdir / "metrics.jsonl").exists():
+            assert newest(workdir) >= last_logged(workdir) - 1
+        for step in checkpoint.steps(workdir):
+            assert not checkpoint.verify(workdir / str(step)).wrong
+        saved = newest(workdir)
+    assert saved > kills / 2 and during_save > kills / 10, runs.log(workdir)[-2000:]
+    assert not checkpoint.changes(workdir / str(saved), straight(saved))
+    assert "damaged" not in runs.log(workdir)
+    figures("kill -9", kills=kills, of_them_during_saves=during_save, steps_saved=saved, most_steps_lost_by_one=1)
+
+
+def sha256(workdir, step):
+    """Of all that a step holds: every array, the loader's position and the counters."""
+    state = hashlib.sha256()
+    for item, infos in sorted(checkpoint.describe(workdir / str(step)).items.items()):
+        arrays = checkpoint.restore_nested(workdir, item, step)
+        for path in sorted(info.path for info in infos):
+            array = arrays
+            for name in path.split("/"):
+                array = array[name]
+            state.update(f"{item}/{path} {array.dtype} {array.shape} ".encode() + np.asarray(array).tobytes())
+    meta = checkpoint.read_meta(workdir, step)
+    state.update(json.dumps([step, meta["loader"], meta["total_flops"], meta["rollbacks"]], sort_keys=True).encode())
+    return state.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def short_vae(runs, tmp_path_factory):
+    """A trained VAE, for a DiT to build on."""
+    workdir = tmp_path_factory.mktemp("short") / "vae"
+    assert runs.finish(workdir) == 0, runs.log(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_ten_steps_and_ten_more_are_twenty(runs, short_vae, tmp_path, figures, stage):
+    """With packing, shuffling and a loader worker; stopped by SIGTERM, the other run by nothing."""
+    of_dit = {"vae_checkpoint": short_vae, "loader.workers": 1, "loader.known_frames": 0.5}
+    settings = {"of_run": of_dit if stage == "dit" else {}, "steps": 20, "log_every": 1, "keep": 9}
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    assert runs.finish(straight, stage, **settings, save_every=0) == 0, runs.log(straight)
+    process = runs.start(parted, stage, **settings, save_every=10)
+    child.wait_for(lambda: 10 in checkpoint.steps(parted), 200)
+    process.kill()
+    process.join()
+    assert runs.finish(parted, stage, **settings, save_every=0) == 0, runs.log(parted)
+    assert "resumed from step 10" in runs.log(parted)
+    assert sha256(parted, 20) == sha256(straight, 20) != sha256(parted, 10)
+    figures(f"{stage}: 10 and 10 steps as 20", sha256_equal=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(runs, straight, tmp_path, figures, number, code):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, **child.LOOP | {"save_every": 0}, keep=2)
+    child.wait_for(lambda: last_logged(workdir) >= 4)
+    assert not newest(workdir)
+    began = time.monotonic()
+    os.kill(process.pid, number)
+    process.join(60)
+    seconds = time.monotonic() - began
+    assert process.exitcode == code and seconds < 10
+    assert newest(workdir) == last_logged(workdir)
+    assert not checkpoint.changes(workdir, straight(newest(workdir)))
+    figures(number.name, exit_code=code, seconds=round(seconds, 2))
+
+
+def test_a_second_signal_exits_at_once(runs, tmp_path, figures):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, **child.LOOP | {"save_every": 0}, keep=2)
+    child.wait_for(lambda: last_logged(workdir) >= 1)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    seconds = time.monotonic() - began
+    assert process.exitcode == 143 and seconds < 3
+    figures("second signal", exit_code=143, seconds=round(seconds, 2))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """mount(size in bytes, *options) gives a small disk of its own, or the one there is anew."""
+    point = tmp_path / "disk"
+    point.mkdir()
+
+    def mount(size, *options):
+        again = ["remount"] if os.path.ismount(point) else []
+        chosen = ",".join([*again, f"size={size}", *options])
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", chosen, "tmpfs", point], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"this machine does not let us mount a disk ({done.stderr.strip()})")
+        return point
+
+    yield mount
+    if os.path.ismount(point):
+        subprocess.run(["umount", "-l", point], check=True)
+
+
+def size_of(step):
+    # A small disk gives whole pages.
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in step.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(runs, straight, small_disk, figures):
+    """The run stops; once there is room, the same command goes on from where it was."""
+    step = size_of(straight(3))
+    workdir = small_disk(int(2.5 * step)) / "run"
+    assert runs.finish(workdir, **child.LOOP, keep=3) == 1
+    (*_, kept) = steps = checkpoint.steps(workdir)
+    said = runs.log(workdir)
+    assert "could not be saved" in said and f"step {kept} is the newest that is whole" in said
+    assert "Traceback" not in said
+    assert not any(checkpoint.verify(workdir / str(step)).wrong for step in steps) and not unfinished(workdir)
+    small_disk(20 * step)
+    process = runs.start(workdir, **child.LOOP, keep=3)
+    child.wait_for(lambda: newest(workdir) > kept)
+    process.kill()
+    process.join()
+    assert not checkpoint.changes(workdir / str(kept + 1), straight(kept + 1))
+    figures("full disk, max_failed_saves 0", exit_code=1, kept_step=kept, resumed_from=kept)
+
+
+def test_a_run_goes_on_on_a_full_disk_until_there_is_room(runs, straight, small_disk, figures):
+    step = size_of(straight(3))
+    workdir = small_disk(int(2.5 * step)) / "run"
+    process = runs.start(workdir, **child.LOOP | {"sample_every": 1}, keep=3, max_failed_saves=1000)
+    child.wait_for(lambda: "going on (3 of 1000 times in a row)" in runs.log(workdir))
+    kept = newest(workdir)
+    assert kept and process.is_alive() and not checkpoint.verify(workdir / str(kept)).wrong
+    small_disk(20 * step)
+    child.wait_for(lambda: newest(workdir) > kept)
+    process.terminate()
+    process.join(60)
+    last, failed = newest(workdir), runs.log(workdir).count("going on (")
+    assert process.exitcode == 143 and last > kept + 3
+    assert not checkpoint.changes(workdir, straight(last))
+    assert "Traceback" not in runs.log(workdir)
+    figures("full disk, max_failed_saves 1000", kept_step=kept, saves_failed=failed, saved_after=last)
+
+
+def test_a_read_only_disk_is_told(runs, straight, small_disk, figures):
+    workdir = small_disk(2**26) / "run"
+    shutil.copytree(straight(3), workdir / "3")
+    before = checkpoint.digest(workdir)
+    small_disk(2**26, "ro")
+    assert runs.finish(workdir, **child.LOOP, keep=2) == 1
+    said = runs.log(workdir)
+    assert "Read-only file system" in said and "Traceback" not in said, said
+    assert checkpoint.digest(workdir) == before and not checkpoint.verify(workdir).wrong
+    figures("read-only disk", exit_code=1)
