@@ -544,8 +544,10 @@ def _read_json(path: epath.Path) -> Any:
 
 def _fault(record: Any) -> str:
     """Why a record is not one that save has made; '' if it may be."""
-    if not isinstance(record, dict) or record.keys() != {"meta", "items"}:
+    if not isinstance(record, dict) or record.keys() - {_SEALED} != {"meta", "items"}:
         return "it has not just meta and items"
+    if record.get(_SEALED, True) is not True:
+        return "it is neither sealed nor not"
     if not isinstance(record["meta"], dict) or not isinstance(record["items"], dict):
         return "meta or items are no names with values"
     arrays = 0
