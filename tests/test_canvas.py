@@ -530,5 +530,5 @@ def test_another_rate_is_told(clip):
 )
 def test_results_that_are_too_large_are_refused_before_they_are_there(clip, order):
     order = {name: value or clip(9) for name, value in order.items()}
-    with pytest.raises(RequestError, match="frames of .* are more than fits in memory; make less at once"):
+    with pytest.raises(RequestError, match=r"frames of .* are more than fits in memory; make less at once"):
         layouts.prepare(Order(**order), DEFAULTS, GRID, limits=media.Limits(kept_pixels=9 * 16 * 16))
