@@ -93,6 +93,9 @@ def test_windows_make_every_frame_once_from_frames_that_are_there(stride, backwa
         for w in windows:
             assert (w.stop - w.start - 1) % stride == 0 and w.stop - w.start <= window
             assert w.start <= w.first < w.last <= w.stop
+            # Nothing is seen that is not there, but the end of a last group, which is held.
+            assert w.start >= first - before or backward
+            assert w.stop < last + after + stride or not backward
             given = set(range(w.start, w.stop)) & there
             context = range(w.last, w.stop) if backward else range(w.start, w.first)
             assert set(context) & set(range(first - before, last + after)) <= given
@@ -274,7 +277,9 @@ def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
     def model(step):
         return np.full(step.known.frames_THWC.shape, 100, np.uint8)
 
-    video, seen = play(prepare(prompt="a", loop=True, frames=frames), model=model)
+    job = prepare(prompt="a", loop=True, frames=frames)
+    video, seen = play(job, model=model)
+    assert (not job.told) == (frames <= 17)
     assert len(video) == frames and seen[0].known is None and (video[0] == NEW).all() and (video[-1] == 100).all()
     last = seen[-1].known
     assert (last.frames_THWC[-1] == NEW).all() and known_latents(last)[[0, -1]].all()
@@ -518,3 +523,12 @@ def test_seconds_are_the_nearest_frames_that_work():
 def test_another_rate_is_told(clip):
     job = prepare(edit=clip(8, fps=16.0))
     assert job.size.frames == 4 and job.told == ("a.mp4 has 16 frames a second and is taken at 8",)
+
+
+@pytest.mark.parametrize(
+    "order", [{"interpolate": "", "factor": 16}, {"outpaint": "", "left": 1600}, {"extend": "", "frames": 1000}]
+)
+def test_results_that_are_too_large_are_refused_before_they_are_there(clip, order):
+    order = {name: value or clip(9) for name, value in order.items()}
+    with pytest.raises(RequestError, match=r"frames of .* are more than fits in memory; make less at once"):
+        layouts.prepare(Order(**order), DEFAULTS, GRID, limits=media.Limits(kept_pixels=9 * 16 * 16))

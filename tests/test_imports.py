@@ -112,9 +112,15 @@ def test_only_sharding_names_mesh_axes():
     assert set(sharding.AXES) == {"data", "fsdp", "tensor", "sequence"}
 
 
-def test_data_loads_no_jax():
-    code = (
-        "import sys, sora_jax.data.pack, sora_jax.data.latents, sora_jax.data.worlds.clips; print('jax' in sys.modules)"
-    )
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "sora_jax.data.pack, sora_jax.data.latents, sora_jax.data.worlds.clips",
+        # What is asked is checked before anything heavy is loaded.
+        "sora_jax.generate.media, sora_jax.generate.requests, sora_jax.generate.layouts, sora_jax.generate.manifest",
+    ],
+)
+def test_these_load_no_jax(modules):
+    code = f"import sys, {modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -113,12 +113,16 @@ class _Scene:
             first, last, window=self.window, stride=self.stride, before=before, after=after, backward=backward
         )
 
-    def blank(self, frames: int) -> Video:
-        """Frames of which nothing is given."""
+    def check_memory(self, frames: int) -> None:
+        """Raises RequestError for a result that is larger than what may be read."""
         if frames * self.size.height * self.size.width > self.limits.kept_pixels:
             raise RequestError(
                 f"{frames} frames of {self.size.height}x{self.size.width} are more than fits in memory; make less at once"
             )
+
+    def blank(self, frames: int) -> Video:
+        """Frames of which nothing is given."""
+        self.check_memory(frames)
         size = self.size.height, self.size.width
         return Video(np.zeros((frames, *size, 3), np.uint8), np.zeros(size, bool), self.size.fps, size, ())
 
@@ -145,7 +149,7 @@ def prepare(
     layout = _LAYOUTS[order.mode]
     timeline, fps = layout(_Scene(order, size, borders, window, grid, limits, told))
     made = dataclasses.replace(size, frames=len(timeline.frames_THWC), fps=fps)
-    if len(timeline.windows) > 1:
+    if len(timeline.windows) > 1 and made.frames > window:
         told.append(
             f"more than {window} frames are not made at once: {made.frames} are made in {len(timeline.windows)} windows, "
             "each from what is before it"
@@ -272,6 +276,7 @@ def _inpaint(scene: _Scene) -> Layout:
 def _outpaint(scene: _Scene) -> Layout:
     assert scene.order.outpaint is not None
     video = scene.read(scene.order.outpaint)
+    scene.check_memory(len(video.frames_THWC))
     left, right, top, bottom = scene.borders
     edges = ((top, bottom), (left, right))
     larger = video._replace(
@@ -289,6 +294,7 @@ def _interpolate(scene: _Scene) -> Layout:
     scene.told.extend(video.told)
     if len(video.frames_THWC) < 2 or video.fps is None:
         raise RequestError(f"{order.interpolate} has one frame; give two or more to go between")
+    scene.check_memory(factor * len(video.frames_THWC))
     frames_THWC = canvas.stretch(video.frames_THWC, factor)
     timeline = _timeline([video._replace(frames_THWC=frames_THWC)], scene.plan(0, len(frames_THWC)))
     timeline.given_THW[np.arange(len(frames_THWC)) % factor > 0] = False
