@@ -21,7 +21,6 @@ optax states, empty states and None come back exactly as `like` has them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -30,6 +29,7 @@ import logging
 import math
 import os
 import resource
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -181,8 +181,7 @@ def save(
     except Exception as error:
         if not _is_the_disk(error):
             raise
-        with contextlib.suppress(OSError):
-            _sweep(root)
+        _sweep_soon(root)
         raise SaveError(_not_saved(root, step, _first_cause(error))) from error
     if damaged:
         if jax.process_index() == 0:
@@ -209,6 +208,15 @@ def _sweep(root: epath.Path) -> None:
         for pattern in (_ORBAX_TEMPORARY, f"*{_PART}") if root.exists() else ():
             for leftover in root.glob(pattern):
                 leftover.rmtree()
+
+
+def _sweep_soon(root: epath.Path) -> None:
+    """After a save that failed, as on a disk that is full anyway. Orbax's threads may still be writing."""
+    for _ in range(10):
+        try:
+            return _sweep(root)
+        except OSError:
+            time.sleep(0.2)
 
 
 def _not_saved(root: epath.Path, step: int, why: str) -> str:

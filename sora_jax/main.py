@@ -602,10 +602,17 @@ class _Plain(logging.Formatter):
 def _logging_to_stderr() -> Iterator[None]:
     """Shows what sora_jax logs from INFO on, and what libraries log from WARNING on."""
     ours = str(Path(sora_jax.__file__).parent)
+
+    def told(record: logging.LogRecord) -> bool:
+        """Orbax's threads log, with tracebacks, what its call raises, too, and we say in a sentence."""
+        return bool(record.exc_info) and "orbax" in record.pathname
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
     # By file: parts of sora_jax and of the libraries share the root logger, and absl's is shared by orbax and grain.
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.pathname.startswith(ours))
+    handler.addFilter(
+        lambda record: record.pathname.startswith(ours) or (record.levelno >= logging.WARNING and not told(record))
+    )
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)

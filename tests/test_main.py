@@ -657,6 +657,11 @@ def test_only_our_chatter_is_shown(capsys):
     def chatter(arguments):
         logging.getLogger("orbax").info("theirs")
         logging.getLogger("orbax").warning("trouble")
+        # What a thread of orbax's logs, and its call raises.
+        raised = {"msg": "raised", "levelno": logging.ERROR, "levelname": "ERROR", "pathname": "/orbax/checkpoint/x.py"}
+        logging.getLogger("absl").handle(
+            logging.makeLogRecord(raised | {"exc_info": (OSError, OSError(28, "full"), None)})
+        )
         # As sora_jax itself logs: a record made in one of its files.
         record = logging.makeLogRecord(
             {"msg": "ours", "levelno": logging.INFO, "levelname": "INFO", "pathname": main.__file__}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import xla
 
 from sora_jax import checkpoint, processes
 
@@ -39,7 +40,7 @@ processes.leave()
 def environment(devices):
     paths = [str(ROOT / "tests"), str(ROOT / "experiments")]
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla.flags(),
         "PYTHONPATH": os.pathsep.join(paths),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

@@ -4,6 +4,7 @@ Nothing of jax has run in the one that forks, so that each run starts its own ba
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -17,8 +18,9 @@ LOOP = {"steps": 100_000, "log_every": 1, "save_every": 1}  # no run comes to it
 def run(stage, workdir, cache, overrides, devices):
     """`sora-jax train` of a stage of tests/tiny.py; what it says goes to log_path."""
     import jax
+    import xla
 
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = xla.flags()
     # Not by the environment, which jax has read when it was imported.
     for name, value in {
         "jax_platforms": "cpu",
@@ -33,6 +35,7 @@ def run(stage, workdir, cache, overrides, devices):
     os.dup2(log, 2)
     from sora_jax import main
 
+    logging.getLogger().handlers.clear()  # what imports have set up, of which a process that imports when it must has nothing
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     sys.argv = ["sora-jax", "train", f"--config={TESTS / 'tiny.py'}:{stage}", f"--workdir={workdir}", *flags]
     sys.exit(main.run())
