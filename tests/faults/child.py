@@ -66,6 +66,15 @@ class Runs:
         process.join(300)
         return process.exitcode
 
+    def reach(self, step, workdir, *arguments, **settings):
+        """The checkpoint of a step of a run, which is killed once it is there."""
+        process = self.start(workdir, *arguments, **(LOOP | {"keep": 1000} | settings))
+        wait_for(lambda: (workdir / str(step)).exists() or process.exitcode is not None, 300)
+        process.kill()
+        process.join()
+        assert (workdir / str(step)).exists(), self.log(workdir)
+        return workdir / str(step)
+
 
 def log_path(cache, workdir):
     """Beside the cache: the disk of the work dir may be full."""

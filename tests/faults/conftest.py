@@ -48,18 +48,12 @@ def times(request):
 @pytest.fixture(scope="session")
 def straight(runs, tmp_path_factory):
     """The checkpoint of a run that was left alone, after any number of steps."""
-    import child
-
     made = {}
 
     def after(steps):
         if steps not in made:
             workdir = tmp_path_factory.mktemp("straight") / str(steps)
-            process = runs.start(workdir, **child.LOOP | {"save_every": steps, "log_every": steps}, keep=1000)
-            child.wait_for(lambda: (workdir / str(steps)).exists(), 300)
-            process.kill()
-            process.join()
-            made[steps] = workdir / str(steps)
+            made[steps] = runs.reach(steps, workdir, save_every=steps, log_every=steps)
         return made[steps]
 
     return after
