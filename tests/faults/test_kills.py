@@ -86,7 +86,7 @@ def named(tree):
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_ten_steps_and_ten_more_are_twenty(runs, tmp_path, figures, stage):
     """With packing, shuffling and a loader worker: to the bit on the same mesh, to 1e-6 on another."""
-    of_dit = {"vae_checkpoint": tmp_path / "trained", "loader.workers": 1, "loader.known_frames": 0.5}
+    of_dit = {"vae_checkpoint": tmp_path / "trained", "loader.workers": 1, "loader.known.first_frames": 0.5}
     if stage == "dit":  # one that came to its end, which is where it measures how latents are scaled
         assert runs.finish(tmp_path / "trained") == 0, runs.log(tmp_path / "trained")
     # A step more, before the end of which the run is killed, and nothing is evaluated.
