@@ -21,6 +21,7 @@ optax states, empty states and None come back exactly as `like` has them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
