@@ -939,12 +939,12 @@ def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dic
     return _newest_record(directory, step)["meta"]
 
 
-def digest(directory: str | os.PathLike[str]) -> str:
-    """What tells the newest step of a directory from any other: of its meta and of the fingerprints of all its arrays.
+def digest(directory: str | os.PathLike[str], step: int | None = None) -> str:
+    """What tells a step of a directory, or the newest, from any other: of its meta and of the fingerprints of all its arrays.
 
     Reads no array; errors as for read_meta.
     """
-    return _digest(_newest_record(directory, None))
+    return _digest(_newest_record(directory, step))
 
 
 def _newest_record(directory: str | os.PathLike[str], step: int | None) -> dict[str, Any]:

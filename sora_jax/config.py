@@ -430,6 +430,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def sampler_config(tree: Any) -> SamplerConfig:
+    """The sampler's settings from JSON, as a manifest keeps them. Raises ConfigError."""
+    return _checked(SamplerConfig, tree, "sampler")
+
+
 def vae_config(tree: Any) -> VAEConfig:
     """The VAE's architecture from JSON, as a DiT's checkpoint keeps it. Raises ConfigError."""
     return _checked(VAEConfig, tree, "vae")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sora_jax.config import DiTRun, Run, VAERun
     from sora_jax.data.worlds.world import WorldConfig
     from sora_jax.diffusion.sampler import SamplerConfig
+    from sora_jax.generate import manifest, requests
     from sora_jax.generate.pipeline import Pipeline
 
 USER_ERROR, RUN_ERROR, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -310,30 +311,47 @@ def _add_sample(verbs: Any) -> None:
         verbs,
         "sample",
         sample,
-        "make videos from text with a trained model",
-        "Make videos from text with a trained diffusion transformer.\n"
-        "A JSON file beside the output tells how each was made.",
+        "make images and videos from text, images and videos with a trained model",
+        "Make images and videos with a trained diffusion transformer: from text, and from images and videos, which are animated,\n"
+        "extended, connected, looped, edited, painted in or around, or slowed down. A JSON file beside the output tells how it\n"
+        "was made, and --manifest makes the same files from it again.",
         """examples:
   sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
-  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --samples=2 --out=sheet.png
   sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a blue star grows" --frames=1 --seed=3 --out=star.png
+  sora-jax sample --checkpoint=runs/prompting/dit --prompt="a blue star moves up" --image=star.png --out=up.mp4
+  sora-jax sample --checkpoint=runs/prompting/dit --prompt="..." --extend=up.mp4 --direction=backward --seconds=4 --out=more.mp4
+  sora-jax sample --checkpoint=runs/prompting/dit --requests=requests.yaml --outdir=out
+  sora-jax sample --checkpoint=runs/prompting/dit --manifest=out/manifest.json --outdir=again
   sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
     )
     _add_checkpoint(parser)
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="what to show; repeatable (required, or --prompts_file)"
+    asked = parser.add_argument_group("what to make")
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeatable (default: none)")
+    asked.add_argument(
+        "--prompts_file", type=Path, metavar="FILE", help="file with one prompt per line (default: none)"
     )
-    prompts.add_argument(
-        "--prompts_file", type=Path, metavar="FILE", help="file with one prompt per line (required, or --prompt)"
+    asked.add_argument(
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="JSON, JSON lines or YAML file of requests, whose keys are the names of these flags (default: none)",
+    )
+    asked.add_argument(
+        "--manifest", type=Path, metavar="FILE", help="a manifest, whose files are made again (default: none)"
     )
     out = parser.add_mutually_exclusive_group(required=True)
     out.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="file to write (required, or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
+        help="file to write (required, or --outdir or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
         "or .png, frames side by side, all videos on one sheet",
+    )
+    out.add_argument(
+        "--outdir",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to, for --requests and --manifest: 000.mp4, 001.png, ... and manifest.json (required, or --out)",
     )
     out.add_argument(
         "--vbench",
@@ -341,20 +359,30 @@ def _add_sample(verbs: Any) -> None:
         metavar="DIR",
         help="new folder for five videos of every prompt as VBench reads them (required, or --out)",
     )
-    parser.add_argument(
+    size = parser.add_argument_group("size")
+    size.add_argument(
         "--height", type=_count, metavar="PIXELS", help="height (default: of the first size that was trained on)"
     )
-    parser.add_argument(
+    size.add_argument(
         "--width", type=_count, metavar="PIXELS", help="width (default: of the first size that was trained on)"
     )
-    parser.add_argument(
+    size.add_argument(
         "--frames",
         type=_count,
         metavar="N",
-        help="number of frames, 1 for an image (default: of the longest clips that were trained on)",
+        help="number of frames, 1 for an image, or how many are added to a video (default: of the longest clips that were "
+        "trained on; what is added, half of them)",
     )
-    parser.add_argument(
+    size.add_argument("--seconds", type=float, metavar="X", help="the same in seconds (default: --frames)")
+    size.add_argument(
         "--fps", type=_rate, metavar="X", help="frames per second (default: the first rate that was trained on)"
+    )
+    size.add_argument(
+        "--window",
+        type=_count,
+        metavar="N",
+        help="frames that are made at once; longer videos are made piece by piece, each from the end of the one before "
+        "(default: of the longest clips that were trained on)",
     )
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of a prompt's first sample (default: %(default)s)"
@@ -365,6 +393,7 @@ def _add_sample(verbs: Any) -> None:
         metavar="N",
         help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1, for --vbench the 5 that it needs)",
     )
+    _add_modes(parser)
     _add_sampler(parser)
     parser.add_argument(
         "--scale",
@@ -372,6 +401,64 @@ def _add_sample(verbs: Any) -> None:
         metavar="N",
         help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide; "
         "for --vbench 1)",
+    )
+
+
+def _add_modes(parser: Parser) -> None:
+    """What a video is made from beside text."""
+    modes = parser.add_argument_group(
+        "from an image or a video", "one of the first eight; none of them is a model or a sampler of its own"
+    )
+    files = {
+        "image": "an image that is the first frame",
+        "extend": "a video that goes on; see --direction, --frames, --seconds",
+        "edit": "a video that is made anew after the prompt, from this much noise: see --strength",
+        "inpaint": "a video or image of which the white part of --mask is made anew",
+        "outpaint": "a video or image that is continued by --left, --right, --top, --bottom pixels",
+        "interpolate": "a video that gets --factor times as many frames",
+    }
+    for name, words in files.items():
+        modes.add_argument(f"--{name}", metavar="FILE", help=f"{words} (default: none)")
+    modes.add_argument(
+        "--connect", nargs=2, metavar="FILE", help="two videos, and what happens between them (default: none)"
+    )
+    modes.add_argument(
+        "--loop",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="a video that is led back to its start; without FILE one that is made from the prompt (default: none)",
+    )
+    beside = parser.add_argument_group("beside these")
+    beside.add_argument(
+        "--direction", choices=("forward", "backward"), help="where --extend goes on (default: forward)"
+    )
+    beside.add_argument(
+        "--mask", metavar="FILE", help="image or video for --inpaint, white where to make anew (default: none)"
+    )
+    beside.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how much noise --edit, --interpolate and --draft begin with, 0 = as it is, 1 = nothing of it (default: 0.6)",
+    )
+    for name in ("left", "right", "top", "bottom"):
+        beside.add_argument(f"--{name}", type=_count, metavar="PIXELS", help="for --outpaint (default: 0)")
+    beside.add_argument("--factor", type=_count, metavar="N", help="for --interpolate (default: 2)")
+    beside.add_argument(
+        "--draft",
+        type=float,
+        metavar="X",
+        help="make the video at this share of its size first, and then in full from it (default: no draft)",
+    )
+    beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
+    beside.add_argument("--start", type=float, metavar="SECONDS", help="where the video begins to be used (default: 0)")
+    beside.add_argument("--end", type=float, metavar="SECONDS", help="where it ends to be used (default: its end)")
+    beside.add_argument(
+        "--known_guidance",
+        type=float,
+        metavar="X",
+        help="how much to insist on what is given, 1 = no guidance (default: the checkpoint's config.sampler.known_guidance)",
     )
 
 
@@ -900,30 +987,19 @@ class Video:
     path: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What all videos of a command share."""
-
-    height: int
-    width: int
-    frames: int
-    fps: float
-
-    def __str__(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}" + f" at {self.fps:g} fps" * (self.frames > 1)
-
-
-def size_of(arguments: argparse.Namespace, world: WorldConfig) -> Size:
+def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
     """The size of the flags, and where there is none, of the clips that were trained on."""
+    from sora_jax.generate import requests
+
     height, width = world.frame_sizes[0]
     given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
     return dataclasses.replace(
-        Size(height, width, max(world.frame_counts), world.fps[0]),
+        requests.Size(height, width, max(world.frame_counts), world.fps[0]),
         **{name: value for name, value in given.items() if value is not None},
     )
 
 
-def warn_of(size: Size, world: WorldConfig) -> None:
+def warn_of(size: requests.Size, world: WorldConfig) -> None:
     """Warns of a size that can be made but was not trained on."""
     known = (size.height, size.width) in world.frame_sizes and size.frames <= max(world.frame_counts)
     if known and (size.frames == 1 or size.fps in world.fps):
@@ -936,31 +1012,159 @@ def warn_of(size: Size, world: WorldConfig) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Makes a video for every prompt and seed and writes them with a manifest."""
+    """Makes what is asked for and writes it with a manifest."""
     # Everything that can be refused without the model is refused before it is loaded.
-    prompts = _prompts(arguments)
+    sources = [
+        name for name in ("prompt", "prompts_file", "requests", "manifest") if getattr(arguments, name) is not None
+    ]
+    if len(sources) > 1:
+        raise Failure(f"--{sources[0]} and --{sources[1]} both say what to make; give one of them")
     if arguments.vbench is not None:
-        _sample_for_vbench(arguments, prompts)
+        _sample_for_vbench(arguments, _prompts(arguments))
         return
-    videos = arrange(prompts, arguments.samples or 1, arguments.seed, arguments.out)
-    manifest = _manifest_path(arguments.out)
-    pipeline, step, size, settings = _loaded(arguments)
-    _make_folder(arguments.out.parent)
+    from sora_jax.generate import manifest, requests
 
-    logging.info("sampling %d of %s", len(videos), size)
-    from sora_jax import disk
-    from sora_jax.generate.pipeline import Request
+    kept = None
+    with _errors_for_users(ValueError):
+        if arguments.manifest is not None:
+            _refuse_flags(arguments, "--manifest says it all", *_ORDER_FLAGS, "guidance", "steps", "method", "scale")
+            kept = manifest.read(arguments.manifest)
+            manifest.check_inputs(kept)
+            orders = list(kept.orders)
+        else:
+            orders = [variation for order in _orders(arguments) for variation in order.variations()]
+    _refuse_place(arguments.out, arguments.outdir)
+    again = _replaced(arguments, kept) if kept else []
+    told = _manifest_path(arguments.out, arguments.outdir)
+    pipeline, step, settings = _loaded(arguments)
+    fingerprint = _fingerprint(arguments.checkpoint, step)
+    from sora_jax import config, disk
+    from sora_jax.generate import layouts
 
-    made = pipeline.sample(
-        [Request(video.prompt, **dataclasses.asdict(size), seed=video.seed) for video in videos], settings
-    )
-    scale = arguments.scale or math.ceil(SHOWN_WIDTH / size.width)
-    with _errors_of_writing(arguments.out):
-        _write(videos, made, size.fps, scale)
-        told = _manifest(arguments, videos, size, settings, step, scale)
-        disk.write_atomically(manifest, json.dumps(told, indent=2, ensure_ascii=False).encode())
-    for video in videos:
-        print(f"{video.path}  seed {video.seed}  {video.prompt}")
+    if kept:
+        with _errors_for_users(ValueError):
+            manifest.check_fingerprint(kept, fingerprint)
+            settings = config.sampler_config(kept.settings)
+        for line in manifest.differences(kept, sora_jax.__version__, manifest.versions()):
+            logging.warning("%s", line)
+    world = pipeline.run.data.world
+    height, width = world.frame_sizes[0]
+    usual = requests.Size(height, width, max(world.frame_counts), world.fps[0])
+    grid = layouts.Grid(pipeline.vae_config.stride, pipeline.run.dit.patch)
+    with _errors_for_users(ValueError):
+        jobs = [layouts.prepare(order, usual, grid) for order in orders]
+    for line in dict.fromkeys(line for job in jobs for line in job.told):
+        logging.info("%s", line)
+    for size in dict.fromkeys(job.size for job in jobs):
+        warn_of(size, world)
+    inputs = manifest.digests(orders)
+    _make_folder(told.parent)
+
+    stills = [job.size.frames == 1 for job in jobs]
+    videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
+    _tell_mesh(pipeline)
+    sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
+    logging.info("sampling %d of %s", len(jobs), sizes)
+    made = pipeline.make(jobs, settings)
+    scale = kept.scale if kept else arguments.scale or math.ceil(SHOWN_WIDTH / max(job.size.width for job in jobs))
+    with _errors_of_writing(told):
+        _write(videos, made, [job.size.fps for job in jobs], scale)
+        found = manifest.Manifest(
+            version=sora_jax.__version__,
+            checkpoint=str(arguments.checkpoint.absolute()),
+            step=step,
+            fingerprint=fingerprint,
+            orders=tuple(orders),
+            settings=json.loads(json.dumps(dataclasses.asdict(settings))),
+            scale=scale,
+            files=tuple(video.path.name for video in videos),
+            inputs=inputs,
+            versions=manifest.versions(),
+            command=arguments.command,
+        )
+        content = json.dumps(found.to_json(told.parent), indent=2, ensure_ascii=False)
+        disk.write_atomically(told, content.encode())
+    for video, order in zip(videos, orders, strict=True):
+        print(f"{video.path}  seed {video.seed}  {video.prompt or order.mode}")
+
+
+# Flags that are keys of an order.
+_ORDER_FLAGS = (
+    *(
+        "height",
+        "width",
+        "frames",
+        "seconds",
+        "fps",
+        "samples",
+        "image",
+        "extend",
+        "direction",
+        "connect",
+        "loop",
+        "edit",
+    ),
+    *(
+        "strength",
+        "inpaint",
+        "mask",
+        "outpaint",
+        "left",
+        "right",
+        "top",
+        "bottom",
+        "interpolate",
+        "factor",
+        "draft",
+        "fit",
+    ),
+    *("start", "end", "window", "known_guidance"),
+)
+
+
+def _refuse_flags(arguments: argparse.Namespace, why: str, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise Failure(f"{why}; leave --{name} out")
+
+
+def _orders(arguments: argparse.Namespace) -> list[requests.Order]:
+    """The orders of a request file or of the flags. Raises ValueError for what cannot be meant."""
+    from sora_jax.generate import requests
+
+    if arguments.requests is not None:
+        _refuse_flags(arguments, "the request file says it", *_ORDER_FLAGS)
+        return requests.read_orders(arguments.requests)
+    given = {name: value for name in _ORDER_FLAGS if (value := getattr(arguments, name)) is not None}
+    prompted = arguments.prompt is not None or arguments.prompts_file is not None
+    if not prompted and not any(name in given for name in requests.MODES):
+        raise Failure(
+            "nothing says what to make; give --prompt, --prompts_file, --requests, --manifest or an image or a video"
+        )
+    prompts = _prompts(arguments) if prompted else [""]
+    return [requests.from_mapping({"prompt": prompt, "seed": arguments.seed} | given) for prompt in prompts]
+
+
+def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Video]:
+    """The files of a manifest at their new place."""
+    names = list(kept.files)
+    if len(names) != len(kept.orders):
+        raise Failure(f"{arguments.manifest} names {len(names)} files for {len(kept.orders)} videos; it was changed")
+    if arguments.outdir is not None:
+        paths = [arguments.outdir / name for name in names]
+    elif len(set(names)) == 1 and Path(names[0]).suffix == arguments.out.suffix:
+        paths = [arguments.out] * len(names)
+    else:
+        raise Failure(
+            f"{arguments.manifest} is of {', '.join(dict.fromkeys(names))}; give --outdir, or --out of that kind"
+        )
+    return [Video(order.prompt, order.seed, path) for order, path in zip(kept.orders, paths, strict=True)]
+
+
+def _fingerprint(path: Path, step: int | None) -> str:
+    from sora_jax import checkpoint
+
+    return checkpoint.digest(path.parent if path.name == str(step) else path, step)
 
 
 def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> None:
@@ -977,10 +1181,17 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
     with _errors_for_users(FileExistsError):
         vbench.new_folder(folder)
     seeds = _seeds(arguments.seed, count)
-    pipeline, _, size, settings = _loaded(arguments)
+    pipeline, _, settings = _loaded(arguments)
+    from sora_jax.data import pack
     from sora_jax.generate import files
     from sora_jax.generate.pipeline import Request
 
+    size = size_of(arguments, pipeline.run.data.world)
+    with _errors_for_users(ValueError):  # a size that cannot be made
+        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
+        pack.grid_shape(shape, pipeline.run.dit.patch)
+    warn_of(size, pipeline.run.data.world)
+    _tell_mesh(pipeline)
     logging.info("sampling %d of %s", len(prompts) * count, size)
 
     def samples() -> Iterator[vbench.Samples]:
@@ -999,19 +1210,10 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
         print(vbench.export(folder, samples(), size.fps, write_video))
 
 
-def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, Size, SamplerConfig]:
-    """The model with its step, and what the flags ask of it."""
+def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, SamplerConfig]:
+    """The model with its step, and the sampler that the flags ask for."""
     pipeline, step = _load(arguments.checkpoint, arguments.mesh)
-    from sora_jax.data import pack
-
-    size = size_of(arguments, pipeline.run.data.world)
-    settings = _settings(pipeline, arguments)
-    with _errors_for_users(ValueError):  # a size that cannot be made
-        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
-        pack.grid_shape(shape, pipeline.run.dit.patch)
-    warn_of(size, pipeline.run.data.world)
-    _tell_mesh(pipeline)
-    return pipeline, step, size, settings
+    return pipeline, step, _settings(pipeline, arguments)
 
 
 @contextlib.contextmanager
@@ -1110,25 +1312,36 @@ def evaluate(arguments: argparse.Namespace) -> None:
             files.write_atomically(arguments.out, (json.dumps(found, indent=2) + "\n").encode())
 
 
-def arrange(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Video]:
-    """Every prompt with seeds seed, seed + 1, ...: one file if there is one video or one sheet, else out-0, out-1, ...
-
-    Raises Failure for a suffix that cannot be written and a seed too large.
-    """
-    if out.suffix not in SUFFIXES:
+def _refuse_place(out: Path | None, outdir: Path | None) -> None:
+    """Raises Failure for a place that cannot be written to."""
+    if outdir is not None and outdir.exists() and not outdir.is_dir():
+        raise Failure(f"--outdir={outdir} is a file; name a folder")
+    if out is not None and out.suffix not in SUFFIXES:
         raise Failure(f"--out={out}: the file must end in one of {', '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise Failure(f"--out={out} is a folder; name a file in it")
-    wanted = [(prompt, number) for prompt in prompts for number in _seeds(seed, samples)]
-    several = len(wanted) > 1 and out.suffix != ".png"
-    paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(wanted))]
-    return [Video(prompt, seed, path) for (prompt, seed), path in zip(wanted, paths, strict=True)]
+    if out is not None and out.is_dir():
+        raise Failure(f"--out={out} is a folder; name a file in it, or give --outdir")
+
+
+def arrange(
+    orders: Sequence[requests.Order], stills: Sequence[bool], out: Path | None, outdir: Path | None
+) -> list[Video]:
+    """Where every order goes: to `out` if there is one or a sheet, else to out-0, out-1, ...; in outdir to 000.mp4, or 000.png
+    of one frame, and so on."""
+    if out is None:
+        assert outdir is not None
+        paths = [outdir / f"{number:03d}{'.png' if still else '.mp4'}" for number, still in enumerate(stills)]
+    else:
+        several = len(orders) > 1 and out.suffix != ".png"
+        paths = [out.with_stem(f"{out.stem}-{number}") if several else out for number in range(len(orders))]
+    return [Video(order.prompt, order.seed, path) for order, path in zip(orders, paths, strict=True)]
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     """Prompts without outer spaces, and without the blank lines of a file. Raises Failure for an empty one or none."""
     file = arguments.prompts_file
     if file is None:
+        if arguments.prompt is None:
+            raise Failure("nothing says what to show; give --prompt or --prompts_file")
         prompts = [prompt.strip() for prompt in arguments.prompt]
         if not all(prompts):
             raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
@@ -1185,7 +1398,7 @@ def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfi
         )
 
 
-def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: float, scale: int) -> None:
+def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: Sequence[float], scale: int) -> None:
     """One file a video, or all on one sheet where they share a file."""
     from sora_jax.generate import files
 
@@ -1194,42 +1407,22 @@ def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: float, scal
         sheet = files.contact_sheet(made, labels, frames_per_video=SHEET_FRAMES, scale=scale)
         files.write_image(videos[0].path, sheet)
         return
-    for video, frames in zip(videos, made, strict=True):
-        files.write_video(video.path, frames, fps, scale)
+    for video, frames, rate in zip(videos, made, fps, strict=True):
+        files.write_video(video.path, frames, rate, scale)
 
 
-def _manifest_path(out: Path) -> Path:
+def _manifest_path(out: Path | None, outdir: Path | None) -> Path:
     """Where the manifest goes. Raises Failure if another file is there, such as the config.json of a run."""
-    path = out.with_suffix(".json")
+    path = out.with_suffix(".json") if out is not None else outdir / "manifest.json"  # type: ignore[operator]
     start = b'{\n  "sora_jax_sample"'
     if path.exists() and (not path.is_file() or _first_bytes(path, len(start)) != start):
-        raise Failure(f"--out={out} would replace {path} by its manifest; choose another name")
+        raise Failure(f"{path} is no manifest, which would replace it; choose another name")
     return path
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
         return file.read(count)
-
-
-def _manifest(
-    arguments: argparse.Namespace,
-    videos: Sequence[Video],
-    size: Size,
-    settings: SamplerConfig,
-    step: int | None,
-    scale: int,
-) -> dict[str, Any]:
-    return {
-        "sora_jax_sample": sora_jax.__version__,
-        "checkpoint": str(arguments.checkpoint.absolute()),
-        "step": step,
-        "size": dataclasses.asdict(size),
-        "sampler": dataclasses.asdict(settings),
-        "scale": scale,
-        "videos": [{"file": video.path.name, "prompt": video.prompt, "seed": video.seed} for video in videos],
-        "command": arguments.command,
-    }
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from einops import reduce, repeat
 from PIL import Image
 
 from sora_jax.generate import canvas, files, layouts, media
-from sora_jax.generate.canvas import Made, plan
+from sora_jax.generate.canvas import plan
 from sora_jax.generate.layouts import Grid
 from sora_jax.generate.requests import Order, RequestError, Size
 
@@ -56,14 +56,13 @@ def play(job, window=17, model=lambda step: np.full(step.known.frames_THWC.shape
             size = step.size
             layouts.check_size(size, GRID)
             if step.known is None:
-                made.append(Made(np.full((size.frames, size.height, size.width, 3), NEW, np.uint8), None))
+                made.append(np.full((size.frames, size.height, size.width, 3), NEW, np.uint8))
                 continue
             known = step.known
             assert known.frames_THWC.shape == (size.frames, size.height, size.width, 3)
             assert known.given_THW.shape == known.frames_THWC.shape[:3]
             assert known.given_THW.all() or size.frames <= window
-            frames = model(step)
-            made.append(Made(frames, round_trip(known.frames_THWC)))
+            made.append(np.where(known.given_THW[..., None], round_trip(known.frames_THWC), model(step)))
         return made
 
     (video,) = canvas.run([job], sample)
@@ -457,12 +456,10 @@ def test_jobs_are_sampled_together_and_each_as_if_alone(clip):
         made = []
         for step in steps:
             shape = (step.size.frames, step.size.height, step.size.width, 3)
-            made.append(
-                Made(
-                    np.full(shape, step.seed % 251, np.uint8),
-                    None if step.known is None else round_trip(step.known.frames_THWC),
-                )
-            )
+            frames = np.full(shape, step.seed % 251, np.uint8)
+            if step.known is not None:
+                frames = np.where(step.known.given_THW[..., None], round_trip(step.known.frames_THWC), frames)
+            made.append(frames)
         return made
 
     together = canvas.run(jobs, sample)

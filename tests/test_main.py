@@ -275,8 +275,8 @@ def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
     assert "--seed" in refuse("--seed=-1", folder=missing)
     assert "smaller seed" in refuse(f"--seed={2**31 - 1}", "--samples=2", folder=missing)
     # The model knows which sizes it can make.
-    assert "1 + 4k frames" in refuse("--frames=6")
-    assert "multiple of 8" in refuse("--width=20")
+    assert "6 frames are not 1 + 4k; 5 and 9 are the nearest that work" in refuse("--frames=6")
+    assert "width 20 is not a multiple of 8; 16 and 24 are the nearest that work" in refuse("--width=20")
     assert "guidance" in refuse("--guidance=-1")
     assert not (tmp_path / "a.png").exists()
     assert (tmp_path / "config.json").read_text() == "{}"
@@ -495,14 +495,79 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     assert np.array_equal(small, videos[0][:, ::16, ::16])
 
     manifest = json.loads(out.with_suffix(".json").read_text())
-    assert [(video["prompt"], video["seed"]) for video in manifest["videos"]] == wanted
+    assert [(order["prompt"], order["seed"]) for order in manifest["orders"]] == wanted
     assert manifest["step"] == 3
     # What is not given comes from the run.
-    assert manifest["sampler"] == SAMPLER | {"steps": 1}
+    assert manifest["settings"] == SAMPLER | {"steps": 1}
 
     height, width, _ = iio.imread(sheet).shape
     assert width >= 5 * 32 and height >= 4 * 16
     assert sorted(path.name for path in tmp_path.glob("sheet*")) == ["sheet.json", "sheet.png"]
+
+
+def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog):
+    image = tmp_path / "start.png"
+    iio.imwrite(image, np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8))
+    requests = tmp_path / "requests.yaml"
+    requests.write_text(
+        "- {prompt: a red circle, frames: 1, height: 8, width: 8}\n"
+        "- {prompt: a red circle, image: start.png, frames: 5, height: 8, width: 8, samples: 2, known_guidance: 2}\n"
+        "- {prompt: a blue square, extend: start.png, frames: 9, window: 5, height: 8, width: 8}\n"
+    )
+    checkpoint = f"--checkpoint={trained}"
+    loaded = main._load(trained / "3", {})
+    with mock.patch.object(main, "_load", return_value=loaded):
+        assert (
+            main.run(["sample", checkpoint, f"--requests={requests}", f"--outdir={tmp_path / 'one'}", "--steps=1"]) == 0
+        )
+        names = ["000.png", "001.mp4", "002.mp4", "003.mp4", "manifest.json"]
+        assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
+        assert [iio.imread(tmp_path / "one" / name).shape[0] for name in names[1:4]] == [5, 5, 10]
+        kept = f"--manifest={tmp_path / 'one' / 'manifest.json'}"
+        assert main.run(["sample", checkpoint, kept, f"--outdir={tmp_path / 'two'}"]) == 0
+        for name in names[:-1]:
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert "leave --steps out" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x", "--steps=3")
+        assert "give --outdir" in refusal(capsys, "sample", checkpoint, kept, "--out=x.mp4")
+        image.write_bytes(image.read_bytes() + b"\0")
+        assert "not the file that the manifest" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x")
+
+
+def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    iio.imwrite(tmp_path / "clip.gif", video, duration=200, loop=0)
+    flags = [f"--checkpoint={trained}", "--prompt=a red circle", "--height=8", "--width=8", "--fps=5", "--steps=1"]
+    loaded = main._load(trained / "3", {})
+    made = {}
+    with mock.patch.object(main, "_load", return_value=loaded), mock.patch.object(main, "_write") as write:
+        for name, more in {
+            "forward": ["--extend", "--frames=4"],
+            "backward": ["--extend", "--direction=backward", "--frames=4"],
+            "loop": ["--loop", "--frames=4", "--window=9"],
+        }.items():
+            mode, *rest = more
+            assert (
+                main.run(["sample", *flags, f"{mode}={tmp_path / 'clip.gif'}", *rest, f"--out={tmp_path / 'x.mp4'}"])
+                == 0
+            )
+            (made[name],) = write.call_args.args[1]
+    assert {name: len(frames) for name, frames in made.items()} == {"forward": 9, "backward": 9, "loop": 9}
+    # The clip comes back as its round trip wherever it stands.
+    assert np.array_equal(made["forward"][:5], made["backward"][4:]) and np.array_equal(
+        made["forward"][:5], made["loop"][:5]
+    )
+
+
+def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    flags = ["--checkpoint=nowhere", f"--out={tmp_path / 'x.mp4'}"]
+    with mock.patch.object(main, "_load", None):
+        assert "nothing says what to make" in refusal(capsys, "sample", *flags)
+        assert "both say what to make" in refusal(capsys, "sample", *flags, "--prompt=a", "--requests=b.yaml")
+        assert "image and edit are ways to make one video" in refusal(
+            capsys, "sample", *flags, "--prompt=a", "--image=a.png", "--edit=b.mp4"
+        )
+        assert "mask goes with inpaint" in refusal(capsys, "sample", *flags, "--prompt=a", "--mask=a.png")
+        assert "strength is 2.0" in refusal(capsys, "sample", *flags, "--edit=a.mp4", "--strength=2")
 
 
 def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):

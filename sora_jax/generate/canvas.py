@@ -19,38 +19,21 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from sora_jax.generate.known import Known
 from sora_jax.generate.requests import Order, RequestError, Size
 
 # Of orders that begin from frames and do not say how much noise they get.
 STRENGTH = 0.6
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What a canvas gives: frames uint8 in its full size and length, which pixels of them are given, and the noise level that
-    the others start from: 1 = noise alone, less = SDEdit (arXiv:2108.01073) from the pixels of the canvas."""
-
-    frames_THWC: np.ndarray
-    given_THW: np.ndarray
-    strength: float = 1.0
-
-
 class Pass(NamedTuple):
-    """One video to sample. known is None where nothing is given; where everything is, there is nothing to sample and the round
-    trip alone is wanted."""
+    """One video to sample. known is None where nothing is given; where everything is, its round trip alone is wanted."""
 
     prompt: str
     size: Size
     seed: int
     known: Known | None
     known_guidance: float | None
-
-
-class Made(NamedTuple):
-    """What came of a pass, uint8 (T, H, W, 3): the sample, and the VAE's round trip of the canvas (None without known)."""
-
-    frames_THWC: np.ndarray
-    round_trip_THWC: np.ndarray | None
 
 
 class Window(NamedTuple):
@@ -209,13 +192,6 @@ def enlarge(frames_THWC: UInt8[np.ndarray, "T H W 3"], height: int, width: int) 
     return np.stack([np.asarray(image) for image in resized])
 
 
-def finish(made: Made, given_THW: Bool[np.ndarray, "T H W"] | None) -> UInt8[np.ndarray, "T H W 3"]:
-    """The frames of a pass: what was given as its round trip, exactly, and the rest as it was made."""
-    if given_THW is None or made.round_trip_THWC is None:
-        return made.frames_THWC
-    return np.where(given_THW[..., None], made.round_trip_THWC, made.frames_THWC)
-
-
 # Passes -------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +202,7 @@ def pass_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 
-Passes = Generator[Pass, Made, np.ndarray]
+Passes = Generator[Pass, np.ndarray, np.ndarray]
 
 
 def passes(job: Job) -> Passes:
@@ -260,9 +236,8 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         given = given_THW[shown]
         seen_THWC = frames_THWC[shown]
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
-        made = yield one(known)
-        new = slice(window.first - window.start, window.last - window.start)
-        frames_THWC[window.first : window.last] = finish(made, given)[new]
+        made_THWC = yield one(known)
+        frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1
     # After the windows, which are to see what was given and not its round trip.
@@ -270,8 +245,8 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         count = 1 + job.stride * math.ceil((last - first - 1) / job.stride)
         shown = first + np.minimum(np.arange(count), last - first - 1)
         known = Known(frames_THWC[shown], np.ones((count, *given_THW.shape[1:]), bool))
-        made = yield one(known)
-        frames_THWC[first:last] = finish(made, known.given_THW)[: last - first]
+        made_THWC = yield one(known)
+        frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
     return frames_THWC
 
@@ -283,8 +258,9 @@ def _indices(start: int, stop: int, total: int, loop: int) -> np.ndarray:
     return np.where(at >= total, np.minimum(at - total, loop - 1), inside) if loop else inside
 
 
-def run(jobs: Sequence[Job], sample: Callable[[list[Pass]], Sequence[Made]]) -> list[np.ndarray]:
-    """The videos of jobs, in order. sample makes one pass of each unfinished job at a time, so that they can share rows."""
+def run(jobs: Sequence[Job], sample: Callable[[list[Pass]], Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The videos of jobs, in order. sample makes one pass of each unfinished job at a time, so that they can share rows: what is
+    given comes back as the VAE's round trip of the canvas, exactly."""
     walks, videos = [passes(job) for job in jobs], [np.empty(0, np.uint8)] * len(jobs)
     waiting = {number: next(walk) for number, walk in enumerate(walks)}
     while waiting:

@@ -40,7 +40,7 @@ def known_cells(given_THW: Bool[np.ndarray, "T H W"], stride: tuple[int, int, in
     return reduce(filled_THW, "(t st) (h sh) (w sw) -> t h w", "min", st=st, sh=sh, sw=sw)
 
 
-def known_patches(known_thw: Bool[np.ndarray, "t h w"], patch: tuple[int, int, int]) -> Bool[np.ndarray, patches]:
+def known_patches(known_thw: Bool[np.ndarray, "t h w"], patch: tuple[int, int, int]) -> Bool[np.ndarray, " patches"]:
     """Which patches are known, in the order of pack.patchify: those of which every cell is."""
     pt, ph, pw = patch
     return reduce(known_thw, "(t pt) (h ph) (w pw) -> (t h w)", "min", pt=pt, ph=ph, pw=pw)

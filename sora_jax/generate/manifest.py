@@ -42,7 +42,7 @@ class Manifest:
     step: int | None
     fingerprint: str
     orders: tuple[Order, ...]
-    settings: Mapping[str, bool | int | float | str | None]
+    settings: Mapping[str, bool | int | float | str | list[float] | None]
     scale: int
     files: tuple[str, ...]
     inputs: Mapping[str, str]
@@ -183,6 +183,12 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) and len(each) <= 256 for each in value.values())
 
 
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 8 and all(isinstance(each, int | float) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _plain(name: Any) -> bool:
     """A file's name without a folder: a manifest must not choose where things are written."""
     return isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
@@ -197,9 +203,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "settings": (
         "up to 64 settings with plain values",
         lambda value: (
-            isinstance(value, dict)
-            and len(value) <= 64
-            and all(each is None or isinstance(each, bool | int | float | str) for each in value.values())
+            isinstance(value, dict) and len(value) <= 64 and all(_is_setting(each) for each in value.values())
         ),
     ),
     "scale": ("a whole number from 1 to 1024", lambda value: _whole(value, 1, 1024)),

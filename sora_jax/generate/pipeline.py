@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
+from sora_jax.generate import canvas
+from sora_jax.generate.canvas import Job, Pass
 from sora_jax.generate.codec import Codec
 from sora_jax.generate.known import Known, known_cells, known_patches
 from sora_jax.models import dit, vae
@@ -85,16 +88,61 @@ class Pipeline:
         self.vae_config = vae_config
         self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 
-    def sample(self, requests: Sequence[Request], settings: sampler.SamplerConfig) -> list[np.ndarray]:
+    def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
+        """uint8 videos (T, H, W, 3) of orders that are laid out (layouts.prepare), in order.
+
+        Their passes share rows, which have one shape throughout, so that the model is compiled once for all of them.
+        """
+        self.text.prepare(["", *(job.order.prompt for job in jobs)])
+        with self._on_mesh():
+            packing = packing_for(
+                [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
+            )
+
+        def sampled(passes: list[Pass]) -> list[np.ndarray]:
+            made: list[Any] = [None] * len(passes)
+            for insistence in dict.fromkeys(each.known_guidance for each in passes):
+                mine = [number for number, each in enumerate(passes) if each.known_guidance == insistence]
+                requests = [
+                    Request(each.prompt, **dataclasses.asdict(each.size), seed=each.seed, known=each.known)
+                    for each in (passes[number] for number in mine)
+                ]
+                chosen = settings if insistence is None else dataclasses.replace(settings, known_guidance=insistence)
+                for number, frames_THWC in zip(mine, self.sample(requests, chosen, packing), strict=True):
+                    made[number] = frames_THWC
+            return made
+
+        return canvas.run(jobs, sampled)
+
+    def _most_tokens(self, job: Job) -> int:
+        """Of the longest pass of a job."""
+        timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
+        shapes = [
+            self.vae_config.latent_shape(window.stop - window.start, *timeline.given_THW.shape[1:])
+            for timeline in timelines
+            for window in timeline.windows
+        ]
+        return max(math.prod(pack.grid_shape(shape, self.geometry.patch)) for shape in shapes)
+
+    def _words(self, prompt: str) -> int:
+        """Text tokens of a prompt."""
+        return len(next(part for part in self.text(prompt) if part is not None))
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        settings: sampler.SamplerConfig,
+        packing: pack.PackConfig | None = None,
+    ) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-        Raises ValueError for sizes the model cannot make.
+        Rows are as these requests need them if packing is None. Raises ValueError for sizes the model cannot make.
         """
         made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
         given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
         wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
-        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted])
+        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing)
         with self._on_mesh():
             sampled = self.codec.decode(latents)
             round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
@@ -105,9 +153,13 @@ class Pipeline:
         return made
 
     def sample_latents(
-        self, requests: Sequence[Request], settings: sampler.SamplerConfig, starts: Sequence[Start] | None = None
+        self,
+        requests: Sequence[Request],
+        settings: sampler.SamplerConfig,
+        starts: Sequence[Start] | None = None,
+        packing: pack.PackConfig | None = None,
     ) -> list[np.ndarray]:
-        """Normalised latents (t, h, w, c), in order. starts are those of the requests if None."""
+        """Normalised latents (t, h, w, c), in order. starts and packing are those of the requests if None."""
         if not requests:
             return []
         starts = self.starts(requests) if starts is None else starts
@@ -116,7 +168,9 @@ class Pipeline:
         clips = [self._tokens(number, request, start, request.prompt) for number, (request, start) in pairs]
         unprompted = [self._tokens(number, request, start, "") for number, (request, start) in pairs]
         with self._on_mesh():
-            patches = self._denoised(clips, unprompted, [request.seed for request in requests], settings)
+            if packing is None:
+                packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
+            patches = self._denoised(clips, unprompted, [request.seed for request in requests], settings, packing)
         return [
             pack.unpatchify(patches[i], start.clean_thwc.shape, self.geometry.patch) for i, start in enumerate(starts)
         ]
@@ -152,9 +206,9 @@ class Pipeline:
         unprompted: Sequence[pack.Tokens],
         seeds: Sequence[int],
         settings: sampler.SamplerConfig,
+        packing: pack.PackConfig,
     ) -> dict[int, np.ndarray]:
         """Clean patches (n, P) of every clip."""
-        packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
         rows, _ = pack.pack_rows(clips, packing, np.random.default_rng(0))
 
         def batch_of(rows: Sequence[Sequence[pack.Tokens]]) -> PackedBatch:
