@@ -203,21 +203,29 @@ def _delete(root: epath.Path, step: int, *, atomically: bool) -> None:
     path.rmtree()
 
 
-def _sweep(root: epath.Path) -> None:
-    """Removes what saves that did not end have left."""
+def _sweep(root: epath.Path) -> bool:
+    """Removes what saves that did not end have left; whether there was something."""
+    found = False
     if jax.process_index() == 0:
         for pattern in (_ORBAX_TEMPORARY, f"*{_PART}") if root.exists() else ():
             for leftover in root.glob(pattern):
+                found = True
                 leftover.rmtree()
+    return found
 
 
 def _sweep_soon(root: epath.Path) -> None:
-    """After a save that failed, as on a disk that is full anyway. Orbax's threads may still be writing."""
-    for _ in range(10):
+    """After a save that failed, as on a disk that is full anyway. Orbax's threads may still be writing, which makes the
+    directories again that they write to: until nothing has come back for a while."""
+    quiet = 0
+    for _ in range(20):
         try:
-            return _sweep(root)
+            quiet = 0 if _sweep(root) else quiet + 1
         except OSError:
-            time.sleep(0.2)
+            quiet = 0
+        if quiet == 3:
+            return
+        time.sleep(0.1)
 
 
 def _not_saved(root: epath.Path, step: int, why: str) -> str:

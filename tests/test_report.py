@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import av
 import imageio.v3 as iio
@@ -239,12 +240,29 @@ def test_what_cannot_be_written_leaves_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the pair 'c'"):
         report.write(tmp_path, make_page(pairs=[report.Pair(make_video(5), make_video(4), 8.0, "c")]))
 
-    def full_disk(path, content):
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError("no space left")
+    usual = Path.open
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    class Full:
+        """A file of which only half is written."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            raise OSError("no space left")
+
+    def full_disk(path, mode="r", *rest, **more):
+        file = usual(path, mode, *rest, **more)
+        return Full(file) if "x" in mode or "w" in mode else file
+
+    monkeypatch.setattr("pathlib.Path.open", full_disk)
     with pytest.raises(OSError, match="no space"):
         report.write(tmp_path, make_page())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
