@@ -106,7 +106,7 @@ CHANGES = [
     (lambda tree: tree["orders"].append({"image": "d.png"}), "inputs are not those of the orders"),
     (lambda tree: tree["inputs"].popitem(), "inputs are not those of the orders"),
     (lambda tree: tree["inputs"].update({"a.mp4": "12"}), "inputs must be paths with SHA-256"),
-    (lambda tree: tree.update(settings={"steps": [1]}), "settings must be up to 64 settings with plain values"),
+    (lambda tree: tree.update(settings={"steps": [[1]]}), "settings must be up to 64 settings with plain values"),
     (lambda tree: tree.update(settings={str(k): 1 for k in range(65)}), "settings must be up to 64"),
     (lambda tree: tree.update(versions={"jax": 1}), "versions must be up to 64 names with versions"),
     (lambda tree: tree.update(files=["../x.mp4"]), "files must be a list of file names"),
