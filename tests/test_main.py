@@ -19,7 +19,7 @@ import pytest
 import quickstart
 
 from sora_jax import checkpoint, config, main, processes
-from sora_jax.generate import pipeline
+from sora_jax.generate import pipeline, requests
 from sora_jax.plan import roofline
 from sora_jax.study import runner
 from sora_jax.train import loop, vae
@@ -643,9 +643,9 @@ def test_sizes_come_from_what_was_trained_on(caplog):
         names = dict.fromkeys(("height", "width", "frames", "fps"))
         return main.size_of(argparse.Namespace(**names | given), world)
 
-    assert size_of() == main.Size(32, 32, 17, 5.0)
-    assert size_of(height=48, frames=9) == main.Size(48, 32, 9, 5.0)
-    assert size_of(frames=1, fps=25.0) == main.Size(32, 32, 1, 25.0)
+    assert size_of() == requests.Size(32, 32, 17, 5.0)
+    assert size_of(height=48, frames=9) == requests.Size(48, 32, 9, 5.0)
+    assert size_of(frames=1, fps=25.0) == requests.Size(32, 32, 1, 25.0)
     for usual in ({}, {"height": 48, "frames": 9}, {"frames": 1, "fps": 25.0}):  # an image has no rate
         main.warn_of(size_of(**usual), world)
     assert not caplog.records
@@ -655,9 +655,15 @@ def test_sizes_come_from_what_was_trained_on(caplog):
 
 
 def test_one_video_keeps_its_name_and_several_are_numbered():
-    assert main.arrange(["x"], 1, 3, Path("a/b.mp4")) == [main.Video("x", 3, Path("a/b.mp4"))]
-    assert [video.path.name for video in main.arrange(["x", "y"], 1, 0, Path("b.mp4"))] == ["b-0.mp4", "b-1.mp4"]
-    assert {video.path.name for video in main.arrange(["x", "y"], 2, 0, Path("b.png"))} == {"b.png"}
+    one, other = (requests.Order(prompt=prompt, seed=3) for prompt in "xy")
+
+    def names(out=None, outdir=None):
+        return [video.path.name for video in main.arrange([one, other], [False, True], out, outdir)]
+
+    assert main.arrange([one], [False], Path("a/b.mp4"), None) == [main.Video("x", 3, Path("a/b.mp4"))]
+    assert names(out=Path("b.mp4")) == ["b-0.mp4", "b-1.mp4"]
+    assert names(out=Path("b.png")) == ["b.png", "b.png"]
+    assert names(outdir=Path("c")) == ["000.mp4", "001.png"]
 
 
 def test_inspect_shows_text_or_json(trained, capsys):
