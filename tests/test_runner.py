@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import xla
 from weights import needs_mobilenet
 
 from sora_jax.evaluate import frechet
@@ -22,13 +23,13 @@ LADDER = ("1x", "4x")
 PROGRAM = """
 import sys, pathlib, tiny
 from sora_jax.study import runner
-runner.run(tiny.study(save_every=2), pathlib.Path(sys.argv[1]), "sora-jax study")
+runner.run(tiny.study(save_every=4), pathlib.Path(sys.argv[1]), "sora-jax study")
 """
 
 
 @pytest.fixture(scope="module")
 def study():
-    return tiny.study(save_every=2)
+    return tiny.study(save_every=4)
 
 
 def but_timings(numbers):
@@ -103,7 +104,7 @@ def start(workdir, cache):
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "experiments")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_NUM_CPU_DEVICES": "8",
+        "XLA_FLAGS": xla.flags(),  # on one device
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

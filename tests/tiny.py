@@ -63,13 +63,14 @@ def _dit():
 
 
 def study(**loop):
-    """A VAE and a ladder of two rungs."""
-    dit = dit_run("vae", **loop)
+    """A VAE and a ladder of two rungs, on all devices."""
+    everywhere = config.from_config_dict(get_config("vae")).mesh
+    vae, dit = (dataclasses.replace(run, mesh=everywhere) for run in (vae_run(**loop), dit_run("vae", **loop)))
     rungs = {
         name: dataclasses.replace(dit, compute=config.ComputeConfig(0.0, multiplier, "steps", 0.5))
         for name, multiplier in {"1x": 1.0, "4x": 4.0}.items()
     }
-    stages = {"vae": vae_run(**loop)} | rungs
+    stages = {"vae": vae} | rungs
     groups = {"ladder": tuple(rungs), "isoflop": tuple(rungs), "models": tuple(rungs), "rates": tuple(rungs)}
     return config.StudyRun("tiny", tuple(stages), stages, groups, prompts=4, shown=2, seed=3)
 
