@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tiny
 import xla
@@ -16,8 +18,9 @@ import xla
 from sora_jax import checkpoint, processes
 
 ROOT = Path(__file__).parent.parent
-# Trains a tiny VAE, and a DiT on it for as many steps as its second argument says, in the folder that is its first; or, of
-# very many steps, the VAE alone.
+STEPS = 10
+# Trains a tiny VAE, and a DiT on it, for as many steps as its second argument says, in the folder that is its first; or, of very
+# many steps, the VAE alone.
 PROGRAM = """
 import dataclasses, logging, pathlib, sys, tiny
 logging.basicConfig(level=logging.INFO, force=True)  # importing jax's friends may have set it up otherwise
@@ -27,10 +30,10 @@ if "--distributed" in sys.argv:
 from sora_jax.train import dit, loop, vae
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 mesh = sharding.MeshConfig(data=2, fsdp=4)
-long = {"steps": steps, "save_every": 4} if steps > 1000 else {"steps": 4}
-run = dataclasses.replace(tiny.vae_run(log_every=1, **long), mesh=mesh)
+save_every = 4 if steps > 1000 else 0
+run = dataclasses.replace(tiny.vae_run(steps=steps, log_every=1, save_every=save_every), mesh=mesh)
 loop.fit(vae.VAETask(run), folder / "vae")
-run = dataclasses.replace(tiny.dit_run(folder / "vae", steps=steps, log_every=1, save_every=4), mesh=mesh)
+run = dataclasses.replace(tiny.dit_run(folder / "vae", steps=steps, log_every=1), mesh=mesh)
 run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
 loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
 processes.leave()
@@ -111,18 +114,20 @@ def losses(folder, stage):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-c", PROGRAM, str(folder), "8"]
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(STEPS)]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    with launched(tmp_path, PROGRAM, tmp_path, 8) as (process, log):
+    with launched(tmp_path, PROGRAM, tmp_path, STEPS) as (process, log):
         assert process.wait(600) == 0, log.read_text()
     for stage in ("vae", "dit"):
         one, two = losses(alone, stage), losses(tmp_path, stage)
         assert len(one) == len(two) and two == pytest.approx(one, abs=1e-5)
+        params = (checkpoint.restore_nested(folder / stage, "params", STEPS) for folder in (alone, tmp_path))
+        assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, params), strict=True)) <= 1e-6
     # What is counted is counted once.
     one, two = (
         [line["packing/tokens"] for line in tiny.lines(folder / "dit") if line["kind"] == "train"]
@@ -130,7 +135,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
     )
     assert one == two
     # The first process alone reports.
-    assert log.read_text().count("step 8/8  loss") == 1
+    assert log.read_text().count(f"step {STEPS}/{STEPS}  loss") == 1
 
 
 def test_processes_place_the_rows_that_are_theirs(tmp_path):
