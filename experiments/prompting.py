@@ -21,7 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
         return stages[arg]
-    return parts.study("Prompting with anything", stages, prompts=256)
+    study = parts.study("Prompting with anything", stages, prompts=256)
+    study.groups = ConfigDict(dict(prompting=("dit",)))
+    return study
 
 
 def world() -> ConfigDict:

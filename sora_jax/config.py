@@ -220,7 +220,7 @@ class DiTRun:
 MAX_INT = 2**53
 MAX_SHOWN = 200
 
-GROUPS = ("ladder", "isoflop", "models", "rates")
+GROUPS = ("ladder", "isoflop", "models", "rates", "prompting")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,8 @@ class StudyRun:
     A DiT whose vae_checkpoint is the name of a stage works with that stage's VAE. groups names the DiT stages that belong
     together: 'ladder', the same with more and more compute, shown side by side, where runs that differ in nothing but their
     seed are one rung; 'isoflop', models of several sizes at several budgets, to which the laws of study/laws.py are fitted;
-    'models', several sizes and patches at equal steps; 'rates', several widths, each at several rates. Of the ladder and the
+    'models', several sizes and patches at equal steps; 'rates', several widths, each at several rates; 'prompting', models that are
+    prompted with images and videos in every way (study/prompting.py). Of the ladder and the
     models all are sampled, without either the last DiT: on `prompts` held-out prompts, of which the report shows `shown`.
     """
 

@@ -60,10 +60,10 @@ class Judge:
         }
         run = pipeline.load_run(folder)
         scenes = dit.heldout_videos(run.data.world, self.study.prompts)
-        kept = _read(folder, about)
+        kept = read_kept(folder, "judged", about)
         if kept is None:
             kept = self._judge(name, scenes)
-            _write(folder, about, *kept)
+            write_kept(folder, "judged", about, *kept)
         scores, videos = kept
         requests = asked(run.data.world, scenes, self.study.seed)
         shown = [
@@ -235,21 +235,22 @@ def _judges() -> str:
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
 
 
-def _read(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]] | None:
-    """Kept scores and videos, if there are any of these settings; damaged ones are made anew."""
-    if not (folder / "judged.json").is_file():
+def read_kept(folder: Path, stem: str, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]] | None:
+    """Kept scores and videos, if there are any of these settings; None for damaged ones, to be made anew."""
+    scores, arrays_path = folder / f"{stem}.json", folder / f"{stem}.npz"
+    if not scores.is_file():
         return None
     try:
-        kept = disk.read_json(folder / "judged.json")
+        kept = disk.read_json(scores)
         if not isinstance(kept, dict) or kept.get("about") != about:
             return None
         if not _are_scores(kept.get("scores")):
-            raise disk.FileError(f"{folder / 'judged.json'} holds no scores")
-        arrays = disk.read_npz(folder / "judged.npz", MAX_JUDGED_BYTES)
+            raise disk.FileError(f"{scores} holds no scores")
+        arrays = disk.read_npz(arrays_path, MAX_JUDGED_BYTES)
         videos = [arrays.get(f"video_{number}") for number in range(len(arrays))]
         found = [video for video in videos if video is not None and video.dtype == np.uint8 and video.ndim == 4]
         if len(found) != len(videos):
-            raise disk.FileError(f"{folder / 'judged.npz'} holds something else than videos")
+            raise disk.FileError(f"{arrays_path} holds something else than videos")
     except (disk.FileError, FileNotFoundError) as error:
         logging.warning("%s; judging anew", error)
         return None
@@ -264,10 +265,12 @@ def _are_scores(scores: Any) -> bool:
     )
 
 
-def _write(folder: Path, about: dict[str, Any], scores: dict[str, Any], videos: Sequence[np.ndarray]) -> None:
+def write_kept(
+    folder: Path, stem: str, about: dict[str, Any], scores: dict[str, Any], videos: Sequence[np.ndarray]
+) -> None:
     """The videos first: where there are scores there are videos."""
     content = io.BytesIO()
     arrays: dict[str, Any] = {f"video_{number}": video for number, video in enumerate(videos)}
     np.savez_compressed(content, **arrays)
-    files.write_atomically(folder / "judged.npz", content.getvalue())
-    files.write_atomically(folder / "judged.json", json.dumps({"about": about, "scores": scores}).encode())
+    files.write_atomically(folder / f"{stem}.npz", content.getvalue())
+    files.write_atomically(folder / f"{stem}.json", json.dumps({"about": about, "scores": scores}).encode())

@@ -1,0 +1,311 @@
+"""What each way of prompting reaches: a trained DiT, prompted with real held-out clips, judged from the pixels of its videos.
+
+Every mode is an order, laid out and sampled as a user's is. Shares are of videos; what real clips or naive ways reach stands
+beside them as ceiling and floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_jax import checkpoint
+from sora_jax.config import StudyRun
+from sora_jax.data.worlds import captions, clips, world
+from sora_jax.data.worlds.scene import Scene
+from sora_jax.diffusion.sampler import SamplerConfig
+from sora_jax.evaluate import adherence, continuity, reader, reconstruction
+from sora_jax.generate import canvas, layouts, pipeline
+from sora_jax.generate.pipeline import Pipeline
+from sora_jax.generate.requests import Order, Size
+from sora_jax.study import judgement, report
+from sora_jax.train import dit
+
+# A jump at a seam, in usual steps; of a loop's and a bridge's change, in usual ones. Pixels that an edit may move a thing by.
+MOST_SEAM, MOST_LOOP, MOST_BRIDGE, MOST_MOVED = 1.5, 1.25, 2.0, 2.0
+# How much longer than the longest clips of training "long" is, and the motions that can go on for so long within a frame.
+LONGER = 8
+SHOWN = 4  # videos a mode
+ENDLESS = ("still", "orbit", "bounce")
+
+
+def of(study: StudyRun, workdir: Path, name: str) -> tuple[dict[str, Any], list[report.Rung]]:
+    """Scores by mode and shown videos of a stage; kept beside its checkpoints, in prompted.json and prompted.npz."""
+    folder = workdir / name
+    about = {
+        "checkpoint": checkpoint.digest(folder),
+        "count": study.prompts,
+        "shown": SHOWN,
+        "seed": study.seed,
+        "judges": _judges(),
+    }
+    kept = judgement.read_kept(folder, "prompted", about)
+    if kept is None:
+        made = pipeline.load(folder)
+        scores, modes = Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN).judge()
+        # What is shown is told with the scores: its mode, and what was asked for.
+        scores["shown"] = {
+            f"{mode.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
+            for mode in modes
+            for number, video in enumerate(mode.samples)
+        }
+        kept = scores, [video.frames_THWC for mode in modes for video in mode.samples]
+        judgement.write_kept(folder, "prompted", about, *kept)
+    scores, videos = kept
+    rungs: dict[str, list[report.Video]] = {}
+    for (place, told), frames_THWC in zip(scores["shown"].items(), videos, strict=True):
+        seed, fps, prompt = str(told).split(" ", 2)
+        video = report.Video(frames_THWC, float(fps), prompt, int(seed))
+        rungs.setdefault(place.split("/")[0], []).append(video)
+    return {mode: part for mode, part in scores.items() if mode != "shown"}, [
+        report.Rung(mode, samples) for mode, samples in rungs.items()
+    ]
+
+
+@functools.cache
+def _judges() -> str:
+    """What tells one state of the judges' code from another."""
+    modules = (reader, adherence, continuity, layouts, canvas, sys.modules[__name__])
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class Prompting:
+    """Judges one model; `count` videos a mode, of which `shown` are handed on for the report."""
+
+    made: Pipeline
+    settings: SamplerConfig
+    count: int
+    seed: int
+    shown: int
+
+    def __post_init__(self) -> None:
+        config = self.made.run.data.world
+        self.world, self.stride = config, self.made.geometry.stride[0]
+        self.window = max(config.frame_counts)
+        self.scenes = dit.heldout_videos(config, self.count, frames=self.window)
+        self.real = clips.render_mixed(self.scenes)
+        # About half of a clip, in whole groups.
+        self.half = 1 + self.stride * ((self.window - 1) // self.stride // 2)
+        self._folder = tempfile.TemporaryDirectory()
+
+    def judge(self) -> tuple[dict[str, Any], list[report.Rung]]:
+        """Scores by mode, and videos of each mode."""
+        scores: dict[str, Any] = {}
+        shown: list[report.Rung] = []
+        text_motion = self._text_motion()
+        for mode in (
+            self.image,
+            self.extend_forward,
+            self.extend_backward,
+            self.long,
+            self.loop,
+            self.connect,
+            self.edit,
+        ):
+            began = time.perf_counter()
+            found, videos = mode()
+            name = mode.__name__
+            scores[name] = found | {"count": len(videos)}
+            shown.append(report.Rung(name.replace("_", " "), videos[: self.shown]))
+            logging.info("%s: %s in %.1f s", name, _told(found), time.perf_counter() - began)
+        scores["image"]["motion_of_text"] = text_motion
+        for name, part in self.sizes().items():
+            scores[f"sizes_{name}"] = part
+            logging.info("sizes %s: %s", name, _told(part))
+        self._folder.cleanup()
+        return scores, shown
+
+    # Modes -----------------------------------------------------------------------------------------------------------
+
+    def image(self) -> tuple[dict[str, float], list[report.Video]]:
+        """The first frame of a real clip is animated."""
+        videos = self._made(self.scenes, lambda number: {"image": self._file(self.real[number][:1])})
+        firsts = self.made.codec.decode([mean for mean, _ in self.made.codec.encode([clip[:1] for clip in self.real])])
+        readings = reader.read_many([video.frames_THWC for video in videos])
+        scores = reader.score_readings(readings, self.scenes)
+        same = [
+            reading is not None
+            and len(reading.things) == 1
+            and (reading.things[0].colour, reading.things[0].shape) == (scene.things[0].colour, scene.things[0].shape)
+            for reading, scene in zip(readings, self.scenes, strict=True)
+        ]
+        return {
+            "first_frame_psnr": reconstruction.psnr(firsts, [video.frames_THWC[:1] for video in videos]),
+            "identity": float(np.mean(same)),
+            "identity_ceiling": self._identity_ceiling(),
+            "motion": scores["motion"],
+        }, videos
+
+    def _text_motion(self) -> float:
+        made = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
+        return reader.score_readings(reader.read_many(made), self.scenes)["motion"]
+
+    def _identity_ceiling(self) -> float:
+        """Colour and shape of real clips through the VAE."""
+        scores = reader.score(judgement.reconstructed(self.made, self.real), self.scenes)
+        return min(scores["colour"], scores["shape"])
+
+    def extend_forward(self) -> tuple[dict[str, float], list[report.Video]]:
+        """The first half of a real clip goes on."""
+        return self._extended(self.half, lambda clip: clip[: self.half], {})
+
+    def extend_backward(self) -> tuple[dict[str, float], list[report.Video]]:
+        """What was before the second half of a real clip."""
+        return self._extended(self.half, lambda clip: clip[self.half :], {"direction": "backward"})
+
+    def _extended(
+        self, seam: int, part: Callable[[np.ndarray], np.ndarray], more: dict[str, Any]
+    ) -> tuple[dict[str, float], list[report.Video]]:
+        def given(number: int) -> dict[str, Any]:
+            clip = part(self.real[number])
+            return {"extend": self._file(clip), "frames": self.window - len(clip)} | more
+
+        videos = self._made(self.scenes, given)
+        return _seams([video.frames_THWC for video in videos], self.real, seam), videos
+
+    def long(self) -> tuple[dict[str, float], list[report.Video]]:
+        """LONGER times as long as any clip of training, of motions that stay in the frame."""
+        scenes = _of_motions(self.world, ENDLESS, self.count, self.window)
+        frames = 1 + self.stride * ((LONGER * self.window - 1) // self.stride)
+        videos = self._made(scenes, lambda number: {"frames": frames})
+        kept = [continuity.kept(video.frames_THWC, self.window) for video in videos]
+        return {"kept": float(np.mean(kept)), "frames": float(frames)}, videos
+
+    def loop(self) -> tuple[dict[str, float], list[report.Video]]:
+        """A video that is made from a prompt and leads back to its start."""
+        videos = self._made(self.scenes, lambda number: {"loop": True})
+        plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "loop's floor")
+
+        def closed(frames: Sequence[np.ndarray]) -> float:
+            return float(np.mean([continuity.loop_change(each) <= MOST_LOOP for each in frames]))
+
+        return {"closed": closed([video.frames_THWC for video in videos]), "closed_floor": closed(plain)}, videos
+
+    def connect(self) -> tuple[dict[str, float], list[report.Video]]:
+        """The first half of a clip is led to the mirrored second half of it: the same thing, elsewhere."""
+        ends = [(clip[: self.half], clip[self.half :, :, ::-1]) for clip in self.real]
+        videos = self._made(self.scenes, lambda number: {"connect": [self._file(end) for end in ends[number]]})
+        round_trips = judgement.reconstructed(self.made, [start for start, _ in ends])
+
+        def smooth(frames: Sequence[np.ndarray]) -> float:
+            return float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in frames]))
+
+        return {
+            "smooth": smooth([video.frames_THWC for video in videos]),
+            "smooth_floor": smooth([np.concatenate(pair) for pair in ends]),
+            "start_psnr": reconstruction.psnr(round_trips, [video.frames_THWC[: self.half] for video in videos]),
+        }, videos
+
+    def edit(self) -> tuple[dict[str, float], list[report.Video]]:
+        """Real clips are made anew with another colour in the prompt."""
+        colours = self.world.colours
+        wanted = [
+            dataclasses.replace(scene, things=(dataclasses.replace(thing, colour=_after(colours, thing.colour)),))
+            for scene in self.scenes
+            for thing in scene.things
+        ]
+        videos = self._made(wanted, lambda number: {"edit": self._file(self.real[number])})
+        made = [video.frames_THWC for video in videos]
+        moved = [
+            float(np.nan_to_num(np.linalg.norm(reader.places(one) - reader.places(other), axis=1), nan=np.inf).mean())
+            for one, other in zip(made, self.real, strict=True)
+        ]
+        return {
+            "changed": reader.score_readings(reader.read_many(made), wanted)["colour"],
+            "place_kept": float(np.mean(np.array(moved) <= MOST_MOVED)),
+        }, videos
+
+    def sizes(self) -> dict[str, dict[str, float]]:
+        """Adherence at sizes of training, at sizes between them, and at 1.5 times the largest area and side."""
+        known = self.world.frame_sizes
+        low, high = min(map(min, known)), max(map(max, known))
+        between = (low + high) // 2 // 8 * 8
+        groups = {
+            "trained": known,
+            "between": ((between, low), (low, between), (between, between)),
+            "larger_area": ((high, high),),
+            "longer_side": ((high * 3 // 2, low), (low, high * 3 // 2)),
+        }
+        found = {}
+        for name, group in groups.items():
+            if name != "trained" and not set(group) - set(known):
+                continue
+            config = dataclasses.replace(self.world, frame_sizes=tuple(group), frame_size_weights=())
+            scenes = dit.heldout_videos(config, self.count)
+            videos = self.made.sample(judgement.asked(config, scenes, self.seed), self.settings)
+            found[name] = adherence.judge(videos, scenes, self.seed)[0]
+        return found
+
+    # Making ----------------------------------------------------------------------------------------------------------
+
+    def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[report.Video]:
+        """Videos of the scenes' prompts, each with its order's own keys."""
+        grid, several_sizes = (
+            layouts.Grid(self.made.geometry.stride, self.made.geometry.patch),
+            len(self.world.sizes) > 1,
+        )
+        jobs = []
+        for number, scene in enumerate(scenes):
+            usual = Size(scene.height, scene.width, self.window, scene.fps)
+            order = Order(prompt=captions.prompt(scene, several_sizes), seed=self.seed + number, **given(number))
+            jobs.append(layouts.prepare(order, usual, grid))
+        made = self.made.make(jobs, self.settings)
+        return [
+            report.Video(frames_THWC, job.size.fps, job.order.prompt, job.order.seed)
+            for frames_THWC, job in zip(made, jobs, strict=True)
+        ]
+
+    def _file(self, frames_THWC: np.ndarray) -> str:
+        """A clip as an input file, without loss."""
+        from PIL import Image
+
+        path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.png"
+        images = [Image.fromarray(frame) for frame in np.ascontiguousarray(frames_THWC)]
+        milliseconds = 1000 / self.world.fps[0]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+        return str(path)
+
+
+def _seams(made: Sequence[np.ndarray], real: Sequence[np.ndarray], at: int) -> dict[str, float]:
+    """Shares of videos without a jump of place and of velocity at a seam, and of real clips."""
+    found: dict[str, float] = {}
+    for suffix, videos in {"": made, "_ceiling": real}.items():
+        seams = [continuity.seam(frames, at) for frames in videos]
+        for name in ("position", "velocity"):
+            found[f"{name}{suffix}"] = float(np.mean([seam[name] <= MOST_SEAM for seam in seams]))
+        found[f"both{suffix}"] = float(np.mean([max(seam.values()) <= MOST_SEAM for seam in seams]))
+    return found
+
+
+def _of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, frames: int) -> list[Scene]:
+    """Held-out scenes of these motions, of those that the world has. Raises ValueError if it has none of them."""
+    if not set(motions) & set(config.motions):
+        raise ValueError(f"this world has none of the motions {', '.join(motions)}")
+    found: list[Scene] = []
+    start = 0
+    while len(found) < count:
+        drawn = dit.heldout_videos(config, count, start=start, frames=frames)
+        found += [scene for scene in drawn if scene.things[0].motion in motions]
+        start += 100 * count
+    return found[:count]
+
+
+def _after(words: Sequence[str], word: str) -> str:
+    """The word half of the list further on: of colours, one that is far."""
+    return words[(words.index(word) + len(words) // 2) % len(words)]
+
+
+def _told(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
