@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 ARGUMENTS = ("", "vae", "dit")
 DIT_STEPS = 3400
 # Motions that can go on for ever are among them, to be extended and looped.
-MOTIONS = ("still", *parts.DIRECTIONS, "orbit", "bounce")
+MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -227,9 +227,9 @@ def _connect(scene: _Scene) -> Layout:
 
 def _loop(scene: _Scene) -> Layout:
     if scene.order.loop is True:
-        # Clip and bridge are both made; a third, in whole groups, leads back.
+        # Clip and bridge are both made; half of it, in whole groups, leads back as fast as the other half led away.
         whole = scene.whole()
-        bridge = max(1, min(whole - 1, scene.stride * max(1, round(whole / 3 / scene.stride))))
+        bridge = max(1, min(whole - 1, scene.stride * max(1, whole // 2 // scene.stride)))
         bridge += (whole - bridge - 1) % scene.stride
         clip = whole - bridge
         if clip < 1:

@@ -37,7 +37,7 @@ MOST_SEAM, MOST_LOOP, MOST_BRIDGE, MOST_MOVED = 1.5, 1.25, 2.0, 2.0
 # How much longer than the longest clips of training "long" is, and the motions that can go on for so long within a frame.
 LONGER = 8
 SHOWN = 4  # videos a mode
-ENDLESS = ("still", "orbit", "bounce")
+ENDLESS = ("still", "orbit")
 
 
 def of(study: StudyRun, workdir: Path, name: str) -> tuple[dict[str, Any], list[report.Rung]]:
@@ -53,7 +53,9 @@ def of(study: StudyRun, workdir: Path, name: str) -> tuple[dict[str, Any], list[
     kept = judgement.read_kept(folder, "prompted", about)
     if kept is None:
         made = pipeline.load(folder)
-        scores, modes = Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN).judge()
+        with tempfile.TemporaryDirectory() as prompts:
+            judge = Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN, Path(prompts))
+            scores, modes = judge.judge()
         # What is shown is told with the scores: its mode, and what was asked for.
         scores["shown"] = {
             f"{mode.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
@@ -82,13 +84,14 @@ def _judges() -> str:
 
 @dataclasses.dataclass
 class Prompting:
-    """Judges one model; `count` videos a mode, of which `shown` are handed on for the report."""
+    """Judges one model; `count` videos a mode, of which `shown` are handed on for the report. Input files go to folder."""
 
     made: Pipeline
     settings: SamplerConfig
     count: int
     seed: int
     shown: int
+    folder: Path
 
     def __post_init__(self) -> None:
         config = self.made.run.data.world
@@ -96,15 +99,16 @@ class Prompting:
         self.window = max(config.frame_counts)
         self.scenes = dit.heldout_videos(config, self.count, frames=self.window)
         self.real = clips.render_mixed(self.scenes)
+        self.round_trips = self._round_trips(self.real)
         # About half of a clip, in whole groups.
         self.half = 1 + self.stride * ((self.window - 1) // self.stride // 2)
-        self._folder = tempfile.TemporaryDirectory()
 
     def judge(self) -> tuple[dict[str, Any], list[report.Rung]]:
         """Scores by mode, and videos of each mode."""
         scores: dict[str, Any] = {}
         shown: list[report.Rung] = []
-        text_motion = self._text_motion()
+        plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
+        text_motion = reader.score(plain, self.scenes)["motion"]
         for mode in (
             self.image,
             self.extend_forward,
@@ -124,7 +128,6 @@ class Prompting:
         for name, part in self.sizes().items():
             scores[f"sizes_{name}"] = part
             logging.info("sizes %s: %s", name, _told(part))
-        self._folder.cleanup()
         return scores, shown
 
     # Modes -----------------------------------------------------------------------------------------------------------
@@ -132,30 +135,14 @@ class Prompting:
     def image(self) -> tuple[dict[str, float], list[report.Video]]:
         """The first frame of a real clip is animated."""
         videos = self._made(self.scenes, lambda number: {"image": self._file(self.real[number][:1])})
-        firsts = self.made.codec.decode([mean for mean, _ in self.made.codec.encode([clip[:1] for clip in self.real])])
-        readings = reader.read_many([video.frames_THWC for video in videos])
-        scores = reader.score_readings(readings, self.scenes)
-        same = [
-            reading is not None
-            and len(reading.things) == 1
-            and (reading.things[0].colour, reading.things[0].shape) == (scene.things[0].colour, scene.things[0].shape)
-            for reading, scene in zip(readings, self.scenes, strict=True)
-        ]
+        firsts = self._round_trips([clip[:1] for clip in self.real])
+        made = [video.frames_THWC for video in videos]
         return {
-            "first_frame_psnr": reconstruction.psnr(firsts, [video.frames_THWC[:1] for video in videos]),
-            "identity": float(np.mean(same)),
-            "identity_ceiling": self._identity_ceiling(),
-            "motion": scores["motion"],
+            "first_frame_psnr": reconstruction.psnr(firsts, [frames_THWC[:1] for frames_THWC in made]),
+            "identity": _identity(made, self.scenes),
+            "identity_ceiling": _identity(self.round_trips, self.scenes),
+            "motion": reader.score(made, self.scenes)["motion"],
         }, videos
-
-    def _text_motion(self) -> float:
-        made = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
-        return reader.score_readings(reader.read_many(made), self.scenes)["motion"]
-
-    def _identity_ceiling(self) -> float:
-        """Colour and shape of real clips through the VAE."""
-        scores = reader.score(judgement.reconstructed(self.made, self.real), self.scenes)
-        return min(scores["colour"], scores["shape"])
 
     def extend_forward(self) -> tuple[dict[str, float], list[report.Video]]:
         """The first half of a real clip goes on."""
@@ -173,7 +160,9 @@ class Prompting:
             return {"extend": self._file(clip), "frames": self.window - len(clip)} | more
 
         videos = self._made(self.scenes, given)
-        return _seams([video.frames_THWC for video in videos], self.real, seam), videos
+        return _seams([video.frames_THWC for video in videos], seam) | {
+            f"{name}_ceiling": share for name, share in _seams(self.round_trips, seam).items()
+        }, videos
 
     def long(self) -> tuple[dict[str, float], list[report.Video]]:
         """LONGER times as long as any clip of training, of motions that stay in the frame."""
@@ -191,21 +180,39 @@ class Prompting:
         def closed(frames: Sequence[np.ndarray]) -> float:
             return float(np.mean([continuity.loop_change(each) <= MOST_LOOP for each in frames]))
 
-        return {"closed": closed([video.frames_THWC for video in videos]), "closed_floor": closed(plain)}, videos
+        made = [video.frames_THWC for video in videos]
+        changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, plain)), strict=True)
+        return {
+            "closed": closed(made),
+            "closed_floor": closed(plain),
+            # A loop of something at rest is none.
+            "alive": float(np.mean([one >= other / 2 for one, other in changes])),
+            "identity": _identity(made, self.scenes),
+        }, videos
 
     def connect(self) -> tuple[dict[str, float], list[report.Video]]:
-        """The first half of a clip is led to the mirrored second half of it: the same thing, elsewhere."""
-        ends = [(clip[: self.half], clip[self.half :, :, ::-1]) for clip in self.real]
-        videos = self._made(self.scenes, lambda number: {"connect": [self._file(end) for end in ends[number]]})
-        round_trips = judgement.reconstructed(self.made, [start for start, _ in ends])
+        """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time.
+
+        Of things that move: one at rest has no usual change to hold that of its bridge against.
+        """
+        moving = [motion for motion in self.world.motions if motion != "still"]
+        scenes = _of_motions(self.world, moving, self.count, self.window)
+        ends = [(clip[: self.half], clip[self.half :][::-1]) for clip in clips.render_mixed(scenes)]
+        videos = self._made(scenes, lambda number: {"connect": tuple(self._file(end) for end in ends[number])})
 
         def smooth(frames: Sequence[np.ndarray]) -> float:
             return float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in frames]))
 
+        wanted = [self._round_trips([pair[place] for pair in ends]) for place in range(2)]
+        made = [
+            [video.frames_THWC[: len(start)] for video, start in zip(videos, wanted[0], strict=True)],
+            [video.frames_THWC[-len(end) :] for video, end in zip(videos, wanted[1], strict=True)],
+        ]
         return {
             "smooth": smooth([video.frames_THWC for video in videos]),
             "smooth_floor": smooth([np.concatenate(pair) for pair in ends]),
-            "start_psnr": reconstruction.psnr(round_trips, [video.frames_THWC[: self.half] for video in videos]),
+            "smooth_ceiling": smooth(self.round_trips),
+            "ends_psnr": min(reconstruction.psnr(one, other) for one, other in zip(wanted, made, strict=True)),
         }, videos
 
     def edit(self) -> tuple[dict[str, float], list[report.Video]]:
@@ -267,26 +274,42 @@ class Prompting:
             for frames_THWC, job in zip(made, jobs, strict=True)
         ]
 
+    def _round_trips(self, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Through the VAE; the last frame is held to fill a group."""
+        held = [np.concatenate([each, *[each[-1:]] * (-(len(each) - 1) % self.stride)]) for each in videos]
+        return [
+            whole[: len(each)] for whole, each in zip(judgement.reconstructed(self.made, held), videos, strict=True)
+        ]
+
     def _file(self, frames_THWC: np.ndarray) -> str:
-        """A clip as an input file, without loss."""
+        """A clip as an input file, without loss but for a level of one pixel in every other frame: Pillow drops repeated frames."""
         from PIL import Image
 
-        path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.png"
-        images = [Image.fromarray(frame) for frame in np.ascontiguousarray(frames_THWC)]
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.png"
+        frames_THWC = frames_THWC.copy()
+        frames_THWC[1::2, 0, 0] ^= 1
+        images = [Image.fromarray(frame) for frame in frames_THWC]
         milliseconds = 1000 / self.world.fps[0]
         images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
         return str(path)
 
 
-def _seams(made: Sequence[np.ndarray], real: Sequence[np.ndarray], at: int) -> dict[str, float]:
-    """Shares of videos without a jump of place and of velocity at a seam, and of real clips."""
-    found: dict[str, float] = {}
-    for suffix, videos in {"": made, "_ceiling": real}.items():
-        seams = [continuity.seam(frames, at) for frames in videos]
-        for name in ("position", "velocity"):
-            found[f"{name}{suffix}"] = float(np.mean([seam[name] <= MOST_SEAM for seam in seams]))
-        found[f"both{suffix}"] = float(np.mean([max(seam.values()) <= MOST_SEAM for seam in seams]))
-    return found
+def _seams(videos: Sequence[np.ndarray], at: int) -> dict[str, float]:
+    """Shares of videos without a jump of place and of velocity at a seam."""
+    seams = [continuity.seam(frames, at) for frames in videos]
+    found = {name: float(np.mean([seam[name] <= MOST_SEAM for seam in seams])) for name in ("position", "velocity")}
+    return found | {"both": float(np.mean([max(seam.values()) <= MOST_SEAM for seam in seams]))}
+
+
+def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
+    """The share of videos that show one thing, of the scene's colour and shape."""
+    kept = [
+        reading is not None
+        and len(reading.things) == 1
+        and (reading.things[0].colour, reading.things[0].shape) == (scene.things[0].colour, scene.things[0].shape)
+        for reading, scene in zip(reader.read_many(videos), scenes, strict=True)
+    ]
+    return float(np.mean(kept))
 
 
 def _of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, frames: int) -> list[Scene]:
