@@ -35,6 +35,7 @@ def compact_world() -> ConfigDict:
             fps=(5.0,),
             two_things_fraction=0.0,
             holdout_fraction=0.15,
+            square=False,
             seed=0,
         ),
         convert_dict=True,
@@ -99,7 +100,16 @@ def loop(
 
 def known() -> ConfigDict:
     """Nothing is given: text alone."""
-    kinds = ("first_frame", "first_frames", "last_frames", "both_ends", "some_frames", "box", "less_noise")
+    kinds = (
+        "first_frame",
+        "first_frames",
+        "last_frames",
+        "both_ends",
+        "some_frames",
+        "box",
+        "less_noise",
+        "next_frame",
+    )
     return ConfigDict(dict.fromkeys(kinds, 0.0))
 
 

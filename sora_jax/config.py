@@ -187,7 +187,7 @@ class VAERun:
     def __post_init__(self) -> None:
         crop, world = self.vae_train.crop, self.data.world
         self.vae.latent_shape(*crop)
-        smallest = (min(world.frame_counts), *(min(size[axis] for size in world.frame_sizes) for axis in range(2)))
+        smallest = (min(world.frame_counts), *(min(size[axis] for size in world.clip_sizes) for axis in range(2)))
         if any(need > have for need, have in zip(crop, smallest, strict=True)):
             raise ValueError(f"vae_train.crop {crop} is larger than the world's smallest clip {smallest}; crop less")
 
@@ -220,7 +220,7 @@ class DiTRun:
 MAX_INT = 2**53
 MAX_SHOWN = 200
 
-GROUPS = ("ladder", "isoflop", "models", "rates", "prompting")
+GROUPS = ("ladder", "isoflop", "models", "rates", "prompting", "framing", "rollout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +231,9 @@ class StudyRun:
     together: 'ladder', the same with more and more compute, shown side by side, where runs that differ in nothing but their
     seed are one rung; 'isoflop', models of several sizes at several budgets, to which the laws of study/laws.py are fitted;
     'models', several sizes and patches at equal steps; 'rates', several widths, each at several rates; 'prompting', models that are
-    prompted with images and videos in every way (study/prompting.py). Of the ladder and the
-    models all are sampled, without either the last DiT: on `prompts` held-out prompts, of which the report shows `shown`.
+    prompted with images and videos in every way (study/prompting.py); 'framing', models of clips of native and of square frames;
+    'rollout', models that make frames together and one after the other (study/baselines.py). Of the ladder and the models all are
+    sampled, without either the last DiT: on `prompts` held-out prompts, of which the report shows `shown`.
     """
 
     title: str
@@ -298,11 +299,13 @@ def from_config_dict(tree: Any) -> Run:
 
 # Keys that configs did not always have, with what was done before.
 LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
+WORLD_ADDED = {"data.world.square": False}
 ADDED: dict[str, dict[str, Any]] = {
-    "vae": LOOP_ADDED,
+    "vae": LOOP_ADDED | WORLD_ADDED,
     "dit": LOOP_ADDED
+    | WORLD_ADDED
     | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}
-    | {"loader.patience": 0.0, "loader.skip_quota": 0.0}
+    | {"loader.patience": 0.0, "loader.skip_quota": 0.0, "loader.known.next_frame": 0.0}
     | {"sampler.base_tokens": 0, "sampler.guidance_interval": (0.0, 1.0)}
     | {"sampler.guidance_rescale": 0.0, "sampler.known_guidance": 1.0},
 }

@@ -167,7 +167,9 @@ def card(record: Mapping[str, Any], parameters: int, evaluation: Mapping[str, fl
             f"- step {record['step']}, {config.stored_number(meta, 'total_flops', name):.3g} training FLOPs in all",
         ),
         f"- data: a procedural world of moving shapes, {run['data']['train_clips']} clips of "
-        f"{_listed(world['frame_counts'])} frames of {_listed(world['frame_sizes'])} pixels (height, width)",
+        f"{_listed(world['frame_counts'])} frames of {_listed(world['frame_sizes'])} pixels (height, width)"
+        + ", of which the middle square"
+        * bool(world.get("square")),
         "- versions: " + ", ".join(f"{key} {value}" for key, value in _versions(meta).items()),
         *(f"- digest of the checkpoint: `{record['source']}`", "- all settings: config.json", ""),
         *(("## Held-out clips", "", "| measure | value |", "| --- | --- |", *scores, "") if scores else ()),

@@ -991,7 +991,7 @@ def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
     """The size of the flags, and where there is none, of the clips that were trained on."""
     from sora_jax.generate import requests
 
-    height, width = world.frame_sizes[0]
+    height, width = world.clip_sizes[0]
     given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
     return dataclasses.replace(
         requests.Size(height, width, max(world.frame_counts), world.fps[0]),
@@ -1001,10 +1001,10 @@ def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
 
 def warn_of(size: requests.Size, world: WorldConfig) -> None:
     """Warns of a size that can be made but was not trained on."""
-    known = (size.height, size.width) in world.frame_sizes and size.frames <= max(world.frame_counts)
+    known = (size.height, size.width) in world.clip_sizes and size.frames <= max(world.frame_counts)
     if known and (size.frames == 1 or size.fps in world.fps):
         return
-    sizes, rates = ", ".join(f"{h}x{w}" for h, w in world.frame_sizes), ", ".join(f"{rate:g}" for rate in world.fps)
+    sizes, rates = ", ".join(f"{h}x{w}" for h, w in world.clip_sizes), ", ".join(f"{rate:g}" for rate in world.fps)
     logging.warning(
         "%s is not what the checkpoint was trained on, expect less of it; that was %s, up to %d frames, at %s fps",
         size, sizes, max(world.frame_counts), rates,
@@ -1048,7 +1048,7 @@ def sample(arguments: argparse.Namespace) -> None:
         for line in manifest.differences(kept, sora_jax.__version__, manifest.versions()):
             logging.warning("%s", line)
     world = pipeline.run.data.world
-    height, width = world.frame_sizes[0]
+    height, width = world.clip_sizes[0]
     usual = requests.Size(height, width, max(world.frame_counts), world.fps[0])
     grid = layouts.Grid(pipeline.vae_config.stride, pipeline.run.dit.patch)
     with _errors_for_users(ValueError):

@@ -172,6 +172,23 @@ def test_known_frames_are_whole_frames_at_the_start(store):
     assert share == pytest.approx(0.5, abs=0.08)
 
 
+def test_what_comes_after_a_next_frame_is_not_there(store):
+    settings = loader.LoaderConfig(known=masks.KnownConfig(next_frame=1.0))
+    packing, ends = dataclasses.replace(PACKING, drop_rate=0.0), set()
+    for clip in range(len(store)):
+        latent = store[clip]
+        tokens, _ = loader.Tokeniser(settings, packing, GEOMETRY, text, 0)(latent, 0)
+        whole, _ = loader.Tokeniser(loader.LoaderConfig(), packing, GEOMETRY, text, 0)(latent, 0)
+        count, frame = len(tokens.index_N), latent.mean_thwc[0, ..., 0].size
+        assert count % frame == 0 and (tokens.known_N == (np.arange(count) < count - frame)).all()
+        assert (tokens.mean_NP == whole.mean_NP[:count]).all() and (
+            tokens.position_N3 == whole.position_N3[:count]
+        ).all()
+        assert tokens.extent_3[0] <= whole.extent_3[0]
+        ends.add((count // frame, len(latent.mean_thwc)))
+    assert any(end < length for end, length in ends) and any(end == length > 1 for end, length in ends)
+
+
 def test_evaluation_batches_hold_every_clip_once(store):
     tokeniser = loader.Tokeniser(
         loader.LoaderConfig(0, 0), dataclasses.replace(PACKING, drop_rate=0.0), GEOMETRY, text, 0

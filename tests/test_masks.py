@@ -21,7 +21,10 @@ def drawn(kind, grid, count=200, share=1.0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_something_is_always_unknown(kind, grid):
     assert not any(mask.all() for mask, _ in drawn(kind, grid))
-    assert all(mask.shape == grid and 0 <= ceiling <= 1 for mask, ceiling in drawn(kind, grid))
+    # Where the next frame is made, the clip ends with it.
+    lengths = range(1, grid[0] + 1) if kind == "next_frame" else grid[:1]
+    assert {mask.shape for mask, _ in drawn(kind, grid)} == {(length, *grid[1:]) for length in lengths}
+    assert all(0 <= ceiling <= 1 for _, ceiling in drawn(kind, grid))
 
 
 def frames(kind, grid=(5, 2, 3)):
@@ -37,6 +40,11 @@ def test_each_kind_of_frames_is_all_that_its_name_says():
     assert frames("last_frames") == {tuple(range(k, 5)) for k in (1, 2, 3, 4)}
     assert frames("both_ends") == {(*range(a), *range(b, 5)) for a in (1, 2, 3) for b in range(a + 1, 5)}
     assert len(frames("some_frames")) == 2**5 - 2
+
+
+def test_a_next_frame_ends_the_clip():
+    for mask, ceiling in drawn("next_frame", (4, 2, 2)):
+        assert mask[:-1].all() and not mask[-1].any() and ceiling == 1
 
 
 def test_boxes_are_known_inside_or_outside_and_keep_their_place_where_known_inside():

@@ -88,7 +88,7 @@ def test_a_seam_is_seen_from_both_sides(oracle, mode, new):
 
 def test_a_thing_that_is_lost_on_the_way_is_not_kept(oracle):
     def drawn(number, job):
-        scene = prompting._of_motions(WORLD, prompting.ENDLESS, COUNT, 17)[number]
+        scene = prompting.of_motions(WORLD, prompting.ENDLESS, COUNT, 17)[number]
         cycles = scene.things[0].cycles * (job.size.frames // 17)
         thing = dataclasses.replace(scene.things[0], cycles=cycles)
         return clips.render_mixed([dataclasses.replace(scene, things=(thing,), num_frames=job.size.frames)])[0]
@@ -136,4 +136,4 @@ def test_an_edit_changes_what_was_asked_for_and_leaves_the_place(oracle):
 
 def test_a_world_without_such_motions_is_refused():
     with pytest.raises(ValueError, match="none of the motions orbit"):
-        prompting._of_motions(dataclasses.replace(WORLD, motions=("still", "up")), ("orbit",), 2, 17)
+        prompting.of_motions(dataclasses.replace(WORLD, motions=("still", "up")), ("orbit",), 2, 17)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax.data.worlds import clips, world
+from sora_jax.data.worlds.scene import REACH, track
 from sora_jax.evaluate import reader
 
 PAIRS = dataclasses.replace(world.FULL, two_things_fraction=1.0)
@@ -117,6 +118,29 @@ def test_a_thing_in_pieces_is_wrong():
     assert reader.score_readings(readings, scenes)["all"] == 0
     for name in WORLDS:
         assert np.mean([thing.whole for reading in _readings(name) for thing in reading.things]) == 1
+
+
+def test_a_thing_is_inside_where_nothing_of_it_is_cut_off():
+    native, squares = (
+        dataclasses.replace(world.COMPACT, frame_sizes=((32, 48), (48, 32)), square=square) for square in (False, True)
+    )
+    seen = set()
+    for index in range(60):
+        whole, cut = (world.sample_scene(config, "train", index) for config in (native, squares))
+        assert reader.inside(clips.render_mixed([whole])[0]).all()
+        path_T3 = track(cut.things[0], cut.num_frames)
+        reach_2 = np.array(REACH[cut.things[0].shape])
+        beyond = np.max(
+            [reach_2 * path_T3[:, 2:] - path_T3[:, :2], path_T3[:, :2] + reach_2 * path_T3[:, 2:] - 32], (0, 2)
+        )
+        inside = reader.inside(clips.render_mixed([cut])[0])
+        assert inside[beyond < -0.5].all()
+        # The others do not reach as far on every side.
+        if cut.things[0].shape in ("circle", "square"):
+            assert not inside[beyond > 2].any()
+        seen |= set(inside.tolist())
+    assert seen == {True, False}
+    assert not reader.inside(np.full((3, 32, 32, 3), 128, np.uint8)).any()
 
 
 def test_images_do_not_count_for_motion():

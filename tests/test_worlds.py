@@ -177,6 +177,16 @@ def test_captions_tell_scenes_apart():
             assert meaning.setdefault((number, text), attributes) == attributes
 
 
+def test_a_square_is_the_middle_of_the_frame():
+    squares = dataclasses.replace(world.COMPACT, square=True)
+    assert world.COMPACT.clip_sizes == world.COMPACT.frame_sizes and squares.clip_sizes == ((32, 32),)
+    for index in range(30):
+        whole, cut = (clips.clip(config, "train", index) for config in (world.COMPACT, squares))
+        top, left = ((size - 32) // 2 for size in whole.frames_THWC.shape[1:3])
+        assert np.array_equal(cut.frames_THWC, whole.frames_THWC[:, top : top + 32, left : left + 32])
+        assert cut.captions == whole.captions
+
+
 def test_weights_of_sizes_are_for_training_alone():
     weighted = dataclasses.replace(world.COMPACT, frame_size_weights=(0.0, 0.25, 0.75))
     for split, expected in (("train", (0, 0.25, 0.75)), ("heldout", (1 / 3,) * 3)):

@@ -130,17 +130,19 @@ class Tokeniser:
     def __call__(self, latent: Latent, draw: int) -> tuple[pack.Tokens, pack.Count]:
         """Tokens of draw number `draw` of a clip, and how many were dropped."""
         rng = np.random.default_rng((self.seed, latent.id, draw))
-        t, h, w = pack.grid_shape(latent.mean_thwc.shape, self.geometry.patch)
-        known_thw, ceiling = masks.draw(self.config.known, rng, (t, h, w))
+        grid = pack.grid_shape(latent.mean_thwc.shape, self.geometry.patch)
+        known_thw, ceiling = masks.draw(self.config.known, rng, grid)
+        t, h, w = known_thw.shape
+        mean_thwc, std_thwc = (x[: t * self.geometry.patch[0]] for x in (latent.mean_thwc, latent.std_thwc))
         text_LM, text_token_L = self.text(self._caption(rng, latent.captions))
         tokens = pack.Tokens(
-            mean_NP=pack.patchify(latent.mean_thwc, self.geometry.patch).astype(np.float32),
-            std_NP=pack.patchify(latent.std_thwc, self.geometry.patch).astype(np.float32),
-            position_N3=pack.positions(latent.mean_thwc.shape, self.geometry, latent.fps),
+            mean_NP=pack.patchify(mean_thwc, self.geometry.patch).astype(np.float32),
+            std_NP=pack.patchify(std_thwc, self.geometry.patch).astype(np.float32),
+            position_N3=pack.positions(mean_thwc.shape, self.geometry, latent.fps),
             index_N=np.arange(t * h * w, dtype=np.int32),
             known_N=known_thw.ravel(),
             ceiling=ceiling,
-            extent_3=pack.extent(latent.mean_thwc.shape, self.geometry, latent.fps),
+            extent_3=pack.extent(mean_thwc.shape, self.geometry, latent.fps),
             clip=latent.id,
             draw=draw,
             text_LM=text_LM,

@@ -34,6 +34,7 @@ class KnownConfig:
     some_frames: float = 0.0
     box: float = 0.0
     less_noise: float = 0.0
+    next_frame: float = 0.0
 
     def __post_init__(self) -> None:
         shares = dataclasses.asdict(self)
@@ -47,7 +48,10 @@ class KnownConfig:
 def draw(
     config: KnownConfig, rng: np.random.Generator, grid: tuple[int, int, int]
 ) -> tuple[Bool[np.ndarray, "t h w"], float]:
-    """(which patches of the grid are known, the highest time of the others). At least one patch is unknown."""
+    """(which patches of the grid are known, the highest time of the others). At least one patch is unknown.
+
+    Where t is less than the grid's, the clip ends there.
+    """
     nothing = np.zeros(grid, bool)
     names = [field.name for field in dataclasses.fields(config)]
     ends = np.cumsum([getattr(config, name) for name in names])
@@ -56,6 +60,9 @@ def draw(
         return nothing, 1.0
     if names[place] == "less_noise":
         return nothing, float(rng.random())
+    if names[place] == "next_frame":
+        frames = int(rng.integers(1, grid[0] + 1))
+        return _frames((frames, *grid[1:]), range(frames - 1)), 1.0
     known = MASKS[names[place]](rng, grid)
     return (nothing if known is None else known), 1.0
 

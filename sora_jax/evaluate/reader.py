@@ -21,6 +21,7 @@ from sora_jax.data.worlds.scene import Scene
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 LEAST_COVERAGE = 0.25  # of a pixel, smoothed, for it to belong to a thing
+CUT_COVERAGE = 0.75  # of an outermost pixel, where a thing goes on beyond the frame
 LEAST_AREA = 0.006  # of the frame: two thirds of the smallest thing of a world
 LEAST_SHARE = 0.1  # of the first thing's area, for a second
 # Of a thing that is whole, see _Track: real clips reach 0.21, two discs with a gap of half their width 0.44. A blur of 1.2 px is
@@ -108,11 +109,27 @@ def areas(frames_THWC: np.ndarray) -> np.ndarray:
     return found_T
 
 
+def inside(frames_THWC: np.ndarray) -> np.ndarray:
+    """(T,): whether a video's larger thing is in sight in each frame and none of it is cut off by the frame's edge."""
+    found_T = np.zeros(len(frames_THWC), bool)
+    if covers := _cover(frames_THWC):
+        edges = (covers[0][:, [0, -1]].max((1, 2)), covers[0][:, :, [0, -1]].max((1, 2)))
+        found_T[_follow(covers[0]).frames_F] = True
+        # A thing that ends within the outermost pixels covers them in part.
+        found_T &= np.maximum(*edges) < CUT_COVERAGE
+    return found_T
+
+
 def _largest(frames_THWC: np.ndarray) -> _Track | None:
+    covers = _cover(frames_THWC)
+    return _follow(covers[0]) if covers else None
+
+
+def _cover(frames_THWC: np.ndarray) -> list[np.ndarray]:
+    """How much of each pixel each thing covers, of at most two, the larger first."""
     hue_THW = _hue_plane(_levels(frames_THWC))
     smooth_THW = _smooth(hue_THW)
-    covers = _separate(hue_THW, smooth_THW, _find_colours(smooth_THW))
-    return _follow(covers[0]) if covers else None
+    return _separate(hue_THW, smooth_THW, _find_colours(smooth_THW))
 
 
 def read_many(videos: Sequence[np.ndarray]) -> list[Reading | None]:

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sora_jax.train import dit
 # Scenes of real clips that samples are held against as a set: other ones than those that were asked for.
 REAL_SCENES = 1_000_000
 MAX_JUDGED_BYTES = 2**32  # of the shown samples
+SHOWN = "shown"  # among kept scores: what the kept videos are of
 
 
 @dataclasses.dataclass
@@ -226,6 +227,30 @@ def expected(scene: Scene) -> str:
 
 def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
+
+
+def once(folder: Path, stem: str, about: dict[str, Any], judge: Callable[[], list[report.Rung]]) -> list[report.Rung]:
+    """What judge() finds, kept in folder as stem.json and stem.npz and read from there for the same checkpoint and settings."""
+    about = about | {"checkpoint": checkpoint.digest(folder)}
+    kept = read_kept(folder, stem, about)
+    if kept is None:
+        rungs = judge()
+        scores = {rung.name: dict(rung.scores) for rung in rungs}
+        # What is shown is told with the scores: of which rung it is, and what was asked for.
+        scores[SHOWN] = {
+            f"{rung.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
+            for rung in rungs
+            for number, video in enumerate(rung.samples)
+        }
+        kept = scores, [video.frames_THWC for rung in rungs for video in rung.samples]
+        write_kept(folder, stem, about, *kept)
+    scores, videos = kept
+    samples: dict[str, list[report.Video]] = {}
+    for (place, told), frames_THWC in zip(scores[SHOWN].items(), videos, strict=True):
+        seed, fps, prompt = str(told).split(" ", 2)
+        video = report.Video(frames_THWC, float(fps), prompt, int(seed))
+        samples.setdefault(place.split("/")[0], []).append(video)
+    return [report.Rung(name, samples.get(name, ()), part) for name, part in scores.items() if name != SHOWN]
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import checkpoint
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips, world
 from sora_jax.data.worlds.scene import Scene
@@ -40,39 +39,24 @@ SHOWN = 4  # videos a mode
 ENDLESS = ("still", "orbit")
 
 
-def of(study: StudyRun, workdir: Path, name: str) -> tuple[dict[str, Any], list[report.Rung]]:
-    """Scores by mode and shown videos of a stage; kept beside its checkpoints, in prompted.json and prompted.npz."""
-    folder = workdir / name
-    about = {
-        "checkpoint": checkpoint.digest(folder),
-        "count": study.prompts,
-        "shown": SHOWN,
-        "seed": study.seed,
-        "judges": _judges(),
-    }
-    kept = judgement.read_kept(folder, "prompted", about)
-    if kept is None:
-        made = pipeline.load(folder)
-        with tempfile.TemporaryDirectory() as prompts:
-            judge = Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN, Path(prompts))
-            scores, modes = judge.judge()
-        # What is shown is told with the scores: its mode, and what was asked for.
-        scores["shown"] = {
-            f"{mode.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
-            for mode in modes
-            for number, video in enumerate(mode.samples)
-        }
-        kept = scores, [video.frames_THWC for mode in modes for video in mode.samples]
-        judgement.write_kept(folder, "prompted", about, *kept)
-    scores, videos = kept
-    rungs: dict[str, list[report.Video]] = {}
-    for (place, told), frames_THWC in zip(scores["shown"].items(), videos, strict=True):
-        seed, fps, prompt = str(told).split(" ", 2)
-        video = report.Video(frames_THWC, float(fps), prompt, int(seed))
-        rungs.setdefault(place.split("/")[0], []).append(video)
-    return {mode: part for mode, part in scores.items() if mode != "shown"}, [
-        report.Rung(mode, samples) for mode, samples in rungs.items()
-    ]
+def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
+    """Scores of stages by mode, and the videos of the last one; kept beside the checkpoints, in prompted.json and prompted.npz."""
+    found = {}
+    for name in names:
+        about = {"count": study.prompts, "shown": SHOWN, "seed": study.seed, "judges": _judges()}
+        found[name] = judgement.once(
+            workdir / name, "prompted", about, functools.partial(_judged, study, workdir / name)
+        )
+    words = "Prompted with real held-out clips; what was given comes back, the rest is made."
+    shown = [rung for rung in found[names[-1]] if rung.samples]
+    numbers = {name: {rung.name: dict(rung.scores) for rung in rungs} for name, rungs in found.items()}
+    return numbers, report.Section("prompting", "Prompting", words, shown)
+
+
+def _judged(study: StudyRun, folder: Path) -> list[report.Rung]:
+    made = pipeline.load(folder)
+    with tempfile.TemporaryDirectory() as prompts:
+        return Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN, Path(prompts)).judge()
 
 
 @functools.cache
@@ -103,12 +87,10 @@ class Prompting:
         # About half of a clip, in whole groups.
         self.half = 1 + self.stride * ((self.window - 1) // self.stride // 2)
 
-    def judge(self) -> tuple[dict[str, Any], list[report.Rung]]:
-        """Scores by mode, and videos of each mode."""
-        scores: dict[str, Any] = {}
-        shown: list[report.Rung] = []
+    def judge(self) -> list[report.Rung]:
+        """Every mode with its scores and some of its videos."""
         plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
-        text_motion = reader.score(plain, self.scenes)["motion"]
+        rungs: list[report.Rung] = []
         for mode in (
             self.image,
             self.extend_forward,
@@ -120,15 +102,14 @@ class Prompting:
         ):
             began = time.perf_counter()
             found, videos = mode()
-            name = mode.__name__
-            scores[name] = found | {"count": len(videos)}
-            shown.append(report.Rung(name.replace("_", " "), videos[: self.shown]))
-            logging.info("%s: %s in %.1f s", name, _told(found), time.perf_counter() - began)
-        scores["image"]["motion_of_text"] = text_motion
+            rungs.append(report.Rung(mode.__name__, videos[: self.shown], found | {"count": len(videos)}))
+            logging.info("%s: %s in %.1f s", mode.__name__, _told(found), time.perf_counter() - began)
+        text_motion = reader.score(plain, self.scenes)["motion"]
+        rungs[0] = dataclasses.replace(rungs[0], scores={**rungs[0].scores, "motion_of_text": text_motion})
         for name, part in self.sizes().items():
-            scores[f"sizes_{name}"] = part
+            rungs.append(report.Rung(f"sizes_{name}", (), part))
             logging.info("sizes %s: %s", name, _told(part))
-        return scores, shown
+        return rungs
 
     # Modes -----------------------------------------------------------------------------------------------------------
 
@@ -166,7 +147,7 @@ class Prompting:
 
     def long(self) -> tuple[dict[str, float], list[report.Video]]:
         """LONGER times as long as any clip of training, of motions that stay in the frame."""
-        scenes = _of_motions(self.world, ENDLESS, self.count, self.window)
+        scenes = of_motions(self.world, ENDLESS, self.count, self.window)
         frames = 1 + self.stride * ((LONGER * self.window - 1) // self.stride)
         videos = self._made(scenes, lambda number: {"frames": frames})
         kept = [continuity.kept(video.frames_THWC, self.window) for video in videos]
@@ -196,7 +177,7 @@ class Prompting:
         Of things that move: one at rest has no usual change to hold that of its bridge against.
         """
         moving = [motion for motion in self.world.motions if motion != "still"]
-        scenes = _of_motions(self.world, moving, self.count, self.window)
+        scenes = of_motions(self.world, moving, self.count, self.window)
         ends = [(clip[: self.half], clip[self.half :][::-1]) for clip in clips.render_mixed(scenes)]
         videos = self._made(scenes, lambda number: {"connect": tuple(self._file(end) for end in ends[number])})
 
@@ -312,7 +293,7 @@ def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
     return float(np.mean(kept))
 
 
-def _of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, frames: int) -> list[Scene]:
+def of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, frames: int) -> list[Scene]:
     """Held-out scenes of these motions, of those that the world has. Raises ValueError if it has none of them."""
     if not set(motions) & set(config.motions):
         raise ValueError(f"this world has none of the motions {', '.join(motions)}")

@@ -22,7 +22,7 @@ from sora_jax.generate import files
 from sora_jax.study import curves, scaling, scaling_curves
 from sora_jax.train import progress
 
-MODE_FRAMES = 13  # of prompting.png, a strip
+STRIP_FRAMES = 13  # of a section's picture
 SHEET_COLUMNS = 3  # of samples.png, where there are no rungs
 # Small videos are enlarged by the first of these whole numbers that keeps them within the pixels and the bytes.
 SCALES = (6, 5, 4, 3, 2, 1)
@@ -84,10 +84,21 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """Samples of one run of a ladder; every rung has the same prompts and seeds in the same order."""
+    """Samples of one run; the rungs of a ladder have the same prompts and seeds in the same order. scores are told beside them."""
 
     name: str
     samples: Sequence[Video]
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Videos that are not samples of held-out prompts, by what they show; name is that of its picture, without the ending."""
+
+    name: str
+    title: str
+    words: str
+    rungs: Sequence[Rung]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +116,14 @@ class Page:
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
     commands: Sequence[str]
     rungs: Sequence[Rung] = ()
-    modes: Sequence[Rung] = ()
+    sections: Sequence[Section] = ()
 
 
 def write(workdir: str | os.PathLike[str], page: Page) -> Path:
     """Writes report.json, report.html and pictures into workdir, each whole or not at all; returns the path of the page.
 
-    The pictures are samples.png, a sheet of what the page plays, scaling.png, the curves of a study of scaling, and
-    prompting.png, strips of every mode of prompting.
+    The pictures are samples.png, a sheet of what the page plays, scaling.png, the curves of a study of scaling, and one of
+    each section, a strip of frames of each of its rungs.
     Numbers that are not finite become null. Raises TypeError for numbers that JSON cannot say and ValueError for a pair
     of different shapes, both before anything is written.
     """
@@ -122,7 +133,8 @@ def write(workdir: str | os.PathLike[str], page: Page) -> Path:
         "report.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n",
         "report.html": render(dataclasses.replace(page, numbers=numbers)),
     }
-    pictures = {"samples.png": _sheet(page), "scaling.png": _scaling_png(numbers), "prompting.png": _modes_sheet(page)}
+    pictures = {"samples.png": _sheet(page), "scaling.png": _scaling_png(numbers)}
+    pictures |= {f"{section.name}.png": _strips(section) for section in page.sections}
     for name, text in content.items():
         files.write_atomically(workdir / name, text.encode())
     for name, picture in pictures.items():
@@ -146,14 +158,14 @@ def _sheet(page: Page) -> bytes | None:
     return files.encode_video(sheet[None], 1.0, "png")
 
 
-def _modes_sheet(page: Page) -> bytes | None:
-    """One strip a mode."""
-    shown = [(mode.name, mode.samples[0]) for mode in page.modes if mode.samples]
+def _strips(section: Section) -> bytes | None:
+    """One strip a rung."""
+    shown = [(rung.name, rung.samples[0]) for rung in section.rungs if rung.samples]
     if not shown:
         return None
-    labels = [f"{name}: {video.prompt}" for name, video in shown]
+    labels = [f"{name.replace('_', ' ')}: {video.prompt}" for name, video in shown]
     videos = [video.frames_THWC for _, video in shown]
-    sheet = files.contact_sheet(videos, labels, frames_per_video=MODE_FRAMES, scale=2)
+    sheet = files.contact_sheet(videos, labels, frames_per_video=STRIP_FRAMES, scale=2)
     return files.encode_video(sheet[None], 1.0, "png")
 
 
@@ -178,7 +190,7 @@ def render(page: Page) -> str:
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     sections = (
         _ladder(page.rungs, page.numbers) if page.rungs else _samples(page.samples),
-        _modes(page.modes, page.numbers),
+        *(_told(section) for section in page.sections),
         _scaling(page.numbers),
         _gains(page.numbers),
         _runs(page.numbers),
@@ -248,21 +260,16 @@ def _samples(samples: Sequence[Video]) -> str:
     return _section("Samples", f'<div class="videos">\n{grid}\n</div>', words, button)
 
 
-def _modes(modes: Sequence[Rung], numbers: Mapping[str, Any]) -> str:
-    """The videos of every mode of prompting, with its scores."""
-    if not modes:
-        return ""
-    found: Mapping[str, Any] = next(iter(numbers.get("prompting", {}).values()), {})
+def _told(section: Section) -> str:
+    """The videos of every rung of a section, with its scores."""
     parts = []
-    for mode in modes:
-        aspect = _mat_aspect([video.frames_THWC for video in mode.samples])
-        figures = "\n".join(_sample(video, aspect) for video in mode.samples)
-        scores = found.get(mode.name.replace(" ", "_"), {})
-        told = ", ".join(f"{html.escape(name.replace('_', ' '))} {value:.3g}" for name, value in scores.items())
-        title = f'{html.escape(mode.name)} <span class="quiet">{told}</span>'
+    for rung in section.rungs:
+        aspect = _mat_aspect([video.frames_THWC for video in rung.samples])
+        figures = "\n".join(_sample(video, aspect) for video in rung.samples)
+        told = ", ".join(f"{html.escape(name.replace('_', ' '))} {value:.3g}" for name, value in rung.scores.items())
+        title = f'{html.escape(rung.name.replace("_", " "))} <span class="quiet">{told}</span>'
         parts.append(f'<h3 class="prompt">{title}</h3><div class="videos">\n{figures}\n</div>')
-    words = "Prompted with real held-out clips; what was given comes back, the rest is made."
-    return _section("Prompting", "\n".join(parts), words)
+    return _section(section.title, "\n".join(parts), section.words)
 
 
 def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:

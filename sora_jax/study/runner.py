@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sora_jax import checkpoint, compute, config, disk
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
-from sora_jax.study import judgement, prompting, report, scaling
+from sora_jax.study import baselines, judgement, prompting, report, scaling
 from sora_jax.train import dit, lock, loop, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
@@ -43,12 +43,13 @@ def _run(study: StudyRun, workdir: Path, command: str) -> Path:
             logging.info("stage %s", name)
             loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
     scored = judged(study, workdir, clock)
-    prompted = {}
-    for name in study.groups.get("prompting", ()):
-        with clock.measure(f"{name} prompted"):
-            prompted[name] = prompting.of(study, workdir, name)
+    sections: Sections = {}
+    for group, of in SECTIONS.items():
+        if group in study.groups:
+            with clock.measure(group):
+                sections[group] = of(study, workdir, study.groups[group])
     with clock.measure("report"):
-        page = page_of(study, workdir, command, scored, prompted)
+        page = page_of(study, workdir, command, scored, sections)
     numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
     path = report.write(workdir, dataclasses.replace(page, numbers=numbers))
     logging.info("report: %s", path)
@@ -108,8 +109,13 @@ def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
     return vae.VAETask(run) if isinstance(run, VAERun) else dit.DiTTask(run, encoded)
 
 
-# Of prompted stages: scores by mode and the videos that are shown of each.
-Prompted = dict[str, tuple[dict[str, Any], list[report.Rung]]]
+# Of a group: its numbers, and what the page shows of it.
+Sections = dict[str, tuple[dict[str, Any], report.Section]]
+SECTIONS: dict[str, Callable[[StudyRun, Path, Sequence[str]], tuple[dict[str, Any], report.Section]]] = {
+    "prompting": prompting.of,
+    "framing": baselines.framing,
+    "rollout": baselines.rollout,
+}
 
 # Of judged stages, in order: scores and the samples that are shown.
 Judged = dict[str, tuple[dict[str, Any], list[report.Video]]]
@@ -127,7 +133,7 @@ def judged(study: StudyRun, workdir: Path, clock: Clock) -> Judged:
     return found
 
 
-def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, prompted: Prompted) -> report.Page:
+def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sections: Sections) -> report.Page:
     """Everything the report says, from the last checkpoints of the stages and what was judged."""
     names = {kind: name for name, stage in study.stages.items() for kind in (VAERun, DiTRun) if isinstance(stage, kind)}
     numbers: dict[str, Any] = {
@@ -155,8 +161,7 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, prompt
         if len(runs) > 1:
             numbers["runs"] = {name: run | (scored[name][0] if name in scored else {}) for name, run in runs.items()}
             numbers["scaling"] = scaling.findings(numbers["runs"], study)
-    if prompted:
-        numbers["prompting"] = {name: found for name, (found, _) in prompted.items()}
+    numbers |= {group: found for group, (found, _) in sections.items()}
     # Sweeps have pictures of their own, and of several seeds one is enough.
     drawn = [name for name in study.order if name in (*names.values(), *(rung.name for rung in rungs))]
     return report.Page(
@@ -164,7 +169,7 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, prompt
         numbers=numbers,
         samples=samples,
         rungs=rungs if len(rungs) > 1 else (),
-        modes=next((modes for _, modes in prompted.values()), ()),
+        sections=[section for _, section in sections.values()],
         pairs=pairs,
         curves={name: progress.read_metrics(workdir / name, "train") for name in drawn},
         evaluations={name: progress.read_metrics(workdir / name, "eval") for name in drawn},

@@ -64,7 +64,7 @@ def longest_clip(run: DiTRun, network: VAEConfig) -> tuple[int, tuple[int, int, 
     tokens, size = max(
         (math.prod(pack.grid_shape(network.latent_shape(frames, *size), run.dit.patch)), (frames, *size))
         for frames in world.frame_counts
-        for size in world.frame_sizes
+        for size in world.clip_sizes
     )
     if tokens > run.pack.row_tokens:
         raise config.ConfigError(

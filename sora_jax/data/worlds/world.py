@@ -36,8 +36,9 @@ class WorldConfig:
     frame_sizes are (height, width) pairs; frame_size_weights, empty or one a size, are of training scenes alone: small
     frames teach much for few tokens, but what is held out shows all sizes alike. frame_counts are 4k + 1, where 1 is an
     image; frame_count_weights is empty or one weight per count. two_things_fraction of the scenes hold two things.
-    holdout_fraction of all combinations (colour, shape, motion) never occur in training. Raises ValueError if a world
-    cannot be drawn from these.
+    holdout_fraction of all combinations (colour, shape, motion) never occur in training. With square, clips are what the
+    middle square of a frame shows, as data sets were cut before models took any size: things may be cut, too. Raises
+    ValueError if a world cannot be drawn from these.
     """
 
     colours: tuple[str, ...]
@@ -52,6 +53,7 @@ class WorldConfig:
     fps: tuple[float, ...]
     two_things_fraction: float
     holdout_fraction: float
+    square: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -68,6 +70,13 @@ class WorldConfig:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
         _check_holdout(self)
+
+    @property
+    def clip_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the clips: of the frames, or of their squares."""
+        if not self.square:
+            return self.frame_sizes
+        return tuple(dict.fromkeys((min(size), min(size)) for size in self.frame_sizes))
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +131,18 @@ def sample_scene(config: WorldConfig, split: Split, index: int) -> Scene:
     )
     combinations = _pick_combinations(rng, config, split, blank)
     things = tuple(_sample_thing(rng, config, blank, place, each) for place, each in enumerate(combinations))
-    return dataclasses.replace(blank, things=_align(things, blank))
+    scene = dataclasses.replace(blank, things=_align(things, blank))
+    return _middle_square(scene) if config.square else scene
+
+
+def _middle_square(scene: Scene) -> Scene:
+    side = min(scene.height, scene.width)
+    top, left = (scene.height - side) / 2, (scene.width - side) / 2
+    things = tuple(
+        dataclasses.replace(thing, centre_y=thing.centre_y - top, centre_x=thing.centre_x - left)
+        for thing in scene.things
+    )
+    return dataclasses.replace(scene, things=things, height=side, width=side)
 
 
 def _pick_combinations(rng: np.random.Generator, config: WorldConfig, split: Split, blank: Scene) -> list[Combination]:
@@ -305,6 +325,7 @@ COMPACT = WorldConfig(
     fps=(8.0,),
     two_things_fraction=0.0,
     holdout_fraction=0.1,
+    square=False,
     seed=0,
 )
 FULL = WorldConfig(
@@ -320,5 +341,6 @@ FULL = WorldConfig(
     fps=(4.0, 8.0, 12.0, 16.0),
     two_things_fraction=0.3,
     holdout_fraction=0.1,
+    square=False,
     seed=0,
 )
