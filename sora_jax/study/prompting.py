@@ -99,6 +99,11 @@ class Prompting:
             self.loop,
             self.connect,
             self.edit,
+            self.inpaint,
+            self.outpaint,
+            self.interpolate,
+            self.draft,
+            self.still,
         ):
             began = time.perf_counter()
             found, videos = mode()
@@ -146,8 +151,8 @@ class Prompting:
         }, videos
 
     def long(self) -> tuple[dict[str, float], list[report.Video]]:
-        """LONGER times as long as any clip of training, of motions that stay in the frame."""
-        scenes = of_motions(self.world, ENDLESS, self.count, self.window)
+        """LONGER times as long as any clip of training, of motions that stay in the frame; half as many, as each takes long."""
+        scenes = of_motions(self.world, ENDLESS, max(1, self.count // 2), self.window)
         frames = 1 + self.stride * ((LONGER * self.window - 1) // self.stride)
         videos = self._made(scenes, lambda number: {"frames": frames})
         kept = [continuity.kept(video.frames_THWC, self.window) for video in videos]
@@ -206,14 +211,60 @@ class Prompting:
         ]
         videos = self._made(wanted, lambda number: {"edit": self._file(self.real[number])})
         made = [video.frames_THWC for video in videos]
-        moved = [
-            float(np.nan_to_num(np.linalg.norm(reader.places(one) - reader.places(other), axis=1), nan=np.inf).mean())
-            for one, other in zip(made, self.real, strict=True)
-        ]
+        return {"changed": reader.score(made, wanted)["colour"], "place_kept": _place_kept(made, self.real)}, videos
+
+    def inpaint(self) -> tuple[dict[str, float], list[report.Video]]:
+        """The right half of real clips is made anew."""
+
+        def given(number: int) -> dict[str, Any]:
+            clip = self.real[number]
+            white = np.zeros_like(clip[:1])
+            white[:, :, clip.shape[2] // 2 :] = 255
+            return {"inpaint": self._file(clip), "mask": self._file(white)}
+
+        videos = self._made(self.scenes, given)
+        made, halves = [video.frames_THWC for video in videos], [clip.shape[2] // 2 for clip in self.real]
         return {
-            "changed": reader.score_readings(reader.read_many(made), wanted)["colour"],
-            "place_kept": float(np.mean(np.array(moved) <= MOST_MOVED)),
+            "identity": _identity(made, self.scenes),
+            "place_kept": _place_kept(made, self.real),
+            "given_psnr": reconstruction.psnr(
+                [clip[:, :, :half] for clip, half in zip(self.real, halves, strict=True)],
+                [clip[:, :, :half] for clip, half in zip(made, halves, strict=True)],
+            ),
         }, videos
+
+    def outpaint(self) -> tuple[dict[str, float], list[report.Video]]:
+        """Real clips go on to the left and to the right, by a cell of the VAE each."""
+        border = self.made.geometry.stride[2]
+        videos = self._made(
+            self.scenes, lambda number: {"outpaint": self._file(self.real[number]), "left": border, "right": border}
+        )
+        return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
+
+    def interpolate(self) -> tuple[dict[str, float], list[report.Video]]:
+        """Every other frame of real clips is made anew from its neighbours."""
+        rate = self.world.fps[0]
+        videos = self._made(
+            self.scenes, lambda number: {"interpolate": self._file(self.real[number]), "factor": 2, "fps": rate}
+        )
+        made = [video.frames_THWC for video in videos]
+        return {"identity": _identity(made, self.scenes), "place_kept": _place_kept(made, self.real)}, videos
+
+    def draft(self) -> tuple[dict[str, float], list[report.Video]]:
+        """A draft of two thirds of the height and width first, then the same in full size, larger than those of training."""
+        side = max(map(max, self.world.clip_sizes))
+        scenes = dit.heldout_videos(
+            dataclasses.replace(self.world, frame_sizes=((side, side),), frame_size_weights=()),
+            self.count,
+            frames=self.window,
+        )
+        videos = self._made(scenes, lambda number: {"draft": 2 / 3})
+        return {"adherence_all": reader.score([video.frames_THWC for video in videos], scenes)["all"]}, videos
+
+    def still(self) -> tuple[dict[str, float], list[report.Video]]:
+        """Single images from text."""
+        videos = self._made(self.scenes, lambda number: {"frames": 1})
+        return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
 
     def sizes(self) -> dict[str, dict[str, float]]:
         """Adherence at sizes of training, at sizes between them, and at 1.5 times the largest area and side."""
@@ -280,6 +331,15 @@ def _seams(videos: Sequence[np.ndarray], at: int) -> dict[str, float]:
     seams = [continuity.seam(frames, at) for frames in videos]
     found = {name: float(np.mean([seam[name] <= MOST_SEAM for seam in seams])) for name in ("position", "velocity")}
     return found | {"both": float(np.mean([max(seam.values()) <= MOST_SEAM for seam in seams]))}
+
+
+def _place_kept(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> float:
+    """The share of videos whose thing is within MOST_MOVED pixels of the real one's place, on the mean over frames."""
+    apart = [
+        np.nan_to_num(np.linalg.norm(reader.places(one) - reader.places(other), axis=1), nan=np.inf).mean()
+        for one, other in zip(made, real, strict=True)
+    ]
+    return float(np.mean(np.array(apart) <= MOST_MOVED))
 
 
 def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
