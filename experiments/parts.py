@@ -124,6 +124,7 @@ def sampler() -> ConfigDict:
             guidance_interval=(0.0, 1.0),
             guidance_rescale=0.0,
             known_guidance=1.0,
+            guidance_going_on=2.0,
         )
     )
 

@@ -213,7 +213,8 @@ def _add_sampler(parser: Parser) -> None:
         "--guidance",
         type=float,
         metavar="X",
-        help="how much to insist on the prompt, 1 = no guidance (default: the checkpoint's config.sampler.guidance)",
+        help="how much to insist on the prompt, 1 = no guidance; where video goes on from given video at most "
+        "config.sampler.guidance_going_on (default: the checkpoint's config.sampler.guidance)",
     )
     parser.add_argument(
         "--steps",

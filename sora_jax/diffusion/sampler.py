@@ -30,8 +30,9 @@ class SamplerConfig:
     """steps of method 'euler' or 'heun' (two evaluations a step), shift as in flow.shifted, for a clip of base_tokens tokens.
 
     Larger clips are shifted more (flow.resolution_shift); with base_tokens 0 all are shifted alike. guidance is how much to
-    insist on the prompt, 1 = none, at times in guidance_interval (arXiv:2404.07724); guidance_rescale in [0, 1] takes back what
-    it adds to the deviation (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none.
+    insist on the prompt, 1 = none, at times in guidance_interval (arXiv:2404.07724), and guidance_going_on the most of it for a
+    clip of which more than the first frame is given; guidance_rescale in [0, 1] takes back what it adds to the deviation
+    (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none.
     """
 
     steps: int = 20
@@ -42,16 +43,21 @@ class SamplerConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     known_guidance: float = 1.0
+    guidance_going_on: float = 2.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"sampler.steps is {self.steps}; it must be at least 1 and at most {MOST_STEPS}")
         if self.method not in STEPPERS:
             raise ValueError(f"sampler.method {self.method!r} is none of {', '.join(STEPPERS)}")
-        if self.guidance < 0 or self.known_guidance < 0 or self.shift <= 0 or self.base_tokens < 0:
+        if (
+            min(self.guidance, self.guidance_going_on, self.known_guidance) < 0
+            or self.shift <= 0
+            or self.base_tokens < 0
+        ):
             raise ValueError(
-                f"sampler: guidance {self.guidance}, known_guidance {self.known_guidance} and base_tokens {self.base_tokens} "
-                f"must not be negative and shift {self.shift} must be positive"
+                f"sampler: guidance {self.guidance}, guidance_going_on {self.guidance_going_on}, known_guidance "
+                f"{self.known_guidance} and base_tokens {self.base_tokens} must not be negative and shift {self.shift} be positive"
             )
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1 or not 0 <= self.guidance_rescale <= 1:

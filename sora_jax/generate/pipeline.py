@@ -279,6 +279,10 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
         mine_BSS = layout.slot_segment_BS[:, :, None] == layout.slot_segment_BS[:, None, :]
         slots_BNS = jax.nn.one_hot(layout.slot_BN, seed_BS.shape[1]) * (layout.segment_BN > 0)[..., None]
         tokens_BS = jnp.einsum("bst,bt->bs", mine_BSS.astype(jnp.float32), slots_BNS.sum(1))
+        # Of clips that go on from given ones, other than from their first frame alone, the prompt says less than these.
+        going_on_BN = (ceiling_BN == 0) & (layout.position_BN3[..., 0] > 0)
+        going_on_BS = jnp.einsum("bst,bnt,bn->bs", mine_BSS.astype(jnp.float32), slots_BNS, going_on_BN) > 0
+        insistence_BS = jnp.where(going_on_BS, min(settings.guidance, settings.guidance_going_on), settings.guidance)
         # Branches of guidance are one batch: one program, and each is wanted at every step.
         branches = [layout, blind, blind][: settings.branches]
         layouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches)
@@ -295,7 +299,8 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
                 return found[0]
             low, high = settings.guidance_interval
             time_BN = flow.spread(time_BS, layout.slot_BN)
-            guidance_BN = jnp.where((time_BN >= low) & (time_BN <= high), settings.guidance, 1.0)
+            insistence_BN = flow.spread(insistence_BS, layout.slot_BN)
+            guidance_BN = jnp.where((time_BN >= low) & (time_BN <= high), insistence_BN, 1.0)
             made_BNP = sampler.guided(found[0], found[1], guidance_BN[..., None])
             if len(branches) == 3:
                 # Two guidances in turn (arXiv:2211.09800, equation 3).

@@ -202,13 +202,14 @@ class Prompting:
         }, videos
 
     def edit(self) -> tuple[dict[str, float], list[report.Video]]:
-        """Real clips are made anew with another colour in the prompt."""
-        colours = self.world.colours
-        wanted = [
-            dataclasses.replace(scene, things=(dataclasses.replace(thing, colour=_after(colours, thing.colour)),))
-            for scene in self.scenes
-            for thing in scene.things
-        ]
+        """Real clips are made anew with another colour in the prompt, any of the others."""
+        rng = np.random.default_rng(self.seed)
+        wanted = []
+        for scene in self.scenes:
+            (thing,) = scene.things
+            others = [colour for colour in self.world.colours if colour != thing.colour]
+            recoloured = dataclasses.replace(thing, colour=others[int(rng.integers(len(others)))])
+            wanted.append(dataclasses.replace(scene, things=(recoloured,)))
         videos = self._made(wanted, lambda number: {"edit": self._file(self.real[number])})
         made = [video.frames_THWC for video in videos]
         return {"changed": reader.score(made, wanted)["colour"], "place_kept": _place_kept(made, self.real)}, videos
@@ -364,11 +365,6 @@ def of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, fr
         found += [scene for scene in drawn if scene.things[0].motion in motions]
         start += 100 * count
     return found[:count]
-
-
-def _after(words: Sequence[str], word: str) -> str:
-    """The word half of the list further on: of colours, one that is far."""
-    return words[(words.index(word) + len(words) // 2) % len(words)]
 
 
 def _told(scores: dict[str, float]) -> str:
