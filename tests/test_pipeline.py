@@ -116,6 +116,22 @@ def test_guidance_on_what_is_known_changes_nothing_where_nothing_is(sampler, rng
     assert not np.allclose(without[1], with_it[1], atol=1e-2)
 
 
+def test_a_video_that_goes_on_is_guided_less_and_others_are_not(sampler, rng):
+    asked = [prompted("image", rng), prompted("end", rng), request("a red circle", frames=9)]
+
+    def made(**changes):
+        return sampler.sample_latents(asked, dataclasses.replace(sampler.run.sampler, **changes))
+
+    much, little, mixed = (
+        made(guidance=guidance, guidance_going_on=most) for guidance, most in [(5.0, 9.0), (1.5, 9.0), (5.0, 1.5)]
+    )
+    image, end, text = (
+        [np.allclose(one, other, atol=1e-4) for other in (much, little)]
+        for one, much, little in zip(mixed, much, little, strict=True)
+    )
+    assert image == text == [True, False] and end == [False, True]
+
+
 def test_guidance_outside_of_its_interval_and_full_rescaling(sampler):
     asked = [request("a red circle", frames=9)]
 

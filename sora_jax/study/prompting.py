@@ -159,18 +159,20 @@ class Prompting:
         return {"kept": float(np.mean(kept)), "frames": float(frames)}, videos
 
     def loop(self) -> tuple[dict[str, float], list[report.Video]]:
-        """A video that is made from a prompt and leads back to its start."""
+        """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
         videos = self._made(self.scenes, lambda number: {"loop": True})
         plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "loop's floor")
 
-        def closed(frames: Sequence[np.ndarray]) -> float:
-            return float(np.mean([continuity.loop_change(each) <= MOST_LOOP for each in frames]))
+        def closed(frames: Sequence[np.ndarray]) -> np.ndarray:
+            return np.array([continuity.loop_change(each) <= MOST_LOOP for each in frames])
 
         made = [video.frames_THWC for video in videos]
+        returns = np.array([scene.things[0].motion in ENDLESS for scene in self.scenes])
         changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, plain)), strict=True)
         return {
-            "closed": closed(made),
-            "closed_floor": closed(plain),
+            "closed": float(closed(made).mean()),
+            "closed_floor": float(closed(plain).mean()),
+            "closed_of_endless_motions": float(closed(made)[returns].mean()) if returns.any() else 0.0,
             # A loop of something at rest is none.
             "alive": float(np.mean([one >= other / 2 for one, other in changes])),
             "identity": _identity(made, self.scenes),
