@@ -18,14 +18,12 @@ def get_config(arg: str = "") -> ConfigDict:
     stages = {"vae": parts.vae_run(prompting.world(), prompting.VAE_STEPS)}
     for name in ("together", "one_by_one"):
         run = parts.dit_run(prompting.world(), DIT_STEPS, vae_checkpoint="vae")
-        # A clip of which a part is known has two slots.
-        run.pack.row_slots = 14
+        # What ends early is short, so that a row has more clips; a clip of which a part is known has two slots.
+        run.pack.update(row_slots=24, row_text=160)
         run.loop.save_every = 500
         stages[name] = run
     stages["together"].loader.known.first_frames = 0.5
     stages["one_by_one"].loader.known.next_frame = 1.0
-    # What ends early is short: more clips to a row.
-    stages["one_by_one"].pack.update(row_slots=24, row_text=160)
     study = parts.study("Together against one after the other", stages, prompts=128)
     study.groups = ConfigDict(dict(rollout=("together", "one_by_one")))
     return study
