@@ -258,8 +258,8 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
 
 def _sees_filling(given_THW: np.ndarray) -> bool:
     """Whether the encoder sees what is not given beside or before what is: not if whole frames are given from the first on."""
-    whole_T = given_THW.all((1, 2))
-    return bool(given_THW.any((1, 2))[~whole_T].any() or (np.diff(whole_T.astype(int)) > 0).any())
+    some_T, whole_T = np.asarray(given_THW.any((1, 2))), np.asarray(given_THW.all((1, 2)))
+    return bool((some_T & ~whole_T).any() or (np.diff(whole_T.astype(int)) > 0).any())
 
 
 def _indices(start: int, stop: int, total: int, loop: int) -> np.ndarray:
