@@ -11,7 +11,7 @@ from sora_jax import config
 from sora_jax.diffusion import sampler
 from sora_jax.evaluate import fvd
 from sora_jax.generate import pipeline
-from sora_jax.study import judgement
+from sora_jax.study import judgement, report
 from sora_jax.train import dit
 
 SETTINGS = sampler.SamplerConfig(steps=2, method="euler", guidance=1.0, shift=1.0)
@@ -111,3 +111,35 @@ def test_held_out_videos_are_as_long_as_asked():
     assert {scene.num_frames for scene in dit.heldout_videos(world, 20, frames=10)} == {17}
     with pytest.raises(ValueError, match="of 18 frames are needed; the longest clips of this world have 17"):
         dit.heldout_videos(world, 1, frames=18)
+
+
+def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeypatch, rng, caplog):
+    monkeypatch.setattr(judgement.checkpoint, "digest", lambda folder: "x")
+    videos = [
+        report.Video(rng.integers(0, 256, (3, 8, 8, 3), np.uint8), 5.0, prompt, seed)
+        for seed, prompt in enumerate(["a red circle moves left", "", "two words"])
+    ]
+    made = [
+        report.Rung("long", videos[:2], {"kept": 0.5}),
+        report.Rung("edit", videos[2:], {"changed": 1.0}),
+        report.Rung("sizes", (), {"all": 0.25}),
+    ]
+    calls = []
+
+    def judge():
+        calls.append(1)
+        return made
+
+    for about in ({"count": 2}, {"count": 2}, {"count": 3}):
+        found = judgement.once(tmp_path, "prompted", about, judge)
+        assert [(rung.name, dict(rung.scores)) for rung in found] == [(rung.name, rung.scores) for rung in made]
+        for one, other in zip(found, made, strict=True):
+            for a, b in zip(one.samples, other.samples, strict=True):
+                assert np.array_equal(a.frames_THWC, b.frames_THWC)
+                assert (a.fps, a.prompt, a.seed) == (b.fps, b.prompt, b.seed)
+    assert len(calls) == 2
+    # Scores that do not say what the videos are.
+    kept = tmp_path / "prompted.json"
+    kept.write_text(kept.read_text().replace('"edit/0": "2 5.0 ', '"edit/0": "2 '))
+    judgement.once(tmp_path, "prompted", {"count": 3}, judge)
+    assert len(calls) == 3 and "judging anew" in caplog.text

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 WORLD = dict(
     colours=("red", "blue"), shapes=("circle", "square"), sizes=("large",), motions=("left", "right"),
     backgrounds=("white",), frame_sizes=((32, 32),), frame_counts=(5,), frame_size_weights=(), frame_count_weights=(), fps=(8.0,),
-    two_things_fraction=0.0, holdout_fraction=0.2, seed=0,
+    two_things_fraction=0.0, holdout_fraction=0.2, square=False, seed=0,
 )
 DATA = dict(world=WORLD, train_clips=8, heldout_clips=2)
 OPTIMIZER = dict(
@@ -56,7 +56,7 @@ def vae():
 
 
 KNOWN = dict.fromkeys(
-    ("first_frame", "first_frames", "last_frames", "both_ends", "some_frames", "box", "less_noise"), 0.0
+    ("first_frame", "first_frames", "last_frames", "both_ends", "some_frames", "box", "less_noise", "next_frame"), 0.0
 )
 
 
@@ -74,14 +74,14 @@ def dit():
         flow=dict(mean=0.0, std=1.0, shift=1.0),
         sampler=dict(
             steps=2, method="euler", guidance=3.0, shift=1.0, base_tokens=0, guidance_interval=(0.0, 1.0),
-            guidance_rescale=0.0, known_guidance=1.0,
+            guidance_rescale=0.0, known_guidance=1.0, guidance_going_on=2.0,
         ),
     ))
 """
 # Of PARTS, as JSON.
 SAMPLER = {
     "steps": 2, "method": "euler", "guidance": 3.0, "shift": 1.0, "base_tokens": 0, "guidance_interval": [0.0, 1.0],
-    "guidance_rescale": 0.0, "known_guidance": 1.0,
+    "guidance_rescale": 0.0, "known_guidance": 1.0, "guidance_going_on": 2.0,
 }  # fmt: skip
 TINY = """
 import parts

@@ -312,3 +312,14 @@ def test_rungs_of_other_seeds_are_refused():
     (other,) = make_ladder("4x", seeds=(3, 5))
     with pytest.raises(ValueError, match="the same prompts and seeds"):
         report.render(make_page(rungs=[one, other]))
+
+
+def test_a_section_shows_its_videos_with_their_scores_and_has_a_picture(tmp_path):
+    rungs = [report.Rung(name, [report.Video(make_video(), 8.0, NASTY, 3)] * 2, {"kept_<b>": 0.25}) for name in "ab"]
+    section = report.Section("prompting", "Prompted <i>", "In every way.", rungs)
+    page = make_page(sections=[section])
+    text = report.render(page)
+    assert Reader(text).tags["video"] == Reader(report.render(make_page())).tags["video"] + 4
+    assert "kept &lt;b&gt; 0.25" in text and "Prompted <i>" not in text
+    report.write(tmp_path, page)
+    assert iio.imread(tmp_path / "prompting.png").shape[0] > 2 * 32

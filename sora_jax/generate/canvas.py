@@ -24,9 +24,6 @@ from sora_jax.generate.requests import Order, RequestError, Size
 
 # Of orders that begin from frames and do not say how much noise they get.
 STRENGTH = 0.6
-# How often a window is made again, from the same noise, where the latents of what is given are not those that training knows: the
-# encoder has seen what fills the canvas before it. Made again it sees what was made.
-REFINEMENTS = 1
 
 
 class Pass(NamedTuple):
@@ -240,8 +237,6 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         seen_THWC = frames_THWC[shown]
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
         made_THWC = yield one(known)
-        for _ in range(REFINEMENTS if timeline.strength == 1 and _sees_filling(given) else 0):
-            made_THWC = yield one(Known(np.where(given[..., None], seen_THWC, made_THWC), given))
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1
@@ -254,12 +249,6 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
     return frames_THWC
-
-
-def _sees_filling(given_THW: np.ndarray) -> bool:
-    """Whether the encoder sees what is not given beside or before what is: not if whole frames are given from the first on."""
-    some_T, whole_T = np.asarray(given_THW.any((1, 2))), np.asarray(given_THW.all((1, 2)))
-    return bool((some_T & ~whole_T).any() or (np.diff(whole_T.astype(int)) > 0).any())
 
 
 def _indices(start: int, stop: int, total: int, loop: int) -> np.ndarray:

@@ -232,24 +232,29 @@ def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list
 def once(folder: Path, stem: str, about: dict[str, Any], judge: Callable[[], list[report.Rung]]) -> list[report.Rung]:
     """What judge() finds, kept in folder as stem.json and stem.npz and read from there for the same checkpoint and settings."""
     about = about | {"checkpoint": checkpoint.digest(folder)}
-    kept = read_kept(folder, stem, about)
-    if kept is None:
-        rungs = judge()
-        scores = {rung.name: dict(rung.scores) for rung in rungs}
-        # What is shown is told with the scores: of which rung it is, and what was asked for.
-        scores[SHOWN] = {
-            f"{rung.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
-            for rung in rungs
-            for number, video in enumerate(rung.samples)
-        }
-        kept = scores, [video.frames_THWC for rung in rungs for video in rung.samples]
-        write_kept(folder, stem, about, *kept)
-    scores, videos = kept
+    if kept := read_kept(folder, stem, about):
+        try:
+            return _with_videos(*kept)
+        except (KeyError, ValueError) as error:
+            logging.warning("%s does not say what its videos are (%r); judging anew", folder / f"{stem}.json", error)
+    rungs = judge()
+    scores = {rung.name: dict(rung.scores) for rung in rungs}
+    # What is shown is told with the scores: of which rung it is, and what was asked for.
+    scores[SHOWN] = {
+        f"{rung.name}/{number}": f"{video.seed} {video.fps} {video.prompt}"
+        for rung in rungs
+        for number, video in enumerate(rung.samples)
+    }
+    write_kept(folder, stem, about, scores, [video.frames_THWC for rung in rungs for video in rung.samples])
+    return rungs
+
+
+def _with_videos(scores: dict[str, Any], videos: Sequence[np.ndarray]) -> list[report.Rung]:
+    """Rungs from what was kept of them. Raises KeyError or ValueError if it does not say what the videos are."""
     samples: dict[str, list[report.Video]] = {}
     for (place, told), frames_THWC in zip(scores[SHOWN].items(), videos, strict=True):
         seed, fps, prompt = str(told).split(" ", 2)
-        video = report.Video(frames_THWC, float(fps), prompt, int(seed))
-        samples.setdefault(place.split("/")[0], []).append(video)
+        samples.setdefault(place.split("/")[0], []).append(report.Video(frames_THWC, float(fps), prompt, int(seed)))
     return [report.Rung(name, samples.get(name, ()), part) for name, part in scores.items() if name != SHOWN]
 
 

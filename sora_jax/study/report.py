@@ -269,7 +269,7 @@ def _told(section: Section) -> str:
         told = ", ".join(f"{html.escape(name.replace('_', ' '))} {value:.3g}" for name, value in rung.scores.items())
         title = f'{html.escape(rung.name.replace("_", " "))} <span class="quiet">{told}</span>'
         parts.append(f'<h3 class="prompt">{title}</h3><div class="videos">\n{figures}\n</div>')
-    return _section(section.title, "\n".join(parts), section.words)
+    return _section(html.escape(section.title), "\n".join(parts), html.escape(section.words))
 
 
 def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:

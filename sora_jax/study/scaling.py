@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax import compute
-from sora_jax.config import GROUPS, DiTRun, StudyRun
+from sora_jax.config import DiTRun, StudyRun
 from sora_jax.study import laws
 
 # Runs whose costs differ by less than this ratio have one budget.
@@ -47,7 +47,7 @@ def findings(runs: Mapping[str, Mapping[str, Any]], study: StudyRun) -> dict[str
     runs maps a stage to what runner.run_numbers says of it, with scores where it was judged. Parts that the runs do not fix
     are left out.
     """
-    ladder, isoflop, models, rates = (study.groups.get(name, ()) for name in GROUPS)
+    ladder, isoflop, models, rates = (study.groups.get(name, ()) for name in ("ladder", "isoflop", "models", "rates"))
     found = {"groups": {name: list(members) for name, members in study.groups.items()}}
     found |= fitted(runs, ladder, isoflop)
     if ladder:

@@ -115,7 +115,7 @@ def readers():
             assert array.dtype == np.float32
 
     def kept(folder):
-        found = judgement._read(folder, {"checkpoint": "x"})
+        found = judgement.read_kept(folder, "judged", {"checkpoint": "x"})
         return None if found is None else [video.tobytes() for video in found[1]]
 
     def prompts(folder):
@@ -262,7 +262,9 @@ def good(tmp_path_factory):
     (folders["lock"] / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 12, "started": 3}))
     (folders["seconds"] / "seconds.json").write_text(json.dumps({"vae": 1.5, "report": 2.0}))
     videos = [rng.integers(0, 255, (2, 8, 8, 3)).astype(np.uint8) for _ in range(2)]
-    judgement._write(folders["judged"], {"checkpoint": "x"}, {"adherence": {"colour": 0.5, "count": 4.0}}, videos)
+    judgement.write_kept(
+        folders["judged"], "judged", {"checkpoint": "x"}, {"adherence": {"colour": 0.5, "count": 4.0}}, videos
+    )
     (folders["config"] / "config.json").write_text(config.to_json(tiny.dit_run("vae")))
     (folders["prompts"] / "prompts.txt").write_text("a red circle moves left\na blue square grows\n")
     items = {
@@ -793,7 +795,7 @@ def test_what_is_written_replaces_a_link_and_does_not_follow_it(name, tmp_path):
         with runner.Clock(place).measure("x"):
             pass
     elif name == "judged.json":
-        judgement._write(place.parent, {}, {}, [])
+        judgement.write_kept(place.parent, "judged", {}, {}, [])
     else:
         disk.write_atomically(place, b"{}")
     assert victim.read_text() == "{}\nhalf"
