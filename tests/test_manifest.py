@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sora_jax.generate import files, manifest
 from sora_jax.generate.manifest import Manifest, ManifestError
@@ -145,3 +147,30 @@ def test_other_files_are_refused(tmp_path, content, match):
         manifest.read(tmp_path / "x.json")
     with pytest.raises(ManifestError, match="is not a file that is there"):
         manifest.read(tmp_path / "y.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_in_any_place_is_refused_or_read_as_it_stands(written, data):
+    """What is read once reads the same when it is written again; all else is one sentence."""
+    folder, made = written
+    tree = made.to_json(folder)
+    key = data.draw(st.sampled_from([*tree, "other"]))
+    inner = tree["orders"][1] if key == "orders" and data.draw(st.booleans()) else tree
+    place = data.draw(st.sampled_from([*inner])) if inner is not tree else key
+    inner[place] = data.draw(JSON)
+    (folder / "x.json").write_text(json.dumps(tree))
+    try:
+        found = manifest.read(folder / "x.json")
+    except ManifestError as error:
+        assert "\n" not in str(error)
+        return
+    (folder / "x.json").write_text(json.dumps(found.to_json(folder)))
+    assert manifest.read(folder / "x.json") == found

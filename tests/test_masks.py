@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sora_jax.data import masks
 from sora_jax.data.masks import KnownConfig
@@ -85,3 +87,20 @@ def test_shares_are_as_told():
 def test_shares_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match=r"loader\.known"):
         KnownConfig(**bad)
+
+
+@given(
+    st.lists(st.floats(0, 1 / len(KINDS)), min_size=len(KINDS), max_size=len(KINDS)),
+    st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)),
+    st.integers(0, 2**32),
+)
+def test_any_mixture_of_any_grid_leaves_something_to_make(shares, grid, seed):
+    config = KnownConfig(**dict(zip(KINDS, shares, strict=True)))
+    mask, ceiling = masks.draw(config, np.random.default_rng(seed), grid)
+    assert mask.dtype == bool and mask.shape[1:] == grid[1:] and 1 <= mask.shape[0] <= grid[0]
+    assert not mask.all() and 0 <= ceiling <= 1
+    # Less noise is for clips of which nothing is given; a clip is cut only where its last frame is made.
+    assert ceiling == 1 or not mask.any()
+    assert mask.shape[0] == grid[0] or not mask[-1].any()
+    again, same = masks.draw(config, np.random.default_rng(seed), grid)
+    assert np.array_equal(mask, again) and ceiling == same
