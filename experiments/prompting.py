@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
         return stages[arg]
-    study = parts.study("Prompting with anything", stages, prompts=128)
+    study = parts.study("Prompting with anything", stages, prompts=96)
     study.groups = ConfigDict(dict(prompting=("dit",)))
     return study
 
