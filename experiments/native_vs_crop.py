@@ -14,13 +14,9 @@ def get_config(arg: str = "") -> ConfigDict:
     """One VAE and two DiTs of the same size, rows and steps, and so of the same compute."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    stages = {"vae": parts.vae_run(world(square=False), parts.VAE_STEPS)}
-    for name, square in {"native": False, "square": True}.items():
-        stages[name] = parts.dit_run(world(square), DIT_STEPS, vae_checkpoint="vae")
-        stages[name].loop.save_every = 500
-    study = parts.study("Native frames against squares", stages, prompts=256)
-    study.groups = ConfigDict(dict(framing=("native", "square")))
-    return study
+    vae = parts.vae_run(world(square=False), parts.VAE_STEPS)
+    runs = {name: parts.dit_run(world(name == "square"), DIT_STEPS, "vae") for name in ("native", "square")}
+    return parts.study("Native frames against squares", dict(vae=vae), dict(framing=runs), prompts=256)
 
 
 def world(square: bool) -> ConfigDict:

@@ -22,9 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
         return stages[arg]
-    study = parts.study("Prompting with anything", stages, prompts=96)
-    study.groups = ConfigDict(dict(prompting=("dit",)))
-    return study
+    return parts.study("Prompting with anything", dict(vae=vae), dict(prompting=dict(dit=stages["dit"])), prompts=96)
 
 
 def world() -> ConfigDict:

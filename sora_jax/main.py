@@ -988,14 +988,19 @@ class Video:
     path: Path
 
 
-def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
-    """The size of the flags, and where there is none, of the clips that were trained on."""
+def usual_size(world: WorldConfig) -> requests.Size:
+    """Of a world's clips: the first of its sizes, and the longest."""
     from sora_jax.generate import requests
 
     height, width = world.clip_sizes[0]
+    return requests.Size(height, width, max(world.frame_counts), world.fps[0])
+
+
+def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
+    """The size of the flags, and where there is none, of the clips that were trained on."""
     given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
     return dataclasses.replace(
-        requests.Size(height, width, max(world.frame_counts), world.fps[0]),
+        usual_size(world),
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -1023,7 +1028,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.vbench is not None:
         _sample_for_vbench(arguments, _prompts(arguments))
         return
-    from sora_jax.generate import manifest, requests
+    from sora_jax.generate import manifest
 
     kept = None
     with _errors_for_users(ValueError):
@@ -1049,8 +1054,7 @@ def sample(arguments: argparse.Namespace) -> None:
         for line in manifest.differences(kept, sora_jax.__version__, manifest.versions()):
             logging.warning("%s", line)
     world = pipeline.run.data.world
-    height, width = world.clip_sizes[0]
-    usual = requests.Size(height, width, max(world.frame_counts), world.fps[0])
+    usual = usual_size(world)
     grid = layouts.Grid(pipeline.vae_config.stride, pipeline.run.dit.patch)
     with _errors_for_users(ValueError):
         jobs = [layouts.prepare(order, usual, grid) for order in orders]

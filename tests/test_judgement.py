@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quickstart
+import tiny
 
 from sora_jax import config
 from sora_jax.diffusion import sampler
@@ -115,6 +116,7 @@ def test_held_out_videos_are_as_long_as_asked():
 
 def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeypatch, rng, caplog):
     monkeypatch.setattr(judgement.checkpoint, "digest", lambda folder: "x")
+    monkeypatch.setattr(judgement.pipeline, "load", lambda folder: object.__new__(pipeline.Pipeline))
     videos = [
         report.Video(rng.integers(0, 256, (3, 8, 8, 3), np.uint8), 5.0, prompt, seed)
         for seed, prompt in enumerate(["a red circle moves left", "", "two words"])
@@ -126,12 +128,15 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
     ]
     calls = []
 
-    def judge():
-        calls.append(1)
+    def judge(model):
+        calls.append(model)
         return made
 
-    for about in ({"count": 2}, {"count": 2}, {"count": 3}):
-        found = judgement.once(tmp_path, "prompted", about, judge)
+    def once(seed):
+        return judgement.once(dataclasses.replace(tiny.study(), seed=seed), tmp_path, "prompted", [report], judge)
+
+    for seed in (2, 2, 3):
+        found = once(seed)
         assert [(rung.name, dict(rung.scores)) for rung in found] == [(rung.name, rung.scores) for rung in made]
         for one, other in zip(found, made, strict=True):
             for a, b in zip(one.samples, other.samples, strict=True):
@@ -141,5 +146,5 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
     # Scores that do not say what the videos are.
     kept = tmp_path / "prompted.json"
     kept.write_text(kept.read_text().replace('"edit/0": "2 5.0 ', '"edit/0": "2 '))
-    judgement.once(tmp_path, "prompted", {"count": 3}, judge)
+    once(3)
     assert len(calls) == 3 and "judging anew" in caplog.text

@@ -28,7 +28,7 @@ class Oracle(pipeline.Pipeline):
         self.run = types.SimpleNamespace(data=types.SimpleNamespace(world=WORLD))
         self.geometry = types.SimpleNamespace(stride=(4, 8, 8), patch=(1, 1, 1))
         self.codec = types.SimpleNamespace(encode=lambda videos: [(video, None) for video in videos], decode=list)
-        self.judge = prompting.Prompting(self, SamplerConfig(), COUNT, 0, 2, folder)
+        self.judge = prompting.Prompting(self, SamplerConfig(), COUNT, 0, folder)
         self.answer = None
 
     def make(self, jobs, settings):

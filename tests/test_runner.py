@@ -79,6 +79,15 @@ def test_the_page_shows_the_rungs_side_by_side(done):
     assert page.count("<video") >= len(LADDER) * 2
 
 
+def test_groups_of_models_are_compared_on_the_page(done):
+    workdir, numbers = done
+    for group, score in {"framing": "inside_of_real", "rollout": "after_5"}.items():
+        assert tuple(numbers[group]) == LADDER and all(score in found for found in numbers[group].values())
+        assert (workdir / f"{group}.png").stat().st_size > 1000
+    page = (workdir / "report.html").read_text()
+    assert page.index("Native frames against squares") < page.index("Together against one after the other")
+
+
 def test_a_second_run_trains_nothing_and_says_the_same(done, study, monkeypatch):
     workdir, before = done
     monkeypatch.setattr(runner.loop, "make_step", None)
@@ -95,7 +104,7 @@ def test_what_was_judged_is_not_judged_again(done, study, monkeypatch):
     with pytest.raises(TypeError, match="not callable"):
         runner.run(dataclasses.replace(study, seed=4), workdir, "sora-jax study")
     # Neither are the scores of another judge kept.
-    monkeypatch.setattr(judgement, "_judges", lambda: "another")
+    monkeypatch.setattr(judgement, "code_of", lambda *judges: "another")
     with pytest.raises(TypeError, match="not callable"):
         runner.run(study, workdir, "sora-jax study")
 

@@ -71,7 +71,7 @@ def study(**loop):
         for name, multiplier in {"1x": 1.0, "4x": 4.0}.items()
     }
     stages = {"vae": vae} | rungs
-    groups = {"ladder": tuple(rungs), "isoflop": tuple(rungs), "models": tuple(rungs), "rates": tuple(rungs)}
+    groups = dict.fromkeys(("ladder", "isoflop", "models", "rates", "framing", "rollout"), tuple(rungs))
     return config.StudyRun("tiny", tuple(stages), stages, groups, prompts=4, shown=2, seed=3)
 
 

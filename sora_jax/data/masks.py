@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool
 
-# (t, h, w) in patches -> which of them are known, or None if the clip is too small for it.
+# (t, h, w) in patches -> which of them are known, of fewer frames if the clip ends there; None if it is too small for it.
 Mask = Callable[[np.random.Generator, tuple[int, int, int]], np.ndarray | None]
 
 
@@ -60,9 +60,6 @@ def draw(
         return nothing, 1.0
     if names[place] == "less_noise":
         return nothing, float(rng.random())
-    if names[place] == "next_frame":
-        frames = int(rng.integers(1, grid[0] + 1))
-        return _frames((frames, *grid[1:]), range(frames - 1)), 1.0
     known = MASKS[names[place]](rng, grid)
     return (nothing if known is None else known), 1.0
 
@@ -91,6 +88,11 @@ def _both_ends(rng: np.random.Generator, grid: tuple[int, int, int]) -> np.ndarr
 def _some_frames(rng: np.random.Generator, grid: tuple[int, int, int]) -> np.ndarray | None:
     t = grid[0]
     return _frames(grid, rng.choice(t, int(rng.integers(1, t)), replace=False)) if t > 1 else None
+
+
+def _next_frame(rng: np.random.Generator, grid: tuple[int, int, int]) -> np.ndarray | None:
+    frames = int(rng.integers(1, grid[0] + 1))
+    return _frames((frames, *grid[1:]), range(frames - 1))
 
 
 def _box(rng: np.random.Generator, grid: tuple[int, int, int]) -> np.ndarray | None:
@@ -127,4 +129,5 @@ MASKS: dict[str, Mask] = {
     "both_ends": _both_ends,
     "some_frames": _some_frames,
     "box": _box,
+    "next_frame": _next_frame,
 }

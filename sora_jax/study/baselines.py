@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import adherence, reader
-from sora_jax.generate import canvas, layouts, pipeline
-from sora_jax.generate.canvas import Job, Window
+from sora_jax.generate import canvas, layouts
+from sora_jax.generate.canvas import Window
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.generate.requests import Order, Size
 from sora_jax.study import judgement, prompting, report
@@ -36,91 +34,71 @@ LONGEST = 8  # of what is rolled out, in longest clips of training; told after 1
 
 
 def framing(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
-    """All models make the same held-out prompts in the squares that they all know; kept in framed.json beside the checkpoints."""
-    about = {"count": study.prompts, "seed": study.seed, "judges": _judges()}
-    rungs = [
-        judgement.once(workdir / name, "framed", about, functools.partial(_framed, study, workdir / name))
-        for name in names
-    ]
+    """All models make the same held-out prompts in the squares that they all know; kept in framing.json beside the checkpoints."""
     words = (
         "The same prompts and seeds in square frames: 'inside' is the share of frames in which all of the thing is in sight, "
-        "'of_real' that of the clips of training through the VAE."
+        "'inside of real' that of real clips like those of training, through the VAE."
     )
-    return _section("framing", "Native frames against squares", words, names, [rung for each in rungs for rung in each])
+    return _compared(study, workdir, names, _framed, ("framing", "Native frames against squares", words))
 
 
-def _framed(study: StudyRun, folder: Path) -> list[report.Rung]:
-    made = pipeline.load(folder)
+def _framed(study: StudyRun, made: Pipeline) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
     world = made.run.data.world
-    squares = dataclasses.replace(world, square=True)
-    side = min(min(size) for size in squares.clip_sizes)
-    native = dataclasses.replace(world, square=False, frame_sizes=((side, side),), frame_size_weights=())
-    scenes = dit.heldout_videos(native, study.prompts)
+    side = min(map(min, world.frame_sizes))
+    squares = dataclasses.replace(world, square=False, frame_sizes=((side, side),), frame_size_weights=())
+    scenes = dit.heldout_videos(squares, study.prompts)
     videos = judgement.sampled(made, made.run.sampler, scenes, study.seed, "framing")
-    real = clips.render_mixed(dit.heldout_videos(world, study.prompts))
-    scores = adherence.judge(videos, scenes, study.seed)[0]
-    found = {
-        "inside": _inside(videos),
-        "inside_of_real": _inside(judgement.reconstructed(made, real)),
-        "whole_videos": float(np.mean([reader.inside(video).all() for video in videos])),
-        "adherence_all": scores["all"],
-        "count": len(videos),
-    }
-    return [report.Rung(folder.name, _shown(videos, scenes, study.seed), found)]
-
-
-def _inside(videos: Sequence[np.ndarray]) -> float:
-    return float(np.mean([reader.inside(video).mean() for video in videos]))
+    real = judgement.reconstructed(made, clips.render_mixed(dit.heldout_videos(world, study.prompts)))
+    inside, inside_of_real = ([reader.inside(video) for video in group] for group in (videos, real))
+    return (
+        {
+            "inside": float(np.mean([frames.mean() for frames in inside])),
+            "inside_of_real": float(np.mean([frames.mean() for frames in inside_of_real])),
+            "whole_videos": float(np.mean([frames.all() for frames in inside])),
+            "adherence_all": adherence.judge(videos, scenes, study.seed)[0]["all"],
+        },
+        videos,
+        scenes,
+    )
 
 
 # Together or one after the other ---------------------------------------------------------------------------------------
 
 
 def rollout(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
-    """Each model makes long videos as it was trained to; kept in rolled.json beside the checkpoints.
+    """Each model makes long videos as it was trained to; kept in rollout.json beside the checkpoints.
 
     A model whose clips had a next_frame (loader.known) makes one latent frame after the other, each from those before it; any
     other makes windows of which half was made before (canvas.plan).
     """
-    about = {"count": study.prompts, "seed": study.seed, "judges": _judges()}
-    rungs = [
-        judgement.once(workdir / name, "rolled", about, functools.partial(_rolled, study, workdir / name))
-        for name in names
-    ]
     words = (
-        "The same prompts and seeds, many times as long as any clip of training: the share of videos of which the last clip's "
-        "length up to so many frames shows all that was asked for."
+        "The same prompts and seeds, many times as long as any clip of training: the share of videos that show all that was asked "
+        "for in as many frames as a clip of training has, up to the one that is named."
     )
-    return _section(
-        "rollout", "Together against one after the other", words, names, [rung for each in rungs for rung in each]
-    )
+    return _compared(study, workdir, names, _rolled, ("rollout", "Together against one after the other", words))
 
 
-def _rolled(study: StudyRun, folder: Path) -> list[report.Rung]:
-    made = pipeline.load(folder)
+def _rolled(study: StudyRun, made: Pipeline) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
     world, stride = made.run.data.world, made.geometry.stride[0]
     window = max(world.frame_counts)
     scenes = prompting.of_motions(world, prompting.ENDLESS, study.prompts, window)
     total = 1 + stride * ((LONGEST * window - 1) // stride)
-    alone = made.run.loader.known.next_frame > 0
-    jobs = [_job(made, scene, study.seed + number, total, window, alone) for number, scene in enumerate(scenes)]
+    grid, several_sizes = layouts.Grid(made.geometry.stride, made.geometry.patch), len(world.sizes) > 1
+    jobs = []
+    for number, scene in enumerate(scenes):
+        order = Order(prompt=captions.prompt(scene, several_sizes), seed=study.seed + number, frames=total)
+        job = layouts.prepare(order, Size(scene.height, scene.width, window, scene.fps), grid)
+        if made.run.loader.known.next_frame:
+            windows = one_by_one(total, window, stride)
+            job = dataclasses.replace(job, timeline=dataclasses.replace(job.timeline, windows=windows))
+        jobs.append(job)
     videos = made.make(jobs, made.run.sampler)
     lengths = [min(total, window * 2**n) for n in range(LONGEST.bit_length())]
-    found = {
+    shares = {
         f"after_{length}": reader.score([video[length - window : length] for video in videos], scenes)["all"]
         for length in lengths
     }
-    return [report.Rung(folder.name, _shown(videos, scenes, study.seed), found | {"count": len(videos)})]
-
-
-def _job(made: Pipeline, scene: Scene, seed: int, frames: int, window: int, alone: bool) -> Job:
-    order = Order(prompt=captions.prompt(scene, len(made.run.data.world.sizes) > 1), seed=seed, frames=frames)
-    usual = Size(scene.height, scene.width, window, scene.fps)
-    job = layouts.prepare(order, usual, layouts.Grid(made.geometry.stride, made.geometry.patch))
-    if not alone:
-        return job
-    windows = one_by_one(frames, window, made.geometry.stride[0])
-    return dataclasses.replace(job, timeline=dataclasses.replace(job.timeline, windows=windows))
+    return shares, videos, scenes
 
 
 def one_by_one(frames: int, window: int, stride: int) -> tuple[Window, ...]:
@@ -134,22 +112,28 @@ def one_by_one(frames: int, window: int, stride: int) -> tuple[Window, ...]:
 
 # Both -----------------------------------------------------------------------------------------------------------------
 
+# (study, model) -> (scores, videos, the scenes that these should show)
+Judge = Callable[[StudyRun, Pipeline], tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]]
 
-def _section(
-    name: str, title: str, words: str, names: Sequence[str], rungs: Sequence[report.Rung]
+
+def _compared(
+    study: StudyRun, workdir: Path, names: Sequence[str], judge: Judge, told: tuple[str, str, str]
 ) -> tuple[dict[str, Any], report.Section]:
-    return {rung.name: dict(rung.scores) for rung in rungs}, report.Section(name, title, words, rungs)
+    """Scores by stage, and some videos of each. told is (name, title, words) of the section."""
+    judges = reader, adherence, canvas, layouts, prompting, sys.modules[__name__]
 
+    def judged(name: str, made: Pipeline) -> list[report.Rung]:
+        scores, videos, scenes = judge(study, made)
+        requests = judgement.asked(made.run.data.world, scenes[:SHOWN], study.seed)
+        shown = [
+            report.Video(video, request.fps, request.prompt, request.seed)
+            for video, request in zip(videos, requests, strict=False)
+        ]
+        return [report.Rung(name, shown, scores | {"count": len(videos)})]
 
-def _shown(videos: Sequence[np.ndarray], scenes: Sequence[Scene], seed: int) -> list[report.Video]:
-    return [
-        report.Video(video, scene.fps, captions.prompt(scene, False), seed + number)
-        for number, (video, scene) in enumerate(zip(videos[:SHOWN], scenes, strict=False))
+    rungs = [
+        rung
+        for name in names
+        for rung in judgement.once(study, workdir / name, told[0], judges, functools.partial(judged, name))
     ]
-
-
-@functools.cache
-def _judges() -> str:
-    """What tells one state of the judges' code from another."""
-    modules = (reader, adherence, canvas, sys.modules[__name__])
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+    return {rung.name: dict(rung.scores) for rung in rungs}, report.Section(*told, rungs)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet, reader
 from sora_jax.generate import files, pipeline
+from sora_jax.generate.pipeline import Pipeline
 from sora_jax.study import report
 from sora_jax.train import dit
 
@@ -57,7 +59,7 @@ class Judge:
             "shown": self.study.shown,
             "seed": self.study.seed,
             "frechets": self.frechets and mobilenet.available(),
-            "judges": _judges(),
+            "judges": code_of(reader, adherence, frechet, mobilenet, sys.modules[__name__]),
         }
         run = pipeline.load_run(folder)
         scenes = dit.heldout_videos(run.data.world, self.study.prompts)
@@ -99,7 +101,7 @@ class Bounds:
     reconstructions: float | None = None
 
 
-def bounds_of(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool = True) -> Bounds:
+def bounds_of(made: Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool = True) -> Bounds:
     reconstructions = reconstructed(made, clips.render_mixed(scenes))
     ceiling, _ = adherence.judge(reconstructions, scenes, seed)
     if not frechets:
@@ -113,7 +115,7 @@ def bounds_of(made: pipeline.Pipeline, scenes: Sequence[Scene], seed: int, frech
 
 
 def judged(
-    made: pipeline.Pipeline,
+    made: Pipeline,
     settings: SamplerConfig,
     scenes: Sequence[Scene],
     seed: int,
@@ -145,7 +147,7 @@ def judged(
 
 
 def evaluate(
-    made: pipeline.Pipeline,
+    made: Pipeline,
     settings: SamplerConfig,
     prompts: int,
     seed: int,
@@ -198,7 +200,7 @@ def asked(world: WorldConfig, scenes: Sequence[Scene], seed: int) -> list[pipeli
 
 
 def sampled(
-    made: pipeline.Pipeline, settings: SamplerConfig, scenes: Sequence[Scene], seed: int, name: str = "samples"
+    made: Pipeline, settings: SamplerConfig, scenes: Sequence[Scene], seed: int, name: str = "samples"
 ) -> list[np.ndarray]:
     began = time.perf_counter()
     videos = made.sample(asked(made.run.data.world, scenes, seed), settings)
@@ -207,7 +209,7 @@ def sampled(
 
 
 def video_distance(
-    made: pipeline.Pipeline, settings: SamplerConfig, i3d_weights: Path, num_videos: int, seed: int
+    made: Pipeline, settings: SamplerConfig, i3d_weights: Path, num_videos: int, seed: int
 ) -> dict[str, Any]:
     """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes."""
     wanted, others = (
@@ -225,19 +227,31 @@ def expected(scene: Scene) -> str:
     return adherence.in_words(clips.render_mixed([scene])[0])
 
 
-def reconstructed(made: pipeline.Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
+def reconstructed(made: Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
 
 
-def once(folder: Path, stem: str, about: dict[str, Any], judge: Callable[[], list[report.Rung]]) -> list[report.Rung]:
-    """What judge() finds, kept in folder as stem.json and stem.npz and read from there for the same checkpoint and settings."""
-    about = about | {"checkpoint": checkpoint.digest(folder)}
+def once(
+    study: StudyRun,
+    folder: Path,
+    stem: str,
+    judges: Sequence[ModuleType],
+    judge: Callable[[Pipeline], list[report.Rung]],
+) -> list[report.Rung]:
+    """What `judge` finds of the DiT in folder, kept there as stem.json and stem.npz, and read from these for the same checkpoint,
+    prompts, seed and code of `judges`."""
+    about = {
+        "checkpoint": checkpoint.digest(folder),
+        "prompts": study.prompts,
+        "seed": study.seed,
+        "judges": code_of(*judges),
+    }
     if kept := read_kept(folder, stem, about):
         try:
             return _with_videos(*kept)
         except (KeyError, ValueError) as error:
             logging.warning("%s does not say what its videos are (%r); judging anew", folder / f"{stem}.json", error)
-    rungs = judge()
+    rungs = judge(pipeline.load(folder))
     scores = {rung.name: dict(rung.scores) for rung in rungs}
     # What is shown is told with the scores: of which rung it is, and what was asked for.
     scores[SHOWN] = {
@@ -259,10 +273,9 @@ def _with_videos(scores: dict[str, Any], videos: Sequence[np.ndarray]) -> list[r
 
 
 @functools.cache
-def _judges() -> str:
-    """What tells one state of the judges' code from another: scores of an older judge are not kept."""
-    modules = (reader, adherence, frechet, mobilenet, sys.modules[__name__])
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+def code_of(*judges: ModuleType) -> str:
+    """What tells one state of these modules from another: scores of an older judge are not kept."""
+    return hashlib.sha256("".join(inspect.getsource(module) for module in judges).encode()).hexdigest()
 
 
 def read_kept(folder: Path, stem: str, about: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]] | None:

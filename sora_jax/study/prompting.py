@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import inspect
 import logging
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from sora_jax.data.worlds import captions, clips, world
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, continuity, reader, reconstruction
-from sora_jax.generate import canvas, layouts, pipeline
+from sora_jax.generate import canvas, layouts
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.generate.requests import Order, Size
 from sora_jax.study import judgement, report
@@ -41,55 +39,52 @@ ENDLESS = ("still", "orbit")
 
 def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
     """Scores of stages by mode, and the videos of the last one; kept beside the checkpoints, in prompted.json and prompted.npz."""
-    found = {}
-    for name in names:
-        about = {"count": study.prompts, "shown": SHOWN, "seed": study.seed, "judges": _judges()}
-        found[name] = judgement.once(
-            workdir / name, "prompted", about, functools.partial(_judged, study, workdir / name)
-        )
+    judges = reader, adherence, continuity, layouts, canvas, sys.modules[__name__]
+
+    def judged(made: Pipeline) -> list[report.Rung]:
+        with tempfile.TemporaryDirectory() as inputs:
+            return Prompting(made, made.run.sampler, study.prompts, study.seed, Path(inputs)).judge()
+
+    found = {name: judgement.once(study, workdir / name, "prompted", judges, judged) for name in names}
     words = "Prompted with real held-out clips; what was given comes back, the rest is made."
     shown = [rung for rung in found[names[-1]] if rung.samples]
     numbers = {name: {rung.name: dict(rung.scores) for rung in rungs} for name, rungs in found.items()}
     return numbers, report.Section("prompting", "Prompting", words, shown)
 
 
-def _judged(study: StudyRun, folder: Path) -> list[report.Rung]:
-    made = pipeline.load(folder)
-    with tempfile.TemporaryDirectory() as prompts:
-        return Prompting(made, made.run.sampler, study.prompts, study.seed, SHOWN, Path(prompts)).judge()
-
-
-@functools.cache
-def _judges() -> str:
-    """What tells one state of the judges' code from another."""
-    modules = (reader, adherence, continuity, layouts, canvas, sys.modules[__name__])
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
-
-
 @dataclasses.dataclass
 class Prompting:
-    """Judges one model; `count` videos a mode, of which `shown` are handed on for the report. Input files go to folder."""
+    """Judges one model; `count` videos a mode, of which SHOWN are handed on for the report. Input files go to folder.
+
+    Raises ValueError for a model of worlds that this does not judge.
+    """
 
     made: Pipeline
     settings: SamplerConfig
     count: int
     seed: int
-    shown: int
     folder: Path
 
     def __post_init__(self) -> None:
-        config = self.made.run.data.world
-        self.world, self.stride = config, self.made.geometry.stride[0]
-        self.window = max(config.frame_counts)
-        self.scenes = dit.heldout_videos(config, self.count, frames=self.window)
+        self.world, self.stride = self.made.run.data.world, self.made.geometry.stride[0]
+        if self.world.two_things_fraction or len(self.world.fps) > 1:
+            raise ValueError(
+                "prompting is judged on worlds of one thing at one frame rate; this one has pairs or several rates"
+            )
+        self.window, (self.fps,) = max(self.world.frame_counts), self.world.fps
+        self.scenes = dit.heldout_videos(self.world, self.count, frames=self.window)
         self.real = clips.render_mixed(self.scenes)
         self.round_trips = self._round_trips(self.real)
         # About half of a clip, in whole groups.
         self.half = 1 + self.stride * ((self.window - 1) // self.stride // 2)
 
+    @functools.cached_property
+    def from_text(self) -> list[np.ndarray]:
+        """Videos of the same prompts and seeds of which nothing is given."""
+        return judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
+
     def judge(self) -> list[report.Rung]:
         """Every mode with its scores and some of its videos."""
-        plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
         rungs: list[report.Rung] = []
         for mode in (
             self.image,
@@ -107,10 +102,8 @@ class Prompting:
         ):
             began = time.perf_counter()
             found, videos = mode()
-            rungs.append(report.Rung(mode.__name__, videos[: self.shown], found | {"count": len(videos)}))
+            rungs.append(report.Rung(mode.__name__, videos[:SHOWN], found | {"count": len(videos)}))
             logging.info("%s: %s in %.1f s", mode.__name__, _told(found), time.perf_counter() - began)
-        text_motion = reader.score(plain, self.scenes)["motion"]
-        rungs[0] = dataclasses.replace(rungs[0], scores={**rungs[0].scores, "motion_of_text": text_motion})
         for name, part in self.sizes().items():
             rungs.append(report.Rung(f"sizes_{name}", (), part))
             logging.info("sizes %s: %s", name, _told(part))
@@ -128,6 +121,7 @@ class Prompting:
             "identity": _identity(made, self.scenes),
             "identity_ceiling": _identity(self.round_trips, self.scenes),
             "motion": reader.score(made, self.scenes)["motion"],
+            "motion_of_text": reader.score(self.from_text, self.scenes)["motion"],
         }, videos
 
     def extend_forward(self) -> tuple[dict[str, float], list[report.Video]]:
@@ -161,17 +155,18 @@ class Prompting:
     def loop(self) -> tuple[dict[str, float], list[report.Video]]:
         """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
         videos = self._made(self.scenes, lambda number: {"loop": True})
-        plain = judgement.sampled(self.made, self.settings, self.scenes, self.seed, "loop's floor")
 
         def closed(frames: Sequence[np.ndarray]) -> np.ndarray:
             return np.array([continuity.loop_change(each) <= MOST_LOOP for each in frames])
 
         made = [video.frames_THWC for video in videos]
         returns = np.array([scene.things[0].motion in ENDLESS for scene in self.scenes])
-        changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, plain)), strict=True)
+        changes = zip(
+            *([continuity.changes(each).mean() for each in group] for group in (made, self.from_text)), strict=True
+        )
         return {
             "closed": float(closed(made).mean()),
-            "closed_floor": float(closed(plain).mean()),
+            "closed_floor": float(closed(self.from_text).mean()),
             "closed_of_endless_motions": float(closed(made)[returns].mean()) if returns.any() else 0.0,
             # A loop of something at rest is none.
             "alive": float(np.mean([one >= other / 2 for one, other in changes])),
@@ -246,9 +241,8 @@ class Prompting:
 
     def interpolate(self) -> tuple[dict[str, float], list[report.Video]]:
         """Every other frame of real clips is made anew from its neighbours."""
-        rate = self.world.fps[0]
         videos = self._made(
-            self.scenes, lambda number: {"interpolate": self._file(self.real[number]), "factor": 2, "fps": rate}
+            self.scenes, lambda number: {"interpolate": self._file(self.real[number]), "factor": 2, "fps": self.fps}
         )
         made = [video.frames_THWC for video in videos]
         return {"identity": _identity(made, self.scenes), "place_kept": _place_kept(made, self.real)}, videos
@@ -271,7 +265,7 @@ class Prompting:
 
     def sizes(self) -> dict[str, dict[str, float]]:
         """Adherence at sizes of training, at sizes between them, and at 1.5 times the largest area and side."""
-        known = self.world.frame_sizes
+        known = self.world.clip_sizes
         low, high = min(map(min, known)), max(map(max, known))
         between = (low + high) // 2 // 8 * 8
         groups = {
@@ -294,10 +288,8 @@ class Prompting:
 
     def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[report.Video]:
         """Videos of the scenes' prompts, each with its order's own keys."""
-        grid, several_sizes = (
-            layouts.Grid(self.made.geometry.stride, self.made.geometry.patch),
-            len(self.world.sizes) > 1,
-        )
+        grid = layouts.Grid(self.made.geometry.stride, self.made.geometry.patch)
+        several_sizes = len(self.world.sizes) > 1
         jobs = []
         for number, scene in enumerate(scenes):
             usual = Size(scene.height, scene.width, self.window, scene.fps)
@@ -324,7 +316,7 @@ class Prompting:
         frames_THWC = frames_THWC.copy()
         frames_THWC[1::2, 0, 0] ^= 1
         images = [Image.fromarray(frame) for frame in frames_THWC]
-        milliseconds = 1000 / self.world.fps[0]
+        milliseconds = 1000 / self.fps
         images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
         return str(path)
 
