@@ -36,6 +36,7 @@ def compact_world() -> ConfigDict:
             two_things_fraction=0.0,
             holdout_fraction=0.15,
             square=False,
+            to_and_fro=0.0,
             seed=0,
         ),
         convert_dict=True,

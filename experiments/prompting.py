@@ -28,6 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def world() -> ConfigDict:
     world = parts.compact_world()
     world.motions = MOTIONS
+    # What moves one way never comes back by itself; to close a loop, something has to have shown how.
+    world.to_and_fro = 0.2
     return world
 
 

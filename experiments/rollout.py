@@ -16,7 +16,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     vae = parts.vae_run(prompting.world(), prompting.VAE_STEPS)
-    runs = {name: parts.dit_run(prompting.world(), DIT_STEPS, "vae") for name in ("together", "one_by_one")}
+    world = prompting.world()
+    world.to_and_fro = 0.0
+    runs = {name: parts.dit_run(world, DIT_STEPS, "vae") for name in ("together", "one_by_one")}
     for run in runs.values():
         # What ends early is short, so that a row has more clips; a clip of which a part is known has two slots.
         run.pack.update(row_slots=24, row_text=160)

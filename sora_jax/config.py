@@ -299,7 +299,7 @@ def from_config_dict(tree: Any) -> Run:
 
 # Keys that configs did not always have, with what was done before.
 LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
-WORLD_ADDED = {"data.world.square": False}
+WORLD_ADDED = {"data.world.square": False, "data.world.to_and_fro": 0.0}
 ADDED: dict[str, dict[str, Any]] = {
     "vae": LOOP_ADDED | WORLD_ADDED,
     "dit": LOOP_ADDED

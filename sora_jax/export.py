@@ -168,8 +168,8 @@ def card(record: Mapping[str, Any], parameters: int, evaluation: Mapping[str, fl
         ),
         f"- data: a procedural world of moving shapes, {run['data']['train_clips']} clips of "
         f"{_listed(world['frame_counts'])} frames of {_listed(world['frame_sizes'])} pixels (height, width)"
-        + ", of which the middle square"
-        * bool(world.get("square")),
+        + ", of which the middle square" * bool(world.get("square"))
+        + f", {world['to_and_fro']:.0%} of the videos played to and fro" * bool(world.get("to_and_fro")),
         "- versions: " + ", ".join(f"{key} {value}" for key, value in _versions(meta).items()),
         *(f"- digest of the checkpoint: `{record['source']}`", "- all settings: config.json", ""),
         *(("## Held-out clips", "", "| measure | value |", "| --- | --- |", *scores, "") if scores else ()),

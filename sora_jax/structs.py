@@ -25,7 +25,8 @@ class Clip:
     """A video with its captions.
 
     frames_THWC is uint8; fps is frames a second; captions runs from short to long; scene is the exact ground truth when the
-    clip comes from a procedural world, else None.
+    clip comes from a procedural world, else None. Frames that are played to and fro turn back where they never did: such a
+    clip is for learning how to lead from one end to another, not for what its captions say.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Clip:
     fps: float
     captions: tuple[str, ...]
     scene: Any = None
+    to_and_fro: bool = False
 
 
 class Share(NamedTuple):

@@ -172,6 +172,18 @@ def test_known_frames_are_whole_frames_at_the_start(store):
     assert share == pytest.approx(0.5, abs=0.08)
 
 
+def test_what_is_played_to_and_fro_is_stored_as_such_and_has_both_ends_given(tmp_path):
+    values = np.ones((3, 2, 2, 4), np.float32)
+    made = [latents.Latent(number, values, values, 8.0, ("a",), to_and_fro=number == 1) for number in range(2)]
+    store = latents.write(tmp_path / "latents", made, {})
+    tokeniser = loader.Tokeniser(loader.LoaderConfig(), PACKING, GEOMETRY, text, seed=3)
+    assert [store[number].to_and_fro for number in range(2)] == [False, True]
+    tokens = [tokeniser(store[number], 0)[0] for number in range(2)]
+    assert not tokens[0].known_N.any()
+    assert set(tokens[1].index_N[tokens[1].known_N] // 4) == {0, 2}
+    assert set(tokens[1].index_N[~tokens[1].known_N] // 4) == {1}
+
+
 def test_what_comes_after_a_next_frame_is_not_there(store):
     settings = loader.LoaderConfig(known=masks.KnownConfig(next_frame=1.0))
     packing, ends = dataclasses.replace(PACKING, drop_rate=0.0), set()

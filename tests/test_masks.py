@@ -44,6 +44,14 @@ def test_each_kind_of_frames_is_all_that_its_name_says():
     assert len(frames("some_frames")) == 2**5 - 2
 
 
+def test_of_what_is_played_to_and_fro_both_ends_are_known_whatever_the_shares():
+    rng = np.random.default_rng(0)
+    for config in (KnownConfig(), KnownConfig(box=1.0), KnownConfig(less_noise=1.0)):
+        for _ in range(50):
+            known, ceiling = masks.draw(config, rng, (5, 2, 3), to_and_fro=True)
+            assert known[0].all() and known[-1].all() and not known.all() and ceiling == 1
+
+
 def test_a_next_frame_ends_the_clip():
     for mask, ceiling in drawn("next_frame", (4, 2, 2)):
         assert mask[:-1].all() and not mask[-1].any() and ceiling == 1

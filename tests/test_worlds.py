@@ -187,6 +187,31 @@ def test_a_square_is_the_middle_of_the_frame():
         assert cut.captions == whole.captions
 
 
+def test_frames_are_played_to_and_fro_in_training_alone_and_words_and_numbers_stay():
+    played = dataclasses.replace(world.COMPACT, to_and_fro=0.5)
+    turned = videos = 0
+    for index in range(120):
+        once, clip = (clips.clip(config, "train", index) for config in (world.COMPACT, played))
+        assert (clip.id, clip.captions, clip.fps) == (once.id, once.captions, once.fps)
+        assert clip.frames_THWC.shape == once.frames_THWC.shape
+        videos += len(once.frames_THWC) > 1
+        if not clip.to_and_fro:
+            assert np.array_equal(clip.frames_THWC, once.frames_THWC)
+            continue
+        turned += 1
+        assert len(clip.frames_THWC) >= 9 and clip.scene is None
+        apart_TT = np.abs(clip.frames_THWC[:, None].astype(int) - once.frames_THWC[None]).max((2, 3, 4))
+        assert (apart_TT.min(1) == 0).all()  # no frame is new
+        if once.scene.things[0].motion != "still":
+            order_T = apart_TT.argmin(1)
+            steps_T = np.diff(order_T)
+            assert (np.abs(steps_T) == 1).all()  # none is left out or held
+            assert (np.diff(np.flatnonzero(np.diff(steps_T)), prepend=-1)[1:] >= clips.LEAST_WAY).all()
+    assert 0.35 < turned / videos < 0.65
+    for index in range(20):
+        assert not clips.clip(played, "heldout", index).to_and_fro
+
+
 def test_weights_of_sizes_are_for_training_alone():
     weighted = dataclasses.replace(world.COMPACT, frame_size_weights=(0.0, 0.25, 0.75))
     for split, expected in (("train", (0, 0.25, 0.75)), ("heldout", (1 / 3,) * 3)):

@@ -23,17 +23,18 @@ from sora_jax import disk
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """One encoded clip; mean and std are (t, h, w, c)."""
+    """One encoded clip; mean and std are (t, h, w, c), the rest is as in structs.Clip."""
 
     id: int
     mean_thwc: np.ndarray
     std_thwc: np.ndarray
     fps: float
     captions: tuple[str, ...]
+    to_and_fro: bool = False
 
 
 # Of how a store is written: part of its meta, so that one written otherwise is not taken for this.
-FORMAT = 2
+FORMAT = 3
 
 
 REMEDY = "delete the folder to encode anew"
@@ -60,7 +61,7 @@ class LatentStore:
         except (LookupError, TypeError) as error:
             raise disk.FileError(f"{folder / 'store.json'} lacks meta or captions; {REMEDY}") from error
         arrays = {name: disk.read_npy(folder / f"{name}.npy", REMEDY) for name in PER_CLIP}
-        self.shapes, self.fps, self.caption_ids, self.ids, self.checks = arrays.values()
+        self.shapes, self.fps, self.caption_ids, self.ids, self.checks, self.to_and_fro = arrays.values()
         found = {name: _header(folder / f"{name}.npy") for name in VALUES}
         self._offsets = {name: offset for name, (offset, _) in found.items()}
         length, self.channels = found["mean"][1]
@@ -104,6 +105,7 @@ class LatentStore:
             std_thwc=std_thwc,
             fps=float(self.fps[number]),
             captions=tuple(self.captions[i] for i in self.caption_ids[number] if i >= 0),
+            to_and_fro=bool(self.to_and_fro[number]),
         )
 
     def _part(self, name: str, start: int, end: int) -> bytes:
@@ -120,7 +122,8 @@ class LatentStore:
 VALUES = ("mean", "std")
 # dtype and number of axes of what is stored of each clip beside its values.
 PER_CLIP = {"shapes": ("int64", 2), "fps": ("float32", 1), "caption_ids": ("int32", 2), "ids": ("int64", 1)} | {
-    "checks": ("uint32", 1)
+    "checks": ("uint32", 1),
+    "to_and_fro": ("bool", 1),
 }
 MAX_POSITIONS = 2**48  # what is larger is no store, and sums of it would go round
 MAX_STORE_BYTES = 2**28  # of store.json: a million captions
@@ -165,6 +168,7 @@ def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:
         "fps": np.array([item.fps for item in items], np.float32),
         "ids": np.array([item.id for item in items], np.int64),
         "caption_ids": caption_ids,
+        "to_and_fro": np.array([item.to_and_fro for item in items], bool),
     }
     ends = np.cumsum(np.prod(arrays["shapes"], axis=1))[:-1]
     pieces = zip(*(np.split(arrays[name], ends) for name in VALUES), strict=True)

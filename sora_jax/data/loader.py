@@ -131,7 +131,7 @@ class Tokeniser:
         """Tokens of draw number `draw` of a clip, and how many were dropped."""
         rng = np.random.default_rng((self.seed, latent.id, draw))
         grid = pack.grid_shape(latent.mean_thwc.shape, self.geometry.patch)
-        known_thw, ceiling = masks.draw(self.config.known, rng, grid)
+        known_thw, ceiling = masks.draw(self.config.known, rng, grid, latent.to_and_fro)
         t, h, w = known_thw.shape
         mean_thwc, std_thwc = (x[: t * self.geometry.patch[0]] for x in (latent.mean_thwc, latent.std_thwc))
         text_LM, text_token_L = self.text(self._caption(rng, latent.captions))

@@ -46,13 +46,17 @@ class KnownConfig:
 
 
 def draw(
-    config: KnownConfig, rng: np.random.Generator, grid: tuple[int, int, int]
+    config: KnownConfig, rng: np.random.Generator, grid: tuple[int, int, int], to_and_fro: bool = False
 ) -> tuple[Bool[np.ndarray, "t h w"], float]:
     """(which patches of the grid are known, the highest time of the others). At least one patch is unknown.
 
-    Where t is less than the grid's, the clip ends there.
+    Where t is less than the grid's, the clip ends there. Of a clip that is played to and fro both ends are known, whatever
+    the shares, as no caption asks for its turn.
     """
     nothing = np.zeros(grid, bool)
+    if to_and_fro:
+        known = _both_ends(rng, grid)
+        return (nothing if known is None else known), 1.0
     names = [field.name for field in dataclasses.fields(config)]
     ends = np.cumsum([getattr(config, name) for name in names])
     place = int(np.searchsorted(ends, rng.random(), side="right"))

@@ -37,6 +37,6 @@ def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, f
         for start in range(0, count, AT_ONCE):
             some = list(clips.clips(data.world, split, range(start, min(count, start + AT_ONCE))))
             for clip, (mean, std) in zip(some, network.encode([clip.frames_THWC for clip in some]), strict=True):
-                yield latents.Latent(clip.id, mean, std, clip.fps, clip.captions)
+                yield latents.Latent(clip.id, mean, std, clip.fps, clip.captions, clip.to_and_fro)
 
     return latents.write(path, encoded(), meta)

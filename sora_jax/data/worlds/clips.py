@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,6 +16,8 @@ from sora_jax.data.worlds.scene import Scene
 # Clips drawn together by clips(): enough to fill its groups, few enough for the cache and for the first to come soon.
 CLIPS_AT_ONCE = 256
 PIXELS_AT_ONCE = 2**21
+LEAST_WAY = 4  # steps between two turns of a clip that is played to and fro
+TO_AND_FRO = 2  # its key, beside those of the splits
 
 
 def clip(config: world.WorldConfig, split: world.Split, index: int) -> structs.Clip:
@@ -27,13 +30,26 @@ def clips(config: world.WorldConfig, split: world.Split, indices: Iterable[int])
     for some in _batched(indices, CLIPS_AT_ONCE):
         drawn = [world.sample_scene(config, split, index) for index in some]
         for index, scene, frames_THWC in zip(some, drawn, render_mixed(drawn), strict=True):
-            yield structs.Clip(
+            clip = structs.Clip(
                 id=index,
                 frames_THWC=frames_THWC,
                 fps=scene.fps,
                 captions=captions.captions(scene, size_words=len(config.sizes) > 1),
                 scene=scene,
             )
+            yield _played(clip, config) if split == "train" and config.to_and_fro else clip
+
+
+def _played(clip: structs.Clip, config: world.WorldConfig) -> structs.Clip:
+    """The clip, or by chance its frames to and fro, if there are enough of them to go, turn and come back."""
+    rng = np.random.default_rng((config.seed, TO_AND_FRO, clip.id))
+    last = len(clip.frames_THWC) - 1
+    if rng.random() >= config.to_and_fro or last < 2 * LEAST_WAY:
+        return clip
+    way = int(rng.integers(LEAST_WAY, last + 1))
+    start, phase = int(rng.integers(last - way + 1)), int(rng.integers(2 * way))
+    order_T = start + np.abs((np.arange(last + 1) + phase) % (2 * way) - way)
+    return dataclasses.replace(clip, frames_THWC=clip.frames_THWC[order_T], scene=None, to_and_fro=True)
 
 
 def render_mixed(drawn: Sequence[Scene]) -> list[np.ndarray]:

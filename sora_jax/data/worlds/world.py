@@ -37,8 +37,9 @@ class WorldConfig:
     frames teach much for few tokens, but what is held out shows all sizes alike. frame_counts are 4k + 1, where 1 is an
     image; frame_count_weights is empty or one weight per count. two_things_fraction of the scenes hold two things.
     holdout_fraction of all combinations (colour, shape, motion) never occur in training. With square, clips are what the
-    middle square of a frame shows, as data sets were cut before models took any size: things may be cut, too. Raises
-    ValueError if a world cannot be drawn from these.
+    middle square of a frame shows, as data sets were cut before models took any size: things may be cut, too. to_and_fro is
+    the share of training videos whose frames are played to and fro, turning at a random place: a model that connects what
+    is given learns to lead back from them. Raises ValueError if a world cannot be drawn from these.
     """
 
     colours: tuple[str, ...]
@@ -54,6 +55,7 @@ class WorldConfig:
     two_things_fraction: float
     holdout_fraction: float
     square: bool
+    to_and_fro: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -63,8 +65,9 @@ class WorldConfig:
         _check_words("motions", self.motions, scenes.MOTIONS)
         _check_words("backgrounds", self.backgrounds, scenes.BACKGROUNDS)
         _check_frames(self)
-        if not 0 <= self.two_things_fraction <= 1:
-            raise ValueError(f"two_things_fraction is {self.two_things_fraction}; it must be in [0, 1]")
+        for name in ("two_things_fraction", "to_and_fro"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
         if self.two_things_fraction > 0 and len(self.colours) < 2:
             raise ValueError("two things need two colours; add a colour or set two_things_fraction to 0")
         if self.seed < 0:
@@ -326,6 +329,7 @@ COMPACT = WorldConfig(
     two_things_fraction=0.0,
     holdout_fraction=0.1,
     square=False,
+    to_and_fro=0.0,
     seed=0,
 )
 FULL = WorldConfig(
@@ -342,5 +346,6 @@ FULL = WorldConfig(
     two_things_fraction=0.3,
     holdout_fraction=0.1,
     square=False,
+    to_and_fro=0.0,
     seed=0,
 )
