@@ -155,3 +155,16 @@ def test_requests_of_all_kinds_in_one_batch_are_as_alone(sampler, rng):
 def test_sizes_that_cannot_be_made_are_told(sampler):
     with pytest.raises(ValueError, match="1 \\+ 4k"):
         sampler.sample([request("a red circle", frames=6)], sampler.run.sampler)
+
+
+def test_what_is_larger_than_all_of_training_lies_within_what_training_reached(sampler):
+    wide = pipeline.Request("x", 32, 48, 9, 8.0, 1)  # trained on 32x32
+    sampler.text.prepare(["x"])
+    usual, larger = (
+        sampler._tokens(0, each, sampler.starts([each])[0], each.prompt) for each in (request("x", frames=9), wide)
+    )
+    assert larger.extent_3.tolist() == usual.extent_3.tolist() == [1.0, 32.0, 32.0]
+    across = {tuple(row) for row in np.unique(larger.position_N3[:, 1:], axis=0).tolist()}
+    assert sorted({x for _, x in across}) == pytest.approx([32 * (n + 0.5) / 6 for n in range(6)])
+    assert {y for y, _ in across} == set(usual.position_N3[:, 1].tolist())
+    assert set(larger.position_N3[:, 0].tolist()) == set(usual.position_N3[:, 0].tolist())

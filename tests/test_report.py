@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import dataclasses
 import html.parser
 import io
 import json
@@ -321,5 +322,9 @@ def test_a_section_shows_its_videos_with_their_scores_and_has_a_picture(tmp_path
     text = report.render(page)
     assert Reader(text).tags["video"] == Reader(report.render(make_page())).tags["video"] + 4
     assert "kept &lt;b&gt; 0.25" in text and "Prompted <i>" not in text
-    report.write(tmp_path, page)
-    assert iio.imread(tmp_path / "prompting.png").shape[0] > 2 * 32
+    heights = []
+    for prompt in (NASTY, "another"):  # one strip a rung, or all of them where the prompts are the same
+        rungs[1] = dataclasses.replace(rungs[1], samples=[report.Video(make_video(), 8.0, prompt, 3)] * 2)
+        report.write(tmp_path, make_page(sections=[report.Section("prompting", "Prompted", "In every way.", rungs)]))
+        heights.append(iio.imread(tmp_path / "prompting.png").shape[0])
+    assert heights[1] > 2 * 32 and heights[0] > 1.9 * heights[1]

@@ -86,6 +86,8 @@ class Pipeline:
         self.codec = Codec(vae_config, *vae_weights)
         self.geometry = pack.Geometry(run.dit.patch, vae_config.stride)
         self.vae_config = vae_config
+        # Seconds, pixels down and across that training reached; a window of time is never longer.
+        self._reach_3 = np.array([np.inf, *np.max(run.data.world.clip_sizes, axis=0)], np.float32)
         self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
@@ -227,14 +229,18 @@ class Pipeline:
     def _tokens(self, number: int, request: Request, start: Start, prompt: str) -> pack.Tokens:
         shape, count = start.clean_thwc.shape, len(start.known_N)
         text_LM, text_token_L = self.text(prompt)
+        extent_3 = pack.extent(shape, self.geometry, request.fps)
+        # What is larger than all of training lies closer together rather than where no token ever was: position
+        # interpolation (arXiv:2306.15595).
+        scale_3 = np.minimum(1, self._reach_3 / np.maximum(extent_3, 1))
         return pack.Tokens(
             mean_NP=pack.patchify(start.clean_thwc, self.geometry.patch),
             std_NP=np.zeros((count, self.run.dit.patch_dim), np.float32),
-            position_N3=pack.positions(shape, self.geometry, request.fps),
+            position_N3=pack.positions(shape, self.geometry, request.fps) * scale_3,
             index_N=np.arange(count, dtype=np.int32),
             known_N=start.known_N,
             ceiling=start.ceiling,
-            extent_3=pack.extent(shape, self.geometry, request.fps),
+            extent_3=extent_3 * scale_3,
             clip=number,
             draw=0,
             text_LM=text_LM,

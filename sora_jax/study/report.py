@@ -159,8 +159,11 @@ def _sheet(page: Page) -> bytes | None:
 
 
 def _strips(section: Section) -> bytes | None:
-    """One strip a rung."""
-    shown = [(rung.name, rung.samples[0]) for rung in section.rungs if rung.samples]
+    """One strip a rung; of rungs that made the same prompts, all that they made, one below the other."""
+    made = [rung for rung in section.rungs if rung.samples]
+    same = len({tuple((video.prompt, video.seed) for video in rung.samples) for rung in made}) == 1
+    each = range(len(made[0].samples)) if same else range(1)
+    shown = [(rung.name, rung.samples[number]) for number in each for rung in made]
     if not shown:
         return None
     labels = [f"{name.replace('_', ' ')}: {video.prompt}" for name, video in shown]
