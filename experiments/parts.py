@@ -189,7 +189,7 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 patience=120.0,
                 skip_quota=0.01,
             ),
-            flow=dict(mean=0.4, std=1.0, shift=1.0),
+            flow=dict(mean=0.4, std=1.0, shift=1.0, known_noise=0.0),
             sampler=sampler(),
             optimizer=muon(0.014, 3e-3),
             loop=loop(steps),

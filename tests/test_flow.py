@@ -98,3 +98,5 @@ def test_noise_follows_the_clip_not_its_place():
 def test_bad_times_are_refused():
     with pytest.raises(ValueError, match="positive"):
         flow.TimeConfig(std=0.0)
+    with pytest.raises(ValueError, match="known_noise"):
+        flow.TimeConfig(known_noise=-0.1)

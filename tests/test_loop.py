@@ -124,6 +124,36 @@ def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
     assert metrics["weight"] == (batch.layout.segment_BN > 0).sum() - known.sum()
 
 
+def test_noise_on_what_is_known_reaches_nothing_else(trained_dit, trained_vae, monkeypatch):
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0])
+    task = dit.DiTTask(dataclasses.replace(run, flow=dataclasses.replace(run.flow, known_noise=0.0)), workdir)
+    batch, _ = next(task.batches(Share.whole(task.rows)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    seen = {}
+    for most in (0.0, 0.2):
+        noisy = dataclasses.replace(task.run, flow=dataclasses.replace(run.flow, known_noise=most))
+
+        def model(noisy_BNP, time_BS, layout, most=most):
+            seen[most] = np.asarray(noisy_BNP), np.asarray(time_BS)
+            return jnp.zeros_like(noisy_BNP)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dit.nnx, "merge", lambda graphdef, params, model=model: model)
+            dit.Objective(noisy)(state.params, state.rest, batch, jax.random.key(0))
+    (clean_BNP, time_BS), (noised_BNP, told_BS) = seen[0.0], seen[0.2]
+    assert np.array_equal(time_BS, told_BS)
+    known_BN = np.take_along_axis(batch.ceiling_BS == 0, batch.layout.slot_BN, 1) & (batch.layout.segment_BN > 0)
+    made_BN = ~known_BN & (batch.layout.segment_BN > 0)
+    assert known_BN.any() and np.array_equal(clean_BNP[made_BN], noised_BNP[made_BN])
+    levels = {}
+    for row, column in np.argwhere(known_BN):
+        clip = int(batch.clip_BS[row, batch.layout.slot_BN[row, column]])
+        levels.setdefault(clip, []).append((noised_BNP - clean_BNP)[row, column])
+    levels = np.array([np.std(each) for each in levels.values()])
+    assert levels.max() < 0.3 and levels.max() > 2 * levels.min() > 0  # uniform to 0.2, one for each clip
+
+
 def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, trained_vae):
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)

@@ -56,6 +56,7 @@ def _dit():
     tree["dit"] |= {"width": 32, "blocks": 2, "heads": 2, "channels": 8}
     tree["pack"] |= {"rows": 8, "row_tokens": 40, "row_slots": 8, "row_text": 128, "window": 24}
     tree["loader"]["known"] |= {"first_frames": 0.5, "box": 0.2, "less_noise": 0.2}
+    tree["flow"] |= {"known_noise": 0.1}
     tree["sampler"] |= {"steps": 2}
     tree["loop"] |= {"steps": 4, "log_every": 2}
     tree["mesh"] = MESH

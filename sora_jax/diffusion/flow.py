@@ -19,16 +19,22 @@ from jaxtyping import Float
 class TimeConfig:
     """Density of training times: the logistic of a normal (arXiv:2403.03206, section 3.1), then shifted.
 
-    shift > 1 moves weight towards noise, as larger clips need; see resolution_shift.
+    shift > 1 moves weight towards noise, as larger clips need; see resolution_shift. known_noise is the most noise that is
+    added to what of a clip is known, in standard deviations of a latent; how much is uniform, by clip, and not told to the
+    model. What it makes is given to it again when videos grow window by window: it learns not to pass on small errors
+    (as arXiv:2408.14837, section 3.2.1, with levels that are told).
     """
 
     mean: float = 0.4
     std: float = 1.0
     shift: float = 1.0
+    known_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"flow: std {self.std} and shift {self.shift} must be positive")
+        if self.known_noise < 0:
+            raise ValueError(f"flow.known_noise is {self.known_noise}; it must not be negative")
 
 
 def times(normal: Float[Array, ...], config: TimeConfig) -> Float[Array, ...]:

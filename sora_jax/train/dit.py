@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.scipy.special import ndtri
+from jax.scipy.special import ndtr, ndtri
 
 from sora_jax import compute, config, processes, sharding
 from sora_jax.checkpoint import fingerprints, read_meta
@@ -34,7 +34,7 @@ from sora_jax.train.encode import encode_split
 
 SHOWN_PROMPTS = 8
 # Keys of the independent draws of a clip.
-TIME, LATENT, NOISE, VALIDATION = range(4)
+TIME, LATENT, NOISE, VALIDATION, LEVEL, ON_KNOWN = range(6)
 GOLDEN = 0.6180339887
 
 
@@ -89,11 +89,15 @@ class Objective:
         """
         root = jax.random.key(self.run.seed)
         normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
-        loss, _, weight_BN = self.at(params, batch, flow.times(normal_BS, self.run.flow), root)
+        loss, _, weight_BN = self.at(
+            params, batch, flow.times(normal_BS, self.run.flow), root, self.run.flow.known_noise
+        )
         return loss, {"weight": weight_BN.sum()}
 
-    def at(self, params: Any, batch: PackedBatch, time_BS: Array, root: Array) -> tuple[Array, Array, Array]:
-        """(loss, weighted squared error of each token, weights)."""
+    def at(
+        self, params: Any, batch: PackedBatch, time_BS: Array, root: Array, known_noise: float = 0.0
+    ) -> tuple[Array, Array, Array]:
+        """(loss, weighted squared error of each token, weights). known_noise is as in flow.TimeConfig."""
         model, layout = nnx.merge(self.graphdef, params), batch.layout
         clip_BN = flow.spread(batch.clip_BS, layout.slot_BN)
         draw_BN = flow.spread(batch.draw_BS, layout.slot_BN)
@@ -107,6 +111,10 @@ class Objective:
         clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
         time_BS = batch.ceiling_BS * time_BS
         time_BN, ceiling_BN = (flow.spread(x_BS, layout.slot_BN) for x_BS in (time_BS, batch.ceiling_BS))
+        if known_noise:
+            normal_BS = flow.slot_normal(jax.random.fold_in(root, LEVEL), batch.clip_BS, batch.draw_BS)
+            level_BN = known_noise * flow.spread(ndtr(normal_BS), layout.slot_BN) * (ceiling_BN == 0)
+            clean_BNP = clean_BNP + level_BN[..., None] * draw(ON_KNOWN)
         predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
         weight_BN = ((layout.segment_BN > 0) & (ceiling_BN > 0)).astype(jnp.float32)
         loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
