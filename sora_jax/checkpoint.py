@@ -33,6 +33,7 @@ import resource
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -836,10 +837,11 @@ def _listed(step_directory: epath.Path, others: Collection[str]) -> dict[str, An
         return name != _SEAL and name.split("/")[0] not in others
 
     try:
-        head, _, body = (step_directory / _SEAL).read_bytes().decode().partition("\n")
+        seal = disk.read_bytes(step_directory / _SEAL, _MAX_METADATA_BYTES, _REMEDY)
+        head, _, body = seal.decode().partition("\n")
     except FileNotFoundError:
         return {"sealed": {}, "wrong": [f"the file {_SEAL} is missing"]}
-    except UnicodeDecodeError:
+    except (disk.FileError, UnicodeDecodeError):
         head, body = "", ""
     if f"{head}\n" != _seal_head(body):
         return {"sealed": {}, "wrong": [f"the file {_SEAL} is not what was saved"]}
@@ -856,28 +858,31 @@ def _listed(step_directory: epath.Path, others: Collection[str]) -> dict[str, An
 
 
 def _files(directory: epath.Path) -> list[str]:
-    """All files below a directory by their paths in it, the largest first."""
+    """All files below a directory by their paths in it, the largest first. Links to directories are files here: they lead out
+    of it."""
     sizes = {}
-    for parent, _, names in os.walk(directory, followlinks=True):
-        for name in names:
+    for parent, below, names in os.walk(directory):
+        for name in (*names, *(each for each in below if os.path.islink(os.path.join(parent, each)))):
             path = os.path.join(parent, name)
             sizes[os.path.relpath(path, directory).replace(os.sep, "/")] = os.lstat(path).st_size
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
 def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = False) -> dict[str, str]:
-    """The sha256 of files, of which each process reads its part; "" of one that is gone.
+    """The sha256 of files, of which each process reads its part; "" of one that is gone, a link or no regular file.
 
     to_disk: what the system has not written yet is written first.
     """
 
     def digest(name: str) -> str:
+        if os.path.islink(directory / name):
+            return ""
         try:
-            with open(directory / name, "rb") as file:
+            with disk.open_file(Path(directory / name), disk.ANY_SIZE) as file:
                 if to_disk:
                     _to_disk(file.fileno())
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, disk.FileError):
             return ""
         except OSError as error:  # told to all, as all wait for each other
             return f"{_FAILED}{error!r}"
@@ -1057,7 +1062,7 @@ def _plain_meta(step_directory: epath.Path) -> dict[str, Any]:
 
 def _bytes_on_disk(path: epath.Path) -> int:
     if path.is_dir():
-        return sum(_bytes_on_disk(child) for child in path.iterdir())
+        return sum(_bytes_on_disk(child) for child in path.iterdir() if not os.path.islink(child))
     return path.stat().length
 
 

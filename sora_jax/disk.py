@@ -38,7 +38,7 @@ class FileError(ValueError):
 
 def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = AGAIN) -> bytes:
     """The content of a file. Raises FileError if it is no regular file or has more than `most` bytes, OSError as open does."""
-    with _open(Path(path), most, remedy) as file:
+    with open_file(Path(path), most, remedy) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1)
     if len(content) > size:
@@ -46,7 +46,8 @@ def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = AGAIN) -> 
     return content
 
 
-def _open(path: Path, most: int, remedy: str) -> io.BufferedIOBase:
+def open_file(path: Path, most: int, remedy: str = AGAIN) -> io.BufferedIOBase:
+    """A file to read. Raises FileError if it is no regular file or has more than `most` bytes, OSError as open does."""
     # Without waiting: the end of a pipe that nobody writes to would be waited for for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     found = os.fstat(descriptor)
@@ -95,7 +96,7 @@ def _words(error: BaseException) -> str:
 
 def read_npy(path: str | os.PathLike[str], remedy: str = AGAIN) -> np.ndarray:
     """The numbers of an .npy file, which has exactly as many as it says. Raises FileError, OSError as open does."""
-    with _open(Path(path), ANY_SIZE, remedy) as file:
+    with open_file(Path(path), ANY_SIZE, remedy) as file:
         count = os.fstat(file.fileno()).st_size
         return _array(file, count, str(path), remedy)
 
@@ -191,7 +192,7 @@ def read_safetensors(
     import safetensors
     import safetensors.numpy
 
-    with _open(Path(path), ANY_SIZE if most is None else most, remedy) as file:
+    with open_file(Path(path), ANY_SIZE if most is None else most, remedy) as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= MAX_HEADER_BYTES else b""
     if length > MAX_HEADER_BYTES or header.count(b"data_offsets") > MAX_ENTRIES:

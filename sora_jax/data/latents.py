@@ -110,7 +110,7 @@ class LatentStore:
 
     def _part(self, name: str, start: int, end: int) -> bytes:
         value = self.channels * np.dtype(np.float16).itemsize
-        with (self.folder / f"{name}.npy").open("rb") as file:
+        with disk.open_file(self.folder / f"{name}.npy", disk.ANY_SIZE, REMEDY) as file:
             here, there = (self._offsets[name] + place * value for place in (start, end))
             # What the file does not have would be allocated before it is missed.
             if there > os.fstat(file.fileno()).st_size:
@@ -138,7 +138,7 @@ def _check(parts: Iterable[bytes]) -> int:
 
 def _header(path: Path) -> tuple[int, tuple[int, int]]:
     """Where the values of an .npy file begin, and its (positions, channels). Raises disk.FileError, OSError as open does."""
-    with path.open("rb") as file:
+    with disk.open_file(path, disk.ANY_SIZE, REMEDY) as file:
         shape, fortran, dtype = disk.npy_header(file, str(path), REMEDY)
         if len(shape) != 2 or fortran or dtype != np.float16:
             raise disk.FileError(f"{path} holds {dtype}{list(shape)}, not float16[positions, channels]; {REMEDY}")

@@ -665,7 +665,7 @@ HARM = {
         ("latents", f"{name} with a pickled object"): lambda f, w, name=name: (f / f"{name}.npy").write_bytes(
             object_array(w)
         )
-        for name in ("mean", "std", "shapes", "fps", "ids", "caption_ids", "checks")
+        for name in ("mean", "std", "shapes", "fps", "ids", "caption_ids", "checks", "to_and_fro")
     },
     **{
         ("latents", f"shapes of {shape}"): lambda f, w, shape=shape: np.save(
@@ -701,6 +701,24 @@ HARM = {
         shutil.rmtree(f / "1"),
         metadata_of(f).unlink(),
         os.symlink("/dev/zero", metadata_of(f)),
+    ),
+    **{
+        ("checkpoint", f"{what} for {name}"): lambda f, w, name=name, make=make: (
+            shutil.rmtree(f / "1"),
+            (f / "2" / name).unlink(),
+            make(f / "2" / name),
+        )
+        for what, make in {
+            "what never ends": lambda path: os.symlink("/dev/zero", path),
+            "a pipe": os.mkfifo,
+            "gigabytes": lambda path: sparse(path, 2**36),
+        }.items()
+        for name in ("SHA256SUMS", "ema/_METADATA")
+        if (what, name) != ("gigabytes", "ema/_METADATA")
+    },
+    ("checkpoint", "a link to everything"): lambda f, w: (
+        shutil.rmtree(f / "1"),
+        os.symlink("/", f / "2" / "ema" / "everything"),
     ),
     ("checkpoint", "metadata of gigabytes"): lambda f, w: (shutil.rmtree(f / "1"), sparse(metadata_of(f), 2**34)),
     ("checkpoint", "metadata that nests"): lambda f, w: (shutil.rmtree(f / "1"), nested(metadata_of(f))),
@@ -753,7 +771,10 @@ HARM = {
     ),
     ("torch zip", "a pipe of weights"): lambda f, w: ((f / "net.pth").unlink(), os.mkfifo(f / "net.pth")),
     ("npz", "a pipe of arrays"): lambda f, w: ((f / "i3d.npz").unlink(), os.mkfifo(f / "i3d.npz")),
-    ("latents", "a pipe of shapes"): lambda f, w: ((f / "shapes.npy").unlink(), os.mkfifo(f / "shapes.npy")),
+    **{
+        ("latents", f"a pipe of {name}"): lambda f, w, name=name: ((f / name).unlink(), os.mkfifo(f / name))
+        for name in ("shapes.npy", "mean.npy")
+    },
 }
 # Read though damaged: a cache is made anew, and of a log what is left is read.
 MADE_ANEW = {"judged", "metrics", "seconds"}
