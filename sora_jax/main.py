@@ -198,13 +198,14 @@ def _add_config_flag(parser: Parser) -> None:
     )
 
 
-def _add_checkpoint(parser: Parser) -> None:
+def _add_checkpoint(parser: Parser, instead: str = "") -> None:
+    """instead: what else may say it."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
+        required=not instead,
         type=Path,
         metavar="DIR",
-        help="work dir of a trained diffusion transformer, or one step in it (required)",
+        help=f"work dir of a trained diffusion transformer, or one step in it (required{instead})",
     )
 
 
@@ -227,6 +228,16 @@ def _add_sampler(parser: Parser) -> None:
         choices=("euler", "heun"),
         help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
     )
+    for name, kind, metavar, words in (
+        ("guidance_going_on", float, "X", "most guidance of what goes on from more than one given frame"),
+        ("guidance_interval", _interval, "LOW,HIGH", "times, 0 (data) to 1 (noise), at which there is guidance"),
+        ("guidance_rescale", float, "X", "how much of the contrast that guidance adds is taken back, 0 to 1"),
+        ("shift", float, "X", "above 1 spends more of the steps near noise, as larger videos need"),
+        ("base_tokens", int, "N", "tokens of the clip that shift is for; larger ones are shifted more, 0 = all alike"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=metavar, help=f"{words} (default: the checkpoint's config.sampler.{name})"
+        )
     parser.add_argument(
         "--mesh",
         type=_mesh,
@@ -322,10 +333,10 @@ def _add_sample(verbs: Any) -> None:
   sora-jax sample --checkpoint=runs/prompting/dit --prompt="a blue star moves up" --image=star.png --out=up.mp4
   sora-jax sample --checkpoint=runs/prompting/dit --prompt="..." --extend=up.mp4 --direction=backward --seconds=4 --out=more.mp4
   sora-jax sample --checkpoint=runs/prompting/dit --requests=requests.yaml --outdir=out
-  sora-jax sample --checkpoint=runs/prompting/dit --manifest=out/manifest.json --outdir=again
+  sora-jax sample --manifest=out/manifest.json --outdir=again
   sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
     )
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, ", but with --manifest the step that it names")
     asked = parser.add_argument_group("what to make")
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeatable (default: none)")
     asked.add_argument(
@@ -385,9 +396,7 @@ def _add_sample(verbs: Any) -> None:
         help="frames that are made at once; longer videos are made piece by piece, each from the end of the one before "
         "(default: of the longest clips that were trained on)",
     )
-    parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="seed of a prompt's first sample (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of a prompt's first sample (default: 0)")
     parser.add_argument(
         "--samples",
         type=_count,
@@ -627,6 +636,11 @@ def _rate(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    return float(low), float(high)
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -988,21 +1002,10 @@ class Video:
     path: Path
 
 
-def usual_size(world: WorldConfig) -> requests.Size:
-    """Of a world's clips: the first of its sizes, and the longest."""
-    from sora_jax.generate import requests
-
-    height, width = world.clip_sizes[0]
-    return requests.Size(height, width, max(world.frame_counts), world.fps[0])
-
-
-def size_of(arguments: argparse.Namespace, world: WorldConfig) -> requests.Size:
-    """The size of the flags, and where there is none, of the clips that were trained on."""
+def size_of(arguments: argparse.Namespace, usual: requests.Size) -> requests.Size:
+    """The size of the flags, and where there is none, the usual one."""
     given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
-    return dataclasses.replace(
-        usual_size(world),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def warn_of(size: requests.Size, world: WorldConfig) -> None:
@@ -1025,7 +1028,10 @@ def sample(arguments: argparse.Namespace) -> None:
     ]
     if len(sources) > 1:
         raise Failure(f"--{sources[0]} and --{sources[1]} both say what to make; give one of them")
+    if arguments.manifest is None and arguments.checkpoint is None:
+        raise Failure("nothing says which model; give --checkpoint, the work dir of a trained diffusion transformer")
     if arguments.vbench is not None:
+        _refuse_flags(arguments, "VBench's videos are made from prompts alone", *_BEYOND_SIZE)
         _sample_for_vbench(arguments, _prompts(arguments))
         return
     from sora_jax.generate import manifest
@@ -1033,40 +1039,47 @@ def sample(arguments: argparse.Namespace) -> None:
     kept = None
     with _errors_for_users(ValueError):
         if arguments.manifest is not None:
-            _refuse_flags(arguments, "--manifest says it all", *_ORDER_FLAGS, "guidance", "steps", "method", "scale")
+            _refuse_flags(arguments, "--manifest says it all", "seed", *_ORDER_FLAGS, *_SAMPLER_FLAGS, "scale")
             kept = manifest.read(arguments.manifest)
             manifest.check_inputs(kept)
             orders = list(kept.orders)
         else:
             orders = [variation for order in _orders(arguments) for variation in order.variations()]
+        inputs = manifest.digests(orders)
     _refuse_place(arguments.out, arguments.outdir)
     again = _replaced(arguments, kept) if kept else []
     told = _manifest_path(arguments.out, arguments.outdir)
-    pipeline, step, settings = _loaded(arguments)
-    fingerprint = _fingerprint(arguments.checkpoint, step)
-    from sora_jax import config, disk
-    from sora_jax.generate import layouts
+    source = arguments.checkpoint or Path(kept.checkpoint)  # type: ignore[union-attr]
+    if kept and kept.step is not None and (source / str(kept.step)).is_dir():
+        source = source / str(kept.step)  # it may have trained on
+    pipeline, (workdir, step), settings = _loaded(source, arguments)
+    from sora_jax import checkpoint, config, disk
 
+    fingerprint = checkpoint.digest(workdir, step)
+    versions = manifest.versions(_device())
     if kept:
         with _errors_for_users(ValueError):
             manifest.check_fingerprint(kept, fingerprint)
             settings = config.sampler_config(kept.settings)
-        for line in manifest.differences(kept, sora_jax.__version__, manifest.versions()):
+        for line in manifest.differences(kept, sora_jax.__version__, versions):
             logging.warning("%s", line)
     world = pipeline.run.data.world
-    usual = usual_size(world)
-    grid = layouts.Grid(pipeline.vae_config.stride, pipeline.run.dit.patch)
     with _errors_for_users(ValueError):
-        jobs = [layouts.prepare(order, usual, grid) for order in orders]
+        jobs = pipeline.prepare(orders)
     for line in dict.fromkeys(line for job in jobs for line in job.told):
         logging.info("%s", line)
     for size in dict.fromkeys(job.size for job in jobs):
         warn_of(size, world)
-    inputs = manifest.digests(orders)
-    _make_folder(told.parent)
-
     stills = [job.size.frames == 1 for job in jobs]
     videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
+    if replaced := {video.path.resolve() for video in videos} & {Path(path).resolve() for path in inputs}:
+        raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
+    if arguments.out is not None and told.exists():
+        with _errors_for_users(ValueError):
+            beside = [told.with_name(name) for name in manifest.read(told).files]
+        if others := [path for path in beside if path.suffix != arguments.out.suffix and path.exists()]:
+            raise Failure(f"{told} says how {others[0]} was made and would be replaced; choose another name")
+    _make_folder(told.parent)
     _tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
@@ -1076,7 +1089,7 @@ def sample(arguments: argparse.Namespace) -> None:
         _write(videos, made, [job.size.fps for job in jobs], scale)
         found = manifest.Manifest(
             version=sora_jax.__version__,
-            checkpoint=str(arguments.checkpoint.absolute()),
+            checkpoint=str(workdir.absolute()),
             step=step,
             fingerprint=fingerprint,
             orders=tuple(orders),
@@ -1084,7 +1097,7 @@ def sample(arguments: argparse.Namespace) -> None:
             scale=scale,
             files=tuple(video.path.name for video in videos),
             inputs=inputs,
-            versions=manifest.versions(),
+            versions=versions,
             command=arguments.command,
         )
         content = json.dumps(found.to_json(told.parent), indent=2, ensure_ascii=False)
@@ -1125,6 +1138,13 @@ _ORDER_FLAGS = (
     ),
     *("start", "end", "window", "known_guidance"),
 )
+# Those of them that VBench's videos cannot have.
+_BEYOND_SIZE = tuple(name for name in _ORDER_FLAGS if name not in ("height", "width", "frames", "fps", "samples"))
+# Flags that are keys of the sampler.
+_SAMPLER_FLAGS = (
+    *("guidance", "steps", "method", "guidance_going_on", "guidance_interval", "guidance_rescale", "shift"),
+    "base_tokens",
+)
 
 
 def _refuse_flags(arguments: argparse.Namespace, why: str, *names: str) -> None:
@@ -1138,7 +1158,7 @@ def _orders(arguments: argparse.Namespace) -> list[requests.Order]:
     from sora_jax.generate import requests
 
     if arguments.requests is not None:
-        _refuse_flags(arguments, "the request file says it", *_ORDER_FLAGS)
+        _refuse_flags(arguments, "the request file says it", "seed", *_ORDER_FLAGS)
         return requests.read_orders(arguments.requests)
     given = {name: value for name in _ORDER_FLAGS if (value := getattr(arguments, name)) is not None}
     prompted = arguments.prompt is not None or arguments.prompts_file is not None
@@ -1147,7 +1167,7 @@ def _orders(arguments: argparse.Namespace) -> list[requests.Order]:
             "nothing says what to make; give --prompt, --prompts_file, --requests, --manifest or an image or a video"
         )
     prompts = _prompts(arguments) if prompted else [""]
-    return [requests.from_mapping({"prompt": prompt, "seed": arguments.seed} | given) for prompt in prompts]
+    return [requests.from_mapping({"prompt": prompt, "seed": arguments.seed or 0} | given) for prompt in prompts]
 
 
 def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Video]:
@@ -1166,10 +1186,11 @@ def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Vi
     return [Video(order.prompt, order.seed, path) for order, path in zip(kept.orders, paths, strict=True)]
 
 
-def _fingerprint(path: Path, step: int | None) -> str:
-    from sora_jax import checkpoint
+def _device() -> str:
+    """What the pixels are computed on."""
+    import jax
 
-    return checkpoint.digest(path.parent if path.name == str(step) else path, step)
+    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
 
 
 def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> None:
@@ -1185,13 +1206,13 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
         raise Failure(f"prompt {repeated[0]!r} comes twice; VBench names videos by their prompts")
     with _errors_for_users(FileExistsError):
         vbench.new_folder(folder)
-    seeds = _seeds(arguments.seed, count)
-    pipeline, _, settings = _loaded(arguments)
+    seeds = _seeds(arguments.seed or 0, count)
+    pipeline, _, settings = _loaded(arguments.checkpoint, arguments)
     from sora_jax.data import pack
     from sora_jax.generate import files
     from sora_jax.generate.pipeline import Request
 
-    size = size_of(arguments, pipeline.run.data.world)
+    size = size_of(arguments, pipeline.usual_size)
     with _errors_for_users(ValueError):  # a size that cannot be made
         shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
         pack.grid_shape(shape, pipeline.run.dit.patch)
@@ -1215,10 +1236,10 @@ def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) ->
         print(vbench.export(folder, samples(), size.fps, write_video))
 
 
-def _loaded(arguments: argparse.Namespace) -> tuple[Pipeline, int | None, SamplerConfig]:
-    """The model with its step, and the sampler that the flags ask for."""
-    pipeline, step = _load(arguments.checkpoint, arguments.mesh)
-    return pipeline, step, _settings(pipeline, arguments)
+def _loaded(source: Path, arguments: argparse.Namespace) -> tuple[Pipeline, tuple[Path, int | None], SamplerConfig]:
+    """The model with its work dir and step, and the sampler that the flags ask for."""
+    pipeline, place = _load(source, arguments.mesh)
+    return pipeline, place, _settings(pipeline, arguments)
 
 
 @contextlib.contextmanager
@@ -1289,7 +1310,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
-    pipeline, step = _load(arguments.checkpoint, arguments.mesh)
+    pipeline, (_, step) = _load(arguments.checkpoint, arguments.mesh)
     settings = _settings(pipeline, arguments)
     from sora_jax.evaluate import fvd
     from sora_jax.generate import files
@@ -1366,8 +1387,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, int | None]:
-    """The pipeline of a work dir, or of a step in one, on a mesh of these sizes, and its step."""
+def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, tuple[Path, int | None]]:
+    """The pipeline of a work dir, or of a step in one, on a mesh of these sizes, and its work dir and step."""
     prepare_jax()
     from sora_jax import checkpoint, sharding
     from sora_jax.generate import pipeline
@@ -1384,7 +1405,7 @@ def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, int | None]:
         devices = sharding.make_mesh(sharding.MeshConfig(**mesh))
         loaded = pipeline.load(path, step, devices)
     # Only now: loading passes over a newest step that is damaged, and renames it.
-    return loaded, checkpoint.latest_step(path) if step is None else step
+    return loaded, (path, checkpoint.latest_step(path) if step is None else step)
 
 
 def _tell_mesh(pipeline: Pipeline) -> None:
@@ -1396,7 +1417,7 @@ def _tell_mesh(pipeline: Pipeline) -> None:
 
 def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
     """The run's sampler with the flags that were given. Raises Failure for bad ones."""
-    given = {name: getattr(arguments, name) for name in ("guidance", "steps", "method")}
+    given = {name: getattr(arguments, name) for name in _SAMPLER_FLAGS}
     with _errors_for_users(ValueError):
         return dataclasses.replace(
             pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}

@@ -196,6 +196,13 @@ def test_text_is_one_pass_of_which_nothing_is_known():
     assert seen[0].size == Size(24, 16, 9, 8.0) and (video == NEW).all() and not job.told
 
 
+def test_an_image_alone_leaves_nothing_to_make(tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    for length in ({"frames": 1}, {"seconds": 0.01}):
+        with pytest.raises(RequestError, match="1 frame leaves none to make; give 5 or more"):
+            prepare(image=str(tmp_path / "a.png"), **length)
+
+
 def test_image_is_the_first_frame(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -282,7 +289,7 @@ def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
     assert len(video) == frames and seen[0].known is None and (video[0] == NEW).all() and (video[-1] == 100).all()
     last = seen[-1].known
     assert (last.frames_THWC[-1] == NEW).all() and known_latents(last)[[0, -1]].all()
-    with pytest.raises(RequestError, match="1 frames are too few for a loop; 5 is the least"):
+    with pytest.raises(RequestError, match="1 frame is too few for a loop; 2 is the least"):
         prepare(prompt="a", loop=True, frames=1)
 
 
@@ -403,8 +410,9 @@ def test_letterbox_leaves_the_rest_to_the_model(clip):
         video, _ = play(job)
         assert len(video) == 9
         at = slice(4, None) if order.get("direction") else slice(0, 5)
-        assert (video[at, :4] == NEW).all() and (video[at, 12:] == NEW).all()
-        assert (np.abs(video[at, 4:12].astype(int) - counting(5, 8)) <= 3).all()
+        # Not in the middle, where it would fill no cell of the model, which then would see nothing of it.
+        assert (video[at, 8:] == NEW).all()
+        assert (np.abs(video[at, :8].astype(int) - counting(5, 8)) <= 3).all()
         assert ((video[:4] if order.get("direction") else video[5:]) == NEW).all()
         assert any("16x32 is scaled to 8x16 within 16x16; the model paints what is left over" in s for s in job.told)
 

@@ -78,9 +78,8 @@ def test_a_sampler_against_xla():
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(dit.DiT(DIT, nnx.Rngs(0)), nnx.Param)))
     row = pack.empty_row(packing, DIT.patch_dim, DIT.text_width)
     batch = jax.tree.map(lambda x: shape(B, *x.shape, dtype=x.dtype), row)
-    found = counted(
-        functools.partial(pipeline.denoiser(DIT), settings=settings), params, batch, batch.layout, batch.clip_BS
-    )
+    inputs = params, batch, batch.layout, batch.clip_BS, batch.ceiling_BS
+    found = counted(functools.partial(pipeline.denoiser(DIT), settings=settings), *inputs)
     assert compute.sampling(DIT, packing, settings) == pytest.approx(found, rel=0.02)
 
 

@@ -475,6 +475,7 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n  a blue square \n")
     out = tmp_path / "new" / "v.gif"
+    place = f"--checkpoint={trained}"
     flags = ["--height=8", "--width=16", "--frames=5", "--fps=4", "--samples=2", "--seed=7", "--steps=1"]
     flags += [f"--prompts_file={prompts}"]
     loaded = main._load(trained / "3", {})
@@ -488,6 +489,8 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
         small = iio.imread(out.with_name("v-0.gif"))
         sheet = tmp_path / "sheet.png"
         assert main.run(["sample", f"--checkpoint={trained}", f"--out={sheet}", "--scale=2", *flags]) == 0
+        told = refusal(capsys, "sample", place, f"--out={out.with_suffix('.png')}", *flags)
+        assert "v.json says how" in told and "v-0.gif was made" in told
     wanted = [("a red circle", 7), ("a red circle", 8), ("a blue square", 7), ("a blue square", 8)]
     assert printed == [f"{out.with_name(f'v-{i}.gif')}  seed {seed}  {text}" for i, (text, seed) in enumerate(wanted)]
     assert [video.shape for video in videos] == [(5, 128, 256, 3)] * 4
@@ -524,16 +527,21 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
         assert [iio.imread(tmp_path / "one" / name).shape[0] for name in names[1:4]] == [5, 5, 10]
         kept = f"--manifest={tmp_path / 'one' / 'manifest.json'}"
-        assert main.run(["sample", checkpoint, kept, f"--outdir={tmp_path / 'two'}"]) == 0
+        # The manifest says which model, too.
+        assert main.run(["sample", kept, f"--outdir={tmp_path / 'two'}"]) == 0
+        assert main._load.call_args.args[0] == trained / "3"
+        assert main.run(["sample", checkpoint, kept, f"--outdir={tmp_path / 'three'}"]) == 0
         for name in names[:-1]:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+        assert "leave --seed out" in refusal(capsys, "sample", kept, "--outdir=x", "--seed=3")
         assert "leave --steps out" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x", "--steps=3")
         assert "give --outdir" in refusal(capsys, "sample", checkpoint, kept, "--out=x.mp4")
         image.write_bytes(image.read_bytes() + b"\0")
         assert "not the file that the manifest" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x")
 
 
-def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path):
+def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path, capsys):
     video = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     iio.imwrite(tmp_path / "clip.gif", video, duration=200, loop=0)
     flags = [f"--checkpoint={trained}", "--prompt=a red circle", "--height=8", "--width=8", "--fps=5", "--steps=1"]
@@ -551,6 +559,11 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path)
                 == 0
             )
             (made[name],) = write.call_args.args[1]
+        here = str(tmp_path / "clip.gif")
+        assert "is an input, which the output would replace" in refusal(
+            capsys, "sample", *flags, f"--extend={here}", "--frames=4", f"--out={here}"
+        )
+        assert "is not a file that is there" in refusal(capsys, "sample", *flags, f"--extend={here}4", "--out=x.mp4")
     assert {name: len(frames) for name, frames in made.items()} == {"forward": 9, "backward": 9, "loop": 9}
     # The clip comes back as its round trip wherever it stands.
     assert np.array_equal(made["forward"][:5], made["backward"][4:]) and np.array_equal(
@@ -568,6 +581,8 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(tmp_pat
         )
         assert "mask goes with inpaint" in refusal(capsys, "sample", *flags, "--prompt=a", "--mask=a.png")
         assert "strength is 2.0" in refusal(capsys, "sample", *flags, "--edit=a.mp4", "--strength=2")
+        assert "leave --seed out" in refusal(capsys, "sample", *flags, "--requests=a.yaml", "--seed=2")
+        assert "give --checkpoint" in refusal(capsys, "sample", *flags[1:], "--prompt=a")
 
 
 def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
@@ -610,6 +625,7 @@ def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys)
     flags = [f"--checkpoint={trained}", f"--vbench={tmp_path / 'new'}", "--prompt=a"]
     with mock.patch.object(main, "_load", None):
         assert "leave --samples out" in refusal(capsys, "sample", "--samples=4", *flags)
+        assert "leave --image out" in refusal(capsys, "sample", "--image=a.png", *flags)
         assert "'a' comes twice" in refusal(capsys, "sample", "--prompt=a", *flags)
         assert f"beyond {main.MAX_SEED}" in refusal(capsys, "sample", f"--seed={main.MAX_SEED}", *flags)
         assert "not allowed with" in refusal(capsys, "sample", "--out=a.mp4", *flags)
@@ -641,7 +657,7 @@ def test_sizes_come_from_what_was_trained_on(caplog):
 
     def size_of(**given):
         names = dict.fromkeys(("height", "width", "frames", "fps"))
-        return main.size_of(argparse.Namespace(**names | given), world)
+        return main.size_of(argparse.Namespace(**names | given), requests.Size(32, 32, 17, 5.0))
 
     assert size_of() == requests.Size(32, 32, 17, 5.0)
     assert size_of(height=48, frames=9) == requests.Size(48, 32, 9, 5.0)

@@ -90,7 +90,8 @@ def test_versions_that_differ_are_told(written):
         "jax is 0.11.0, but the manifest was written with 0.10.2; pixels may differ",
         "sora_jax is 0.2.0, but the manifest was written with 0.1.0; pixels may differ",
     ]
-    assert manifest.versions().keys() == {"python", *manifest.PACKAGES}
+    here = manifest.versions("cpu x 2")
+    assert here.keys() == {"python", "machine", "device", *manifest.PACKAGES} and here["device"] == "cpu x 2"
 
 
 CHANGES = [

@@ -82,6 +82,20 @@ def test_crop_fills_the_size_and_keeps_aspect_and_centre(source, size):
         assert seen == pytest.approx(1 / scale, rel=0.1, abs=2 * length / 255 / (shown - 3))
 
 
+@pytest.mark.parametrize(("height", "width", "scale"), [(16, 16, 8), (24, 40, 3), (7, 9, 2)])
+def test_what_was_enlarged_for_the_eye_comes_back_as_it_was(height, width, scale, rng):
+    small = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    large = small.repeat(scale, 1).repeat(scale, 2)
+    for how in media.HOW:
+        np.testing.assert_array_equal(media.fit(large, Fit(height, width, how)).frames_THWC, small)
+
+
+def test_a_letterbox_begins_with_a_cell():
+    for source, first in (((16, 48), 16), ((16, 32), 8), ((48, 48), 0)):
+        given = media.fit(np.zeros((1, *source, 3), np.uint8), Fit(48, 48, "letterbox", (8, 8))).given_HW
+        assert np.flatnonzero(given.all(1))[0] == first
+
+
 def test_scaling_down_averages():
     """A checkerboard becomes grey; without antialiasing it stays black and white."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)

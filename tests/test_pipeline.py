@@ -116,6 +116,46 @@ def test_guidance_on_what_is_known_changes_nothing_where_nothing_is(sampler, rng
     assert not np.allclose(without[1], with_it[1], atol=1e-2)
 
 
+def test_each_request_insists_as_much_as_it_says_in_one_program(sampler, rng):
+    settings = sampler.run.sampler
+    asked = [dataclasses.replace(prompted("image", rng), known_guidance=most) for most in (None, 1.0, 3.0, 5.0)]
+    together = sampler.sample_latents(asked, settings)
+    programs = sampler._denoise._cache_size()
+    assert np.allclose(together[0], together[1], atol=1e-5)
+    for each, most in zip(together[2:], (3.0, 5.0), strict=True):
+        assert not np.allclose(each, together[0], atol=1e-2)
+        alike = dataclasses.replace(settings, known_guidance=most)
+        plain = dataclasses.replace(asked[0], known_guidance=None)
+        assert np.allclose(sampler.sample_latents([plain] * 4, alike)[0], each, atol=1e-5)
+    # Other files of requests of these sizes, however they insist, are the same program.
+    assert sampler._denoise._cache_size() == programs
+
+
+def test_orders_become_videos_and_their_samples_are_read_once(sampler, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from sora_jax.generate import layouts
+    from sora_jax.generate.requests import Order
+
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "start.png")
+    read = []
+    prepare = layouts.prepare
+    monkeypatch.setattr(layouts, "prepare", lambda order, *rest: (read.append(order), prepare(order, *rest))[1])
+    orders = [Order(prompt="a", image=str(tmp_path / "start.png"), seed=4, samples=2), Order(prompt="a", frames=1)]
+    videos = sampler.generate(orders)
+    assert [video.shape for video in videos] == [(5, 32, 32, 3)] * 2 + [(1, 32, 32, 3)]  # as trained on, where not said
+    assert len(read) == 2 and np.array_equal(videos[0][0], videos[1][0]) and not np.array_equal(videos[0], videos[1])
+    again = sampler.generate([dataclasses.replace(orders[0], seed=5, samples=1)])
+    assert np.abs(again[0].astype(int) - videos[1]).max() <= 1
+
+
+def test_a_row_has_room_for_some_of_the_smallest_not_for_all():
+    few = pipeline.packing_for([2000, 1], 10)
+    assert (few.row_slots, few.row_text) == (4, 32)
+    many = pipeline.packing_for([2000] + [1] * 500, 10)
+    assert many.row_slots == 2 * pipeline.MOST_SHARE and many.row_tokens >= 2000
+
+
 def test_a_video_that_goes_on_is_guided_less_and_others_are_not(sampler, rng):
     asked = [prompted("image", rng), prompted("end", rng), request("a red circle", frames=9)]
 

@@ -52,7 +52,7 @@ def encode_video(frames_THWC: Shaped[np.ndarray, "T H W C"], fps: float, format:
         raise ValueError(f"cannot write {format!r}; use one of {', '.join(f'.{name}' for name in _ENCODERS)}")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps}; frames a second must be positive")
-    return _ENCODERS[format](_enlarge(_as_rgb(frames_THWC, "the video"), scale), fps)
+    return _ENCODERS[format](_as_rgb(frames_THWC, "the video"), fps, _whole(scale))
 
 
 def contact_sheet(
@@ -76,9 +76,9 @@ def contact_sheet(
         raise ValueError(f"{len(labels)} labels for {len(videos)} videos; give each its own, or None")
     if columns < 1 or frames_per_video < 1:
         raise ValueError(f"columns is {columns}, frames_per_video {frames_per_video}; both must be at least 1")
+    scale = _whole(scale)
     strips = [
-        _strip(_enlarge(_as_rgb(video, f"video {index}"), scale), frames_per_video, gap)
-        for index, video in enumerate(videos)
+        _strip(_as_rgb(video, f"video {index}"), frames_per_video, gap, scale) for index, video in enumerate(videos)
     ]
     if labels is not None:
         strips = [_labelled(strip, label) for strip, label in zip(strips, labels, strict=True)]
@@ -116,26 +116,28 @@ def data_uri(source: str | os.PathLike[str] | bytes, mime: str | None = None) ->
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _encode_mp4(frames_THWC: np.ndarray, fps: float) -> bytes:
+def _encode_mp4(frames_THWC: np.ndarray, fps: float, scale: int) -> bytes:
     # PyAV itself, which imageio's plugin wraps: the plugin has no way to set the quality or to name the colour matrix.
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-    height, width = frames_THWC.shape[1:3]
-    even_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    height, width = (scale * size for size in frames_THWC.shape[1:3])
     rate = Fraction(fps).limit_denominator(65535)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate, options={"crf": str(_CRF)})
-        stream.height, stream.width = even_THWC.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
+        # The same bytes on any number of cores.
+        stream.codec_context.thread_count = 1
         stream.pix_fmt = "yuv420p"
         # Untagged colours are guessed by size, differently in each player.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
-        for index, frame_HWC in enumerate(even_THWC):
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+        for index, frame_HWC in enumerate(frames_THWC):
+            even_HWC = np.pad(_enlarge(frame_HWC, scale), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(even_HWC), format="rgb24")
             frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
@@ -143,10 +145,10 @@ def _encode_mp4(frames_THWC: np.ndarray, fps: float) -> bytes:
     return file.getvalue()
 
 
-def _encode_gif(frames_THWC: np.ndarray, fps: float) -> bytes:
+def _encode_gif(frames_THWC: np.ndarray, fps: float, scale: int) -> bytes:
     from PIL import Image
 
-    images = [Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames_THWC]
+    images = [Image.fromarray(_enlarge(frame, scale)).quantize(256, dither=Image.Dither.NONE) for frame in frames_THWC]
     ends = np.round(np.arange(len(images) + 1) * 100 / fps)
     # Browsers play a frame of less than 20 ms for 100 ms.
     milliseconds = (np.maximum(np.diff(ends), 2) * 10).astype(int).tolist()
@@ -155,16 +157,16 @@ def _encode_gif(frames_THWC: np.ndarray, fps: float) -> bytes:
     return file.getvalue()
 
 
-def _encode_png(frames_THWC: np.ndarray, fps: float) -> bytes:
+def _encode_png(frames_THWC: np.ndarray, fps: float, scale: int) -> bytes:
     from PIL import Image
 
-    image_HWC = frames_THWC[0] if len(frames_THWC) == 1 else _strip(frames_THWC, _SHEET_FRAMES, gap=2)
+    image_HWC = _strip(frames_THWC, _SHEET_FRAMES, gap=2, scale=scale)
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, format="PNG")
     return file.getvalue()
 
 
-_ENCODERS: dict[str, Callable[[np.ndarray, float], bytes]] = {
+_ENCODERS: dict[str, Callable[[np.ndarray, float, int], bytes]] = {
     "mp4": _encode_mp4,
     "gif": _encode_gif,
     "png": _encode_png,
@@ -180,17 +182,23 @@ def _as_rgb(frames_THWC: Any, name: str) -> np.ndarray:
     return np.broadcast_to(frames, (*frames.shape[:3], 3))
 
 
-def _enlarge(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
+def _whole(scale: int) -> int:
     if scale < 1 or scale != int(scale):
         raise ValueError(f"scale is {scale}; a whole number of at least 1 is needed")
-    return repeat(frames_THWC, "t h w c -> t (h sh) (w sw) c", sh=int(scale), sw=int(scale))
+    return int(scale)
 
 
-def _strip(frames_THWC: np.ndarray, max_frames: int, gap: int) -> np.ndarray:
-    """Evenly spaced frames side by side."""
+def _enlarge(frame_HWC: np.ndarray, scale: int) -> np.ndarray:
+    # Frame by frame: all of a long video would be many times what was made.
+    return repeat(frame_HWC, "h w c -> (h sh) (w sw) c", sh=scale, sw=scale)
+
+
+def _strip(frames_THWC: np.ndarray, max_frames: int, gap: int, scale: int) -> np.ndarray:
+    """Evenly spaced frames side by side, enlarged."""
     count = min(max_frames, len(frames_THWC))
-    chosen = frames_THWC[np.round(np.linspace(0, len(frames_THWC) - 1, count)).astype(int)]
-    height, width = chosen.shape[1:3]
+    places = np.round(np.linspace(0, len(frames_THWC) - 1, count)).astype(int)
+    chosen = [_enlarge(frames_THWC[place], scale) for place in places]
+    height, width = chosen[0].shape[:2]
     strip = _blank(height, count * width + (count - 1) * gap)
     for index, frame in enumerate(chosen):
         left = index * (width + gap)

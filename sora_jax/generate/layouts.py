@@ -83,7 +83,8 @@ class _Scene:
             raise RequestError(
                 f"left, right, top and bottom leave no room in {self.size.height}x{self.size.width}; make it larger"
             )
-        return Fit(height, width, self.order.fit or "crop")
+        (_, sh, sw), (_, ph, pw) = self.grid
+        return Fit(height, width, self.order.fit or "crop", (sh * ph, sw * pw))
 
     def read(self, path: str, fps: float | None = None, part: Part | None = None) -> Video:
         video = media.read(Path(path), fps or self.size.fps, self.fit(), part or self.part, self.limits)
@@ -208,6 +209,10 @@ def _image(scene: _Scene) -> Layout:
     image = media.read_image(Path(scene.order.image), scene.fit(), scene.limits)
     scene.told.extend(line for line in image.told if line not in scene.told)
     frames = scene.whole()
+    if frames == 1:
+        raise RequestError(
+            f"an image is the first frame, and 1 frame leaves none to make; give {1 + scene.stride} or more"
+        )
     check_size(dataclasses.replace(scene.size, frames=frames), scene.grid)
     return _around([image, scene.blank(frames - 1)], scene, made=1), scene.size.fps
 
@@ -233,7 +238,7 @@ def _loop(scene: _Scene) -> Layout:
         bridge += (whole - bridge - 1) % scene.stride
         clip = whole - bridge
         if clip < 1:
-            raise RequestError(f"{whole} frames are too few for a loop; {1 + scene.stride} is the least")
+            raise RequestError(f"{whole} frame is too few for a loop; 2 is the least")
         windows = scene.plan(0, clip) + scene.plan(clip, whole, before=clip, after=clip)
         return dataclasses.replace(_timeline([scene.blank(whole)], windows), loop=clip), scene.size.fps
     assert isinstance(scene.order.loop, str)

@@ -67,9 +67,10 @@ class Manifest:
         }
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and PACKAGES here."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(device: str) -> dict[str, str]:
+    """The versions of Python and PACKAGES here, and what it runs on."""
+    here = {"python": platform.python_version(), "machine": platform.machine(), "device": device}
+    return here | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def digests(orders: Sequence[Order]) -> dict[str, str]:

@@ -47,11 +47,15 @@ class Limits:
 
 
 class Fit(NamedTuple):
-    """The size in pixels that frames are brought to, and how: 'crop' fills it, 'letterbox' shows all of the frame in it."""
+    """The size in pixels that frames are brought to, and how: 'crop' fills it, 'letterbox' shows all of the frame in it.
+
+    cell is the (height, width) of a model's token, which is given only if all of it is.
+    """
 
     height: int
     width: int
     how: str = "crop"
+    cell: tuple[int, int] = (1, 1)
 
 
 class Fitted(NamedTuple):
@@ -96,9 +100,10 @@ LIMITS = Limits()
 def fit(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: Fit) -> Fitted:
     """Frames brought to another size by Pillow's antialiased bilinear filter, which keeps their aspect.
 
-    'crop' takes the largest centred part that has the wanted aspect. 'letterbox' scales the whole frame to within the size,
-    its aspect right within a pixel, centred; what is left over is not given and repeats the nearest edge. Frames that have the
-    size come back as they are. Raises ValueError for another `how` or an empty size.
+    What was enlarged by a whole factor, as samples are written, is averaged back to what it was. 'crop' takes the largest
+    centred part that has the wanted aspect. 'letterbox' scales the whole frame to within the size, its aspect right within a
+    pixel, in the middle as far as it begins with a cell; what is left over is not given and repeats the nearest edge. Frames
+    that have the size come back as they are. Raises ValueError for another `how` or an empty size.
     """
     height, width = frames_THWC.shape[1:3]
     box = _box(height, width, size)
@@ -147,16 +152,20 @@ def _box(height: int, width: int, size: Fit) -> _Box:
     scale = min(size.height / height, size.width / width)
     inner_height = min(size.height, max(1, round(height * scale)))
     inner_width = min(size.width, max(1, round(width * scale)))
-    top, left = (size.height - inner_height) // 2, (size.width - inner_width) // 2
+    top, left = (
+        (outer - inner) // 2 // cell * cell
+        for outer, inner, cell in zip((size.height, size.width), (inner_height, inner_width), size.cell, strict=True)
+    )
     return _Box((0, 0, width, height), top, left, inner_height, inner_width)
 
 
 def _resized(image: np.ndarray, box: _Box, size: Fit) -> np.ndarray:
     from PIL import Image
 
-    shown = np.asarray(
-        Image.fromarray(image).resize((box.width, box.height), Image.Resampling.BILINEAR, box=box.source)
-    )
+    left, upper, right, lower = box.source
+    whole = (right - left) % box.width == (lower - upper) % box.height == 0
+    filter_ = Image.Resampling.BOX if whole else Image.Resampling.BILINEAR
+    shown = np.asarray(Image.fromarray(image).resize((box.width, box.height), filter_, box=box.source))
     below, beside = size.height - box.top - box.height, size.width - box.left - box.width
     edges = ((box.top, below), (box.left, beside), (0, 0))
     return np.pad(shown, edges[: image.ndim], mode="edge")

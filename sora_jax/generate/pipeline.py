@@ -1,6 +1,8 @@
 """From requests to videos: text states, noise keyed by seed, packed rows, the sampler, the VAE's decoder.
 
 Every mode of prompting is the same call: what is known stays at time 0 while the rest is denoised.
+
+    made = pipeline.load(Path("runs/prompting/dit")).generate([Order(prompt="a red circle moves left", image="start.png")])
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
-from sora_jax.generate import canvas
+from sora_jax.generate import canvas, layouts
 from sora_jax.generate.canvas import Job, Pass
 from sora_jax.generate.codec import Codec
 from sora_jax.generate.known import Known, known_cells, known_patches
+from sora_jax.generate.requests import Order, Size
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
 from sora_jax.structs import Layout, PackedBatch
@@ -37,11 +40,16 @@ NOISE_KEY = 0
 ROW_STEP = 32
 # Tokens that are denoised together, where rows are split over devices on each of them.
 BATCH_TOKENS = 4096
+# Clips that a row has room for, however small the smallest is: each takes slots and text, used or not.
+MOST_SHARE = 16
+# Any value but 1: that of each request is an argument of the program.
+INSISTING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known says what of it is given."""
+    """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known says what of it is given, and
+    known_guidance how much to insist on it (None: as the sampler's settings say)."""
 
     prompt: str
     height: int
@@ -50,6 +58,7 @@ class Request:
     fps: float
     seed: int
     known: Known | None = None
+    known_guidance: float | None = None
 
     def __post_init__(self) -> None:
         size = (self.frames, self.height, self.width)
@@ -90,6 +99,33 @@ class Pipeline:
         self._reach_3 = np.array([np.inf, *np.max(run.data.world.clip_sizes, axis=0)], np.float32)
         self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 
+    def generate(self, orders: Sequence[Order], settings: sampler.SamplerConfig | None = None) -> list[np.ndarray]:
+        """uint8 videos (T, H, W, 3) of what users ask for (requests.Order), in order; one after the other of their samples.
+
+        settings are those of the model's own config if None. Raises RequestError and MediaError, one sentence with a remedy.
+        """
+        varied = [variation for order in orders for variation in order.variations()]
+        return self.make(self.prepare(varied), settings or self.run.sampler)
+
+    def prepare(self, orders: Sequence[Order]) -> list[Job]:
+        """Orders laid out for this model; what differs in its seed alone is read once. Raises RequestError and MediaError."""
+        laid: dict[Order, Job] = {}
+        grid = layouts.Grid(self.geometry.stride, self.geometry.patch)
+        jobs = []
+        for order in orders:
+            alike = dataclasses.replace(order, seed=0)
+            if alike not in laid:
+                laid[alike] = layouts.prepare(alike, self.usual_size, grid)
+            jobs.append(dataclasses.replace(laid[alike], order=order))
+        return jobs
+
+    @property
+    def usual_size(self) -> Size:
+        """Of the clips that it was trained on: the first of their sizes, and the longest."""
+        world = self.run.data.world
+        height, width = world.clip_sizes[0]
+        return Size(height, width, max(world.frame_counts), world.fps[0])
+
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3) of orders that are laid out (layouts.prepare), in order.
 
@@ -101,18 +137,21 @@ class Pipeline:
                 [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
             )
 
+        # Which branches there are is a matter of the program, which is to be one for all passes.
+        insists = any(job.order.known_guidance not in (None, 1) for job in jobs)
+
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
-            made: list[Any] = [None] * len(passes)
-            for insistence in dict.fromkeys(each.known_guidance for each in passes):
-                mine = [number for number, each in enumerate(passes) if each.known_guidance == insistence]
-                requests = [
-                    Request(each.prompt, **dataclasses.asdict(each.size), seed=each.seed, known=each.known)
-                    for each in (passes[number] for number in mine)
-                ]
-                chosen = settings if insistence is None else dataclasses.replace(settings, known_guidance=insistence)
-                for number, frames_THWC in zip(mine, self.sample(requests, chosen, packing), strict=True):
-                    made[number] = frames_THWC
-            return made
+            requests = [
+                Request(
+                    each.prompt,
+                    **dataclasses.asdict(each.size),
+                    seed=each.seed,
+                    known=each.known,
+                    known_guidance=each.known_guidance,
+                )
+                for each in passes
+            ]
+            return self.sample(requests, settings, packing, insists)
 
         return canvas.run(jobs, sampled)
 
@@ -135,16 +174,19 @@ class Pipeline:
         requests: Sequence[Request],
         settings: sampler.SamplerConfig,
         packing: pack.PackConfig | None = None,
+        insists: bool = False,
     ) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-        Rows are as these requests need them if packing is None. Raises ValueError for sizes the model cannot make.
+        Rows are as these requests need them if packing is None. insists: other requests, of the same program, have a
+        known_guidance. Raises ValueError for sizes the model cannot make.
         """
         made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
         given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
         wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
-        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing)
+        some = [requests[i] for i in wanted]
+        latents = self.sample_latents(some, settings, [starts[i] for i in wanted], packing, insists)
         with self._on_mesh():
             sampled = self.codec.decode(latents)
             round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
@@ -160,6 +202,7 @@ class Pipeline:
         settings: sampler.SamplerConfig,
         starts: Sequence[Start] | None = None,
         packing: pack.PackConfig | None = None,
+        insists: bool = False,
     ) -> list[np.ndarray]:
         """Normalised latents (t, h, w, c), in order. starts and packing are those of the requests if None."""
         if not requests:
@@ -172,7 +215,14 @@ class Pipeline:
         with self._on_mesh():
             if packing is None:
                 packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
-            patches = self._denoised(clips, unprompted, [request.seed for request in requests], settings, packing)
+            insistences = [
+                settings.known_guidance if request.known_guidance is None else request.known_guidance
+                for request in requests
+            ]
+            if insists or any(insistence != 1 for insistence in insistences):
+                settings = dataclasses.replace(settings, known_guidance=INSISTING)
+            seeds = [request.seed for request in requests]
+            patches = self._denoised(clips, unprompted, seeds, insistences, settings, packing)
         return [
             pack.unpatchify(patches[i], start.clean_thwc.shape, self.geometry.patch) for i, start in enumerate(starts)
         ]
@@ -207,6 +257,7 @@ class Pipeline:
         clips: Sequence[pack.Tokens],
         unprompted: Sequence[pack.Tokens],
         seeds: Sequence[int],
+        insistences: Sequence[float],
         settings: sampler.SamplerConfig,
         packing: pack.PackConfig,
     ) -> dict[int, np.ndarray]:
@@ -221,8 +272,11 @@ class Pipeline:
             some = rows[start : start + packing.rows]
             some = some + [[]] * (packing.rows - len(some))
             batch, blind = batch_of(some), batch_of([[unprompted[clip.clip] for clip in row] for row in some])
-            seed_BS = np.asarray(seeds, np.int32)[batch.clip_BS]
-            clean = self._denoise(self.params, batch, blind.layout, seed_BS, settings=settings)
+            seed_BS, insistence_BS = (
+                np.asarray(values, dtype)[batch.clip_BS]
+                for values, dtype in ((seeds, np.int32), (insistences, np.float32))
+            )
+            clean = self._denoise(self.params, batch, blind.layout, seed_BS, insistence_BS, settings=settings)
             found |= pack.unpack(np.asarray(clean), batch)
         return found
 
@@ -254,7 +308,7 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
     # Kernels of long rows take tokens, and the text's too, in steps of their own.
     step = ROW_STEP if max(tokens) ** 2 <= attention.SHORT else kernels.SPLASH_LANES
     longest = _up(max(tokens), step * sharding.shards("tokens"))
-    share = max(1, longest // min(tokens))
+    share = max(1, min(longest // min(tokens), len(tokens), MOST_SHARE))
     over = sharding.shards("rows")
     rows = max(1, min(over * BATCH_TOKENS // longest, -(-sum(tokens) // longest)))
     return pack.PackConfig(
@@ -267,14 +321,21 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
 
 
 def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
-    """denoise(params, batch, blind, seed_BS, settings) -> clean patches (B, N, P): a whole batch from its noise, one program.
+    """denoise(params, batch, blind, seed_BS, known_guidance_BS, settings) -> clean patches (B, N, P): a whole batch from its noise,
+    one program.
 
-    blind is the batch's layout without prompts, seed_BS a seed for every slot.
+    blind is the batch's layout without prompts, seed_BS a seed for every slot, as is known_guidance_BS, which has a part in it
+    if the settings' is not 1.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(config, nnx.Rngs(0))), nnx.Param)[0]
 
     def denoise(
-        params: Any, batch: PackedBatch, blind: Layout, seed_BS: jax.Array, settings: sampler.SamplerConfig
+        params: Any,
+        batch: PackedBatch,
+        blind: Layout,
+        seed_BS: jax.Array,
+        known_guidance_BS: jax.Array,
+        settings: sampler.SamplerConfig,
     ) -> jax.Array:
         model = nnx.merge(graphdef, params)
         layout = batch.layout
@@ -310,7 +371,8 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
             made_BNP = sampler.guided(found[0], found[1], guidance_BN[..., None])
             if len(branches) == 3:
                 # Two guidances in turn (arXiv:2211.09800, equation 3).
-                made_BNP = made_BNP + (settings.known_guidance - 1) * (found[1] - found[2])
+                more_BN = flow.spread(known_guidance_BS, layout.slot_BN) - 1
+                made_BNP = made_BNP + more_BN[..., None] * (found[1] - found[2])
             if settings.guidance_rescale:
                 made_BNP = sampler.rescaled(made_BNP, found[0], slots_BNS, settings.guidance_rescale)
             return made_BNP

@@ -149,6 +149,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_text(value: Any) -> bool:
+    # Halves of characters, which JSON can escape, have no bytes.
+    return isinstance(value, str) and len(value) <= 10_000 and value.encode(errors="replace").decode() == value
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value
 
@@ -174,12 +179,12 @@ _PIXELS = _whole(1, 2**14)
 _BORDER = _whole(0, 2**14)
 _PATH = _Check("the path of a file", _is_path)
 _CHECKS: dict[str, _Check] = {
-    "prompt": _Check("text of up to 10000 characters", lambda value: isinstance(value, str) and len(value) <= 10_000),
+    "prompt": _Check("text of up to 10000 characters", _is_text),
     "height": _PIXELS,
     "width": _PIXELS,
     "frames": _whole(1, 10**6),
     "seconds": _number(0, 10**5, open_low=True),
-    "fps": _number(0, 1000, open_low=True),
+    "fps": _number(0.01, 1000),
     "seed": _whole(0, MAX_SEED),
     "samples": _whole(1, MAX_SAMPLES),
     "image": _PATH,

@@ -65,7 +65,7 @@ def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compil
         params = _placed(shapes, sharding.parameter_shardings(shapes, mesh))
         batch = _batch(run, packing, sharding.replicated(mesh))
         denoise = jax.jit(pipeline.denoiser(run.dit), static_argnames="settings")
-        inputs = params, batch, batch.layout, batch.clip_BS
+        inputs = params, batch, batch.layout, batch.clip_BS, batch.ceiling_BS
         compiled = denoise.lower(*inputs, settings=run.sampler).compile()
     return _compiled(compiled, {"parameters": params, "batch": inputs[1:]}, params, began)
 
