@@ -21,6 +21,7 @@ optax states, empty states and None come back exactly as `like` has them.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import errno
@@ -51,6 +52,7 @@ Result = TypeVar("Result")
 
 _RECORD = "sora_jax"  # our key in orbax's custom metadata
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the JSON file where orbax keeps custom metadata
+_ORBAX_SHARDING = "_sharding"  # the JSON file where orbax keeps how the arrays of one item lay over devices
 _ORBAX_TREE = "_METADATA"  # the JSON file where orbax keeps the tree of one item
 _ORBAX_TEMPORARY = "*.orbax-checkpoint-tmp*"
 _SEAL = "SHA256SUMS"  # in the format of coreutils: `sha256sum --check SHA256SUMS` in a step does what verify does first
@@ -68,7 +70,10 @@ _NOT_THE_FILES = (
     "ABORTED",
 )
 # What the system says of a disk, when a library passes on its words alone.
-_OF_THE_DISK = ("No space left", "quota exceeded", "Read-only file system", "Permission denied", "Input/output error")
+_OF_THE_DISK = (
+    *("No space left", "quota exceeded", "File too large", "Read-only file system", "Permission denied"),
+    "Input/output error",
+)
 _PART_BYTES = 2**28  # of a device, that are read back at a time
 # Of what others may have written.
 _MAX_METADATA_BYTES = 2**25  # of a JSON file of orbax's: 100,000 arrays
@@ -82,6 +87,14 @@ _MAX_PROBLEMS = 8  # an error that lists every parameter of a model hides what i
 
 class CorruptCheckpointError(ValueError):
     """What is on disk is not what was saved."""
+
+
+class MismatchError(ValueError):
+    """A checkpoint of another model: items, paths, dtypes or shapes differ from those that are wanted."""
+
+
+class ReadError(RuntimeError):
+    """A checkpoint could not be read now: memory, rights, or a disk that is away. Nothing is known to be wrong with it."""
 
 
 class SaveError(RuntimeError):
@@ -98,11 +111,13 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayInfo:
-    """Shape and dtype of one array of an item; path is "module/.../name"."""
+    """Shape and dtype of one array of an item; path is "module/.../name". sharding says over which axes of the mesh each dimension
+    was divided when it was saved, such as "fsdp 8, -"; "" if it was whole on every device."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
+    sharding: str = dataclasses.field(default="", compare=False)
 
     @property
     def num_values(self) -> int:
@@ -612,7 +627,7 @@ def _array_fault(array: Any) -> str:
 def _check_items(step_directory: epath.Path, record: Mapping[str, Any], names: Sequence[str]) -> None:
     if missing := sorted(set(names) - record["items"].keys()):
         held = ", ".join(sorted(record["items"]))
-        raise ValueError(f"{step_directory} has no item {', '.join(missing)}; it holds {held}")
+        raise MismatchError(f"{step_directory} has no item {', '.join(missing)}; it holds {held}")
 
 
 def _check_fit(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> None:
@@ -623,7 +638,7 @@ def _check_fit(step_directory: epath.Path, record: Mapping[str, Any], wanted: Ma
     if problems:
         more = [f"... and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
         listing = "\n".join(f"  {line}" for line in problems[:_MAX_PROBLEMS] + more)
-        raise ValueError(
+        raise MismatchError(
             f"{step_directory} does not fit this model; run with the config stored in the checkpoint "
             f"(tools/inspect_checkpoint shows it) or start in another directory:\n{listing}"
         )
@@ -671,7 +686,7 @@ def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: 
 
 @contextlib.contextmanager
 def _damage_told(step_directory: epath.Path) -> Iterator[None]:
-    """Turns errors of orbax's that are due to the files into CorruptCheckpointError."""
+    """Turns errors of orbax's into CorruptCheckpointError if they are due to the files, into ReadError if due to the machine."""
     try:
         yield
     except (disk.FileError, CorruptCheckpointError):
@@ -679,6 +694,8 @@ def _damage_told(step_directory: epath.Path) -> Iterator[None]:
     except Exception as error:
         if _is_damage(error):
             raise CorruptCheckpointError(f"{step_directory} cannot be read: {_first_cause(error)}") from error
+        if _is_the_machine(error):
+            raise _not_read(step_directory, _first_cause(error)) from error
         raise
 
 
@@ -765,11 +782,26 @@ def _is_damage(error: BaseException) -> bool:
     for cause in _chain(error):
         if isinstance(cause, RecursionError):  # of JSON that is nested too deeply
             return True
-        if isinstance(cause, MemoryError | RuntimeError) or any(status in str(cause) for status in _NOT_THE_FILES):
-            return False
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+        if isinstance(cause, RuntimeError) or _is_of_the_machine(cause):
             return False
     return any(isinstance(cause, ValueError | LookupError | FileNotFoundError) for cause in _chain(error))
+
+
+def _is_the_machine(error: BaseException) -> bool:
+    return any(map(_is_of_the_machine, _chain(error)))
+
+
+def _is_of_the_machine(cause: BaseException) -> bool:
+    told = any(status in str(cause) for status in _NOT_THE_FILES)
+    absent = isinstance(cause, FileNotFoundError)
+    return told or isinstance(cause, MemoryError) or (isinstance(cause, OSError) and not absent)
+
+
+def _not_read(step_directory: epath.Path, why: str) -> ReadError:
+    return ReadError(
+        f"{step_directory} cannot be read now ({why}); nothing was changed: free memory, or mend the disk or its rights, and "
+        "run again"
+    )
 
 
 # --- Seal ---
@@ -817,7 +849,7 @@ def _check_seal(step_directory: epath.Path, record: Mapping[str, Any], items: It
 def _broken(step_directory: epath.Path, record: Mapping[str, Any], items: Iterable[str]) -> list[str]:
     """What is not as the seal says, of all files but those of other items. Several processes share the reading.
 
-    Raises OSError if a file cannot be read, which says nothing about what is in it.
+    Raises ReadError if a file cannot be read, which says nothing about what is in it.
     """
     if not record.get(_SEALED):
         return []
@@ -891,7 +923,8 @@ def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = Fal
     with ThreadPoolExecutor(_READERS) as pool:
         found = processes.joined(dict(zip(own, pool.map(digest, own), strict=True)))
     if failed := next((value for value in found.values() if value.startswith(_FAILED)), None):
-        raise OSError(f"{directory}: {failed.removeprefix(_FAILED)}")
+        why = failed.removeprefix(_FAILED)
+        raise (OSError(f"{directory}: {why}") if to_disk else _not_read(directory, why))
     return found
 
 
@@ -1025,17 +1058,42 @@ def _nothing_there(root: epath.Path, step: int | None, available: Sequence[int])
 
 
 def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayInfo, ...]], dict[str, Any]]:
+    # What has neither orbax's record nor our seal was never ours.
+    plain = not any((step_directory / name).exists() for name in (_ORBAX_METADATA, _SEAL))
     try:
-        record = _read_record(step_directory)
+        record = None if plain else _read_record(step_directory)
     except CorruptCheckpointError:
         raise
     except ValueError:
+        record = None
+    if record is None:
         return _plain_items(step_directory), _plain_meta(step_directory)
     items = {
-        name: tuple(ArrayInfo(path, tuple(shape), dtype) for path, (dtype, shape, *_) in arrays.items())
+        name: _with_shardings(
+            step_directory / name,
+            tuple(ArrayInfo(path, tuple(shape), dtype) for path, (dtype, shape, *_) in arrays.items()),
+        )
         for name, arrays in record["items"].items()
     }
     return items, record["meta"]
+
+
+def _with_shardings(item_directory: epath.Path, infos: tuple[ArrayInfo, ...]) -> tuple[ArrayInfo, ...]:
+    """With what orbax keeps of how arrays were laid over devices; it is told, not used, so what is no such thing is passed over."""
+    try:
+        told = _read_json(item_directory / _ORBAX_SHARDING)
+        found = {base64.urlsafe_b64decode(name).decode(): _sharding_words(text) for name, text in told.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return infos
+    return tuple(dataclasses.replace(info, sharding=found.get(info.path.replace("/", "."), "")) for info in infos)
+
+
+def _sharding_words(text: str) -> str:
+    told = disk.parse_json(text, _ORBAX_SHARDING)
+    sizes = dict(zip(told.get("axis_names", ()), told.get("shape", ()), strict=False))
+    spec = [[axis] if isinstance(axis, str) else axis or [] for axis in told.get("partition_spec", ())]
+    words = [" ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes.get(axis, 1) != 1) or "-" for axes in spec]
+    return ", ".join(words)[:_MAX_NAME] if set(words) - {"-"} else ""
 
 
 def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]:
@@ -1044,7 +1102,11 @@ def _plain_items(step_directory: epath.Path) -> dict[str, tuple[ArrayInfo, ...]]
             trees = ocp.checkpointables_metadata(step_directory).metadata
         except ocp.errors.InvalidLayoutError:  # of one tree without items
             trees = {"state": ocp.metadata(step_directory).metadata}
-        return {name: tuple(_plain_arrays(tree)) for name, tree in trees.items()}
+        places = {name: step_directory / name for name in trees}
+        return {
+            name: _with_shardings(places[name] if places[name].exists() else step_directory, tuple(_plain_arrays(tree)))
+            for name, tree in trees.items()
+        }
 
 
 def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
@@ -1055,6 +1117,8 @@ def _plain_arrays(tree: PyTree) -> Iterator[ArrayInfo]:
 
 
 def _plain_meta(step_directory: epath.Path) -> dict[str, Any]:
+    if not (step_directory / _ORBAX_METADATA).exists():
+        return {}
     with _damage_told(step_directory):
         metadata = _read_json(step_directory / _ORBAX_METADATA)["custom_metadata"]
     return metadata if isinstance(metadata, dict) else {}
@@ -1192,10 +1256,12 @@ def format_description(description: Description, depth: int | None = 2) -> str:
         f"step        {'-' if description.step is None else description.step}{others}",
         f"on disk     {_megabytes(description.bytes_on_disk)}",
     ]
-    rows: list[tuple[str, ...]] = [("item", "shape", "dtype", "values", "size")]
+    rows: list[tuple[str, ...]] = [("item", "shape", "dtype", "values", "size", "sharding")]
     for name, infos in description.items.items():
         rows += _rows(name, _nest({info.path: info for info in infos}), 0, depth)
-    rows.append(("total", "", "", f"{description.num_parameters():,}", _megabytes(description.num_bytes())))
+    rows.append(("total", "", "", f"{description.num_parameters():,}", _megabytes(description.num_bytes()), ""))
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
     meta = _outline(description.meta, 0) if description.meta else ["(none)"]
     return "\n".join([*head, "", *_aligned(rows), "", "meta", *(f"  {line}" for line in meta)])
 
@@ -1239,7 +1305,9 @@ def _rows(name: str, node: Any, level: int, depth: int | None) -> Iterator[tuple
         shape = (f"{len(infos)} array" + "s" * (len(infos) != 1)) if folded or not infos else ""
     dtypes = sorted({info.dtype for info in infos}) if shape else []
     values, size = sum(info.num_values for info in infos), sum(info.num_bytes for info in infos)
-    yield "  " * level + (name or "(array)"), shape, ", ".join(dtypes), f"{values:,}", _megabytes(size)
+    laid = {info.sharding for info in infos} if shape else set()
+    sharding = laid.pop() if len(laid) == 1 else "several" * bool(laid)
+    yield "  " * level + (name or "(array)"), shape, ", ".join(dtypes), f"{values:,}", _megabytes(size), sharding
     if isinstance(node, dict) and not folded:
         for child in sorted(node, key=_natural):
             yield from _rows(child, node[child], level + 1, depth)

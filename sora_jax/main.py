@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from ml_collections import ConfigDict
 
+    from sora_jax.checkpoint import Description
     from sora_jax.config import DiTRun, Run, VAERun
     from sora_jax.data.worlds.world import WorldConfig
     from sora_jax.diffusion.sampler import SamplerConfig
@@ -711,10 +712,17 @@ def _logging_to_stderr() -> Iterator[None]:
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
-    # By file: parts of sora_jax and of the libraries share the root logger, and absl's is shared by orbax and grain.
-    handler.addFilter(
-        lambda record: record.pathname.startswith(ours) or (record.levelno >= logging.WARNING and not told(record))
-    )
+
+    def shown(record: logging.LogRecord) -> bool:
+        # By file: parts of sora_jax and of the libraries share the root logger, and absl's is shared by orbax and grain.
+        if record.levelno >= logging.WARNING:
+            return record.pathname.startswith(ours) or not told(record)
+        # What all processes do, the first one says.
+        processes = sys.modules.get("sora_jax.processes")
+        first = processes is None or not processes.several() or processes.is_first()
+        return first and record.pathname.startswith(ours)
+
+    handler.addFilter(shown)
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -730,16 +738,19 @@ def _logging_to_stderr() -> Iterator[None]:
 def _errors_for_users(*kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions whose messages are written for users into a Failure.
 
-    These are ConfigError, a damaged checkpoint or another file, a missing one, and `kinds`. ValueError may be one of them
-    only around code that validates what the user gave: anywhere else it is a bug.
+    These are ConfigError, a checkpoint that is damaged, of another model or cannot be read, another file that is none, a missing
+    one, and `kinds`. ValueError may be one of them only around code that validates what the user gave: anywhere else it is a bug.
     """
     from sora_jax import checkpoint, config, disk
 
-    refused: tuple[type[Exception], ...] = (config.ConfigError, disk.FileError, *kinds)
+    refused: tuple[type[Exception], ...] = (
+        *(config.ConfigError, disk.FileError, checkpoint.MismatchError),
+        *kinds,
+    )
 
     try:
         yield
-    except checkpoint.CorruptCheckpointError as error:
+    except (checkpoint.CorruptCheckpointError, checkpoint.ReadError) as error:
         raise Failure(error, RUN_ERROR) from error
     except FileNotFoundError as error:
         # Our own have a sentence, the system's an errno: a file that we should have made ourselves.
@@ -1511,11 +1522,26 @@ def inspect(arguments: argparse.Namespace) -> None:
             print(line)
         print(checkpoint.format_changes(found, depth))
         return
+    metrics = _metrics(description)
     if not arguments.json:
         print(checkpoint.format_description(description, depth))
+        for kind, line in metrics.items():
+            print(f"\n{kind} metrics at step {line['step']:,}")
+            print("\n".join(f"  {name}: {value:.6g}" for name, value in line.items() if isinstance(value, float)))
         return
     counts = {name: description.num_parameters(name) for name in description.items}
-    print(json.dumps(dataclasses.asdict(description) | {"num_parameters": counts}, indent=2))
+    print(json.dumps(dataclasses.asdict(description) | {"num_parameters": counts, "metrics": metrics}, indent=2))
+
+
+def _metrics(description: Description) -> dict[str, dict[str, Any]]:
+    """The last lines that the run wrote up to this step, by kind; none of a checkpoint that is not in a work dir."""
+    from sora_jax.train import progress
+
+    if description.step is None or "://" in description.path:
+        return {}
+    lines = {kind: progress.read_metrics(Path(description.path).parent, kind) for kind in ("train", "eval")}
+    upto = {kind: [line for line in some if line["step"] <= description.step] for kind, some in lines.items()}
+    return {kind: some[-1] for kind, some in upto.items() if some}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from sora_jax import processes
 
@@ -36,20 +37,41 @@ def handled() -> Iterator[None]:
         return
     _asked = None
     before = {number: signal.signal(number, _handle) for number in NUMBERS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=_count, args=(reader,), daemon=True, name="signals").start()
+    told = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
         _asked = None
+        signal.set_wakeup_fd(told)
+        os.close(writer)
         for number, handler in before.items():
             # What was not set from Python, as jax's own for SIGTERM, cannot be set again from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def _count(reader: int) -> None:
+    """Ends the process at the second signal, also while the main thread is in a compilation or waits for other processes, where
+    Python handles none."""
+    asked = 0
+    while number := os.read(reader, 1):
+        asked += number[0] in NUMBERS
+        if asked == 2:
+            _end(number[0])
+    os.close(reader)
+
+
+def _end(number: int) -> NoReturn:
+    _say(b"stopped at once\n")
+    os._exit(128 + number)
+
+
 def _handle(number: int, _: FrameType | None) -> None:
     global _asked
     if _asked is not None:
-        _say(b"stopped at once\n")
-        os._exit(128 + number)
+        _end(number)
     _asked = number
     processes.ask_to_stop(number)
     if _held or processes.several():

@@ -313,7 +313,7 @@ def test_a_file_that_cannot_be_read_costs_no_checkpoint(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint.hashlib, "file_digest", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(checkpoint.ReadError, match=r"2 cannot be read now .*Input/output error.*nothing was changed"):
         checkpoint.restore(tmp_path, abstract(items))
     assert checkpoint.steps(tmp_path) == [1, 2]
 
@@ -331,9 +331,17 @@ def test_trouble_that_is_not_the_files_costs_no_checkpoint(tmp_path, monkeypatch
         raise KeyError("Failed to load checkpointable") from failure
 
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
-    with pytest.raises(KeyError):
+    with pytest.raises(checkpoint.ReadError, match=f"{type(failure).__name__}.*nothing was changed: free memory"):
         checkpoint.restore(tmp_path, abstract(items))
     assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_bug_is_neither_damage_nor_trouble(tmp_path, monkeypatch):
+    save(tmp_path, 1, make_items())
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda *_: 1 + None)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        checkpoint.restore(tmp_path, abstract(make_items()))
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 # --- Requests that do not fit ---
@@ -560,6 +568,40 @@ def test_format_description_sums_modules_and_aligns_columns(tmp_path):
     assert " w " not in text
     assert text.count("10 x 10") == 0
     assert checkpoint.format_description(checkpoint.describe(tmp_path), depth=None).count("10 x 10") == 11
+
+
+def test_describes_how_arrays_lay_over_devices(tmp_path):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    lay = {"a/b": (("data", "fsdp"), None), "c": (None, "fsdp"), "d": ()}
+    arrays = {
+        name: jax.device_put(
+            np.ones((8, 4), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        )
+        for name, spec in lay.items()
+    }
+    save(tmp_path, 1, {"params": {"a": {"b": arrays["a/b"]}, "c": arrays["c"], "d": arrays["d"]}})
+    description = checkpoint.describe(tmp_path)
+    laid = {info.path: info.sharding for info in description.items["params"]}
+    assert laid == {"a/b": "data 2 fsdp 4, -", "c": "-, fsdp 4", "d": ""}
+    text = checkpoint.format_description(description)
+    (row,) = (line for line in text.splitlines() if line.strip().startswith("c "))
+    assert "sharding" in text and row.endswith("-, fsdp 4")
+    (tmp_path / "1" / "params" / "_sharding").write_text('{"YQ==": "[[[", "b": 3}')
+    assert {info.sharding for info in checkpoint.describe(tmp_path).items["params"]} == {""}
+
+
+def test_describes_what_older_orbax_wrote(tmp_path):
+    import orbax.checkpoint as older
+
+    with older.StandardCheckpointer() as writer:
+        writer.save(tmp_path / "tree", {"a": {"b": jnp.ones((3, 4))}})
+    description = checkpoint.describe(tmp_path / "tree")
+    assert description.items == {"state": (checkpoint.ArrayInfo("a/b", (3, 4), "float32"),)}
+    assert checkpoint.verify(tmp_path / "tree").wrong == ()
+    with older.CheckpointManager(tmp_path / "steps") as writer:
+        writer.save(2, args=older.args.StandardSave({"a": jnp.ones(3)}))
+    (found,) = checkpoint.describe(tmp_path / "steps").items.values()
+    assert found == (checkpoint.ArrayInfo("a", (3,), "float32"),)
 
 
 def test_describes_what_plain_orbax_wrote(tmp_path):

@@ -214,7 +214,7 @@ def test_evaluation_batches_hold_every_clip_once(store):
 
 def test_nothing_that_fits_is_an_error(store):
     tokeniser = loader.Tokeniser(PLAIN, dataclasses.replace(PACKING, row_tokens=2), GEOMETRY, text, 0)
-    with pytest.raises(ValueError, match=r"raise pack\.row_tokens"):
+    with pytest.raises(loader.LoaderError, match=r"raise pack\.row_tokens"):
         next(loader.batches(store, tokeniser, 6))
 
 

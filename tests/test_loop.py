@@ -212,6 +212,12 @@ def test_a_run_that_stays_bad_stops(tmp_path, monkeypatch):
     assert checkpoint.latest_step(tmp_path) is None
 
 
+def test_a_bad_row_is_noticed_though_it_ended_before_the_line_was_due(tmp_path, monkeypatch):
+    with pytest.raises(loop.DivergedError, match="2 steps in a row"):
+        poisoned_run(monkeypatch, tmp_path, zero=(3, 4), log_every=6)
+    poisoned_run(monkeypatch, tmp_path / "single", zero=(3, 5), log_every=6)
+
+
 class Poisoned:
     """Batches of which some, counted from one, are made zero, for which `poisoned_loss` is NaN, or left out."""
 
@@ -233,7 +239,8 @@ class Poisoned:
 
 
 def poisoned_run(monkeypatch, workdir, zero=(), out=(), **of_loop):
-    task = vae.VAETask(tiny.vae_run(steps=6, log_every=1, save_every=1, max_bad_steps=2, keep=2, **of_loop))
+    usual = {"steps": 6, "log_every": 1, "save_every": 1, "max_bad_steps": 2, "keep": 2}
+    task = vae.VAETask(tiny.vae_run(**usual | of_loop))
     batches, loss = task.batches, task.loss
 
     def poisoned_loss(params, rest, batch, key):

@@ -19,6 +19,7 @@ import pytest
 import quickstart
 
 from sora_jax import checkpoint, config, main, processes
+from sora_jax.data import loader
 from sora_jax.generate import pipeline, requests
 from sora_jax.plan import roofline
 from sora_jax.study import runner
@@ -33,7 +34,7 @@ from ml_collections import ConfigDict
 WORLD = dict(
     colours=("red", "blue"), shapes=("circle", "square"), sizes=("large",), motions=("left", "right"),
     backgrounds=("white",), frame_sizes=((32, 32),), frame_counts=(5,), frame_size_weights=(), frame_count_weights=(), fps=(8.0,),
-    two_things_fraction=0.0, holdout_fraction=0.2, square=False, seed=0,
+    two_things_fraction=0.0, holdout_fraction=0.2, square=False, to_and_fro=0.0, seed=0,
 )
 DATA = dict(world=WORLD, train_clips=8, heldout_clips=2)
 OPTIMIZER = dict(
@@ -71,7 +72,7 @@ def dit():
         ),
         pack=dict(rows=2, row_tokens=32, row_slots=8, row_text=64, window=8, drop_rate=0.0, drop_repeats=0.0),
         loader=dict(long_captions=0.2, caption_dropout=0.1, known=KNOWN, workers=0, lanes=1, patience=1.0, skip_quota=0.0),
-        flow=dict(mean=0.0, std=1.0, shift=1.0),
+        flow=dict(mean=0.0, std=1.0, shift=1.0, known_noise=0.0),
         sampler=dict(
             steps=2, method="euler", guidance=3.0, shift=1.0, base_tokens=0, guidance_interval=(0.0, 1.0),
             guidance_rescale=0.0, known_guidance=1.0, guidance_going_on=2.0,
@@ -430,6 +431,9 @@ def test_plans_that_cannot_be_made_are_refused(tiny, capsys):
         (KeyboardInterrupt(), 130, "nothing was saved yet"),
         (loop.DivergedError("not finite for 5 steps"), 1, "not finite for 5 steps"),
         (checkpoint.CorruptCheckpointError("two bits\nflipped"), 1, "two bits flipped"),
+        (checkpoint.ReadError("3 cannot be read now"), 1, "3 cannot be read now"),
+        (checkpoint.MismatchError("does not fit this model"), 2, "does not fit this model"),
+        (loader.LoaderError("x holds no clips"), 1, "x holds no clips"),
         (FileNotFoundError("no checkpoint: x"), 2, "no checkpoint: x"),
     ],
 )
@@ -685,7 +689,7 @@ def test_one_video_keeps_its_name_and_several_are_numbered():
 def test_inspect_shows_text_or_json(trained, capsys):
     assert main.run(["inspect", str(trained)]) == 0
     page = capsys.readouterr().out
-    assert "step        3" in page and "total_flops" in page
+    assert "step        3" in page and "total_flops" in page and "metrics" not in page
     assert main.run(["inspect", str(trained), "--depth", "-1"]) == 0
     assert len(capsys.readouterr().out) > len(page)
     assert main.run(["inspect", str(trained / "3"), "--json"]) == 0
@@ -693,6 +697,20 @@ def test_inspect_shows_text_or_json(trained, capsys):
     count = sum(math.prod(array["shape"]) for array in found["items"]["ema"])
     assert found["num_parameters"]["ema"] == count > 0
     assert found["meta"]["config"]["task"] == "dit"
+
+
+def test_inspect_tells_the_metrics_up_to_its_step(trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    lines = [{"kind": "train", "step": step, "loss": 1 / step} for step in (1, 2, 4)] + [
+        {"kind": "eval", "step": 3, "val_loss": 0.25}
+    ]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main.run(["inspect", str(copy)]) == 0
+    page = capsys.readouterr().out
+    assert "train metrics at step 2\n  loss: 0.5\n" in page and "eval metrics at step 3\n  val_loss: 0.25\n" in page
+    assert main.run(["inspect", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["train"]["step"] == 2
 
 
 def test_what_was_exported_comes_back(trained, tmp_path, capsys):

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -49,6 +52,32 @@ def same(one, other):
         np.asarray(a).tobytes() == np.asarray(b).tobytes()
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     )
+
+
+def test_a_second_signal_ends_a_process_that_is_deaf_to_the_first():
+    """As one that compiles, or waits for others, outside of Python: there no handler runs."""
+    code = """
+import ctypes, os, signal, threading, time
+from sora_jax import signals
+sleep = ctypes.CDLL(None).sleep
+def tell():
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+# Signals that come while the C library sleeps would wake it.
+def deaf(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sleep(int(seconds))
+with signals.handled(), signals.held(1):
+    threading.Thread(target=tell, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)  # handled by other threads, so that this one goes on sleeping
+    deaf(60)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 143 and time.monotonic() - began < 30, done.stderr
+    assert "stopped at once" in done.stderr
 
 
 @pytest.fixture(scope="module")

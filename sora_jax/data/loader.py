@@ -235,7 +235,7 @@ class PackRowsIterator(grain.DatasetIterator):
         self.rows, packed = pack.pack_rows(clips, self.config, np.random.default_rng((*self.seed, self.window)))
         count.add(packed)
         if not self.rows:
-            raise ValueError(
+            raise LoaderError(
                 f"none of {self.config.window} clips fits a row of {self.config.row_tokens} tokens, {self.config.row_slots} "
                 f"slots and {self.config.row_text} text tokens; raise pack.row_tokens or pack.row_text"
             )
@@ -363,7 +363,7 @@ def batches(
     lane_rows = packing.rows // lanes
 
     if not len(store):
-        raise ValueError(f"{store.folder} holds no clips; delete it to encode anew")
+        raise LoaderError(f"{store.folder} holds no clips; delete it to encode anew")
     draw = Draw(Reader(store, tokeniser.config.patience), tokeniser)
     finish = functools.partial(pack.fill_row, config=packing, patch_dim=patch_dim, text_width=text_width)
     clips = grain.MapDataset.range(len(store)).seed(seed).shuffle().repeat().map_with_index(draw)

@@ -207,7 +207,7 @@ def _run(
                 line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
                 report.train(number, line | watching.line())
                 if line["skipped_in_a_row"] >= loop.max_bad_steps:
-                    state = _back(task, workdir, state, past)
+                    state = _back(task, workdir, state, past, int(line["skipped_in_a_row"]))
                     past = past._replace(rollbacks=past.rollbacks + 1)
                     number = saved = int(state.step)
                     owed = False
@@ -235,14 +235,15 @@ def _run(
     return state
 
 
-def _back(task: Task, workdir: Path, state: TrainState, past: Past) -> TrainState:
-    """The newest checkpoint from before the steps that were skipped last; later ones are set aside.
+def _back(task: Task, workdir: Path, state: TrainState, past: Past, row: int) -> TrainState:
+    """The newest checkpoint from before the steps that were skipped last; later ones are set aside. row is how many were skipped
+    in a row, perhaps some steps ago.
 
     The loader goes on where it is: what comes next is other data than what went wrong. Raises DivergedError if the run has
     gone back as often as it may, or there is nothing to go back to.
     """
     number, skipped, most = int(state.step), int(state.guard.skipped), task.run.loop.rollbacks
-    what = f"{skipped} steps in a row up to step {number} were skipped, as loss or gradient were not finite or spikes"
+    what = f"{row} steps in a row up to step {number} were skipped, as loss or gradient were not finite or spikes"
     if past.rollbacks >= most:
         again = f" (the run has gone back {most} times)" if most else ", or set loop.rollbacks to go on with other data"
         raise DivergedError(f"{what}; lower optimizer.rate{again}")

@@ -67,7 +67,8 @@ class Window:
             "steps": float(len(steps)),
             "bad_steps": float(sum(step["bad"] for step in steps)),
             "spike_steps": float(sum(step["spike"] for step in steps)),
-            "skipped_in_a_row": float(steps[-1]["skipped"]),
+            # The most in any row of them, not the last: lines may be further apart than the most that a run bears.
+            "skipped_in_a_row": float(max(step["skipped"] for step in steps)),
             "seconds_per_step": seconds / len(steps),
             "units_per_second": self.units_per_step * len(steps) / seconds,
             "flops_per_second": self.flops_per_step * len(steps) / seconds,
