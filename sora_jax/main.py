@@ -1077,10 +1077,6 @@ def sample(arguments: argparse.Namespace) -> None:
     world = pipeline.run.data.world
     with _errors_for_users(ValueError):
         jobs = pipeline.prepare(orders)
-    for line in dict.fromkeys(line for job in jobs for line in job.told):
-        logging.info("%s", line)
-    for size in dict.fromkeys(job.size for job in jobs):
-        warn_of(size, world)
     stills = [job.size.frames == 1 for job in jobs]
     videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
     if replaced := {video.path.resolve() for video in videos} & {Path(path).resolve() for path in inputs}:
@@ -1090,6 +1086,10 @@ def sample(arguments: argparse.Namespace) -> None:
             beside = [told.with_name(name) for name in manifest.read(told).files]
         if others := [path for path in beside if path.suffix != arguments.out.suffix and path.exists()]:
             raise Failure(f"{told} says how {others[0]} was made and would be replaced; choose another name")
+    for line in dict.fromkeys(line for job in jobs for line in job.told):
+        logging.info("%s", line)
+    for size in dict.fromkeys(job.size for job in jobs):
+        warn_of(size, world)
     _make_folder(told.parent)
     _tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
