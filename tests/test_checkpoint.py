@@ -1,5 +1,6 @@
 """Laws of checkpoints: what comes back is what was saved, to the bit, or it is not handed out at all."""
 
+import errno
 import gc
 import json
 import logging
@@ -513,6 +514,26 @@ def test_a_step_that_is_not_read_back_as_it_was_costs_no_older_one(tmp_path, mon
     with pytest.raises(checkpoint.SaveError, match=r"step 2 .*ema/blocks/0/kernel.*step 1 is the newest that is whole"):
         save(tmp_path, 2, items, keep=1)
     assert checkpoint.steps(tmp_path) == [1] and (tmp_path / "2.corrupt").is_dir()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("INTERNAL: Error writing file: Disk quota exceeded"),
+        RuntimeError("INTERNAL: Error writing file: File too large"),
+    ],
+)
+def test_a_quota_or_a_limit_costs_no_older_step(tmp_path, monkeypatch, failure):
+    save(tmp_path, 1, make_items())
+
+    def fail(*_, **__):
+        raise ValueError("cannot save") from failure
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", fail)
+    with pytest.raises(checkpoint.SaveError, match=r"step 2 could not be saved .*step 1 is the newest that is whole"):
+        save(tmp_path, 2, make_items(), keep=1)
+    assert checkpoint.steps(tmp_path) == [1] and not checkpoint.verify(tmp_path).wrong
 
 
 def test_changes_are_told_by_norm_and_by_shape(tmp_path):

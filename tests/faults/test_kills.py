@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -136,6 +137,52 @@ def test_a_second_signal_exits_at_once(runs, tmp_path, figures):
     assert process.exitcode in (130, 143) and seconds < 3
     assert not newest(workdir)  # the first alone would have saved
     figures("second signal", exit_code=process.exitcode, seconds=round(seconds, 2))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(runs, tmp_path, figures):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, **child.LOOP, keep=2)
+    child.wait_for(lambda: newest(workdir) >= 1)
+    assert runs.finish(workdir, **child.LOOP, keep=2) == 2
+    (refusal,) = (line for line in runs.log(workdir).splitlines() if "error:" in line)
+    assert str(process.pid) in refusal and socket.gethostname() in refusal
+    before = newest(workdir)
+    child.wait_for(lambda: newest(workdir) > before)  # the first goes on
+    process.kill()
+    process.join()
+    figures("second writer", exit_code=2)
+
+
+def test_numbers_that_are_none_never_reach_a_checkpoint(runs, tmp_path, figures):
+    """A rate that no model survives: the run stops, and what it kept is finite."""
+    workdir = tmp_path / "run"
+    rates = {"optimizer.rate": 1e30, "optimizer.adam_rate": 1e30, "optimizer.warmup_steps": 1}
+    assert runs.finish(workdir, of_run=rates, **child.LOOP, keep=2, max_bad_steps=3) == 1
+    said = runs.log(workdir)
+    assert "3 steps in a row" in said.splitlines()[-1] and "Traceback" not in said, said
+    for step in checkpoint.steps(workdir):
+        for item in checkpoint.describe(workdir / str(step)).items:
+            if item in ("params", "ema"):
+                assert all(
+                    np.isfinite(array).all() for _, array in named(checkpoint.restore_nested(workdir, item, step))
+                )
+    figures("not finite", exit_code=1, steps_skipped=3)
+
+
+def test_clips_that_are_damaged_while_a_run_is_away_are_counted_in_its_metrics(runs, tmp_path, figures):
+    trained, workdir = tmp_path / "trained", tmp_path / "run"
+    assert runs.finish(trained) == 0, runs.log(trained)
+    of_run = {"vae_checkpoint": trained, "loader.patience": 0.0, "loader.skip_quota": 1.0}
+    runs.reach(1, workdir, stage="dit", of_run=of_run, steps=4, save_every=1)
+    (values,) = workdir.glob("**/latents-train-*/mean.npy")
+    content = bytearray(values.read_bytes())
+    content[len(content) // 2] ^= 1
+    values.write_bytes(content)
+    assert runs.finish(workdir, "dit", of_run=of_run, **child.LOOP | {"steps": 4}, keep=1000) == 0, runs.log(workdir)
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    damaged = sum(line.get("packing/damaged_clips", 0) for line in lines if line["kind"] == "train")
+    assert damaged >= 1 and "is left out" in runs.log(workdir)
+    figures("damaged clips", counted=int(damaged))
 
 
 @pytest.fixture
