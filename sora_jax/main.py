@@ -1525,9 +1525,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     metrics = _metrics(description)
     if not arguments.json:
         print(checkpoint.format_description(description, depth))
-        for kind, line in metrics.items():
-            print(f"\n{kind} metrics at step {line['step']:,}")
-            print("\n".join(f"  {name}: {value:.6g}" for name, value in line.items() if isinstance(value, float)))
+        for kind, last in metrics.items():
+            print(f"\n{kind} metrics at step {last['step']:,}")
+            print("\n".join(f"  {name}: {value:.6g}" for name, value in last.items() if isinstance(value, float)))
         return
     counts = {name: description.num_parameters(name) for name in description.items}
     print(json.dumps(dataclasses.asdict(description) | {"num_parameters": counts, "metrics": metrics}, indent=2))
