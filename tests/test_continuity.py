@@ -40,6 +40,14 @@ def test_real_clips_have_no_seam_and_a_jump_is_one(motion):
     assert continuity.seam(jumped, 9)["position"] > 1.5
 
 
+def test_seams_of_one_video_are_judged_by_its_other_steps():
+    whole = video("right", frames=33)
+    jumped = np.concatenate([whole[:9], np.roll(whole, 6, axis=2)[9:25], whole[25:]])
+    found = continuity.seams(jumped, [9, 17, 25])
+    assert [seam["position"] > 1.5 for seam in found] == [True, False, True]
+    assert continuity.seams(whole, [9]) == [continuity.seam(whole, 9)]
+
+
 def test_a_sudden_turn_is_a_change_of_velocity_alone():
     whole = video("right")
     turned = np.concatenate([whole[:9], whole[7::-1]])

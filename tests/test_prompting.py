@@ -94,6 +94,7 @@ def test_a_thing_that_is_lost_on_the_way_is_not_kept(oracle):
 
     found = oracle.scores("long", drawn)
     assert found["kept"] == 1 and found["frames"] == 133  # the longest of whole groups within 8 x 17
+    assert found["seams_smooth"] > 0.9
     assert oracle.scores("long", lambda number, job: np.repeat(drawn(number, job)[:1], 133, 0))["kept"] == 1
     lost = oracle.scores("long", lambda number, job: np.concatenate([drawn(number, job)[:66], grey(number, job)[66:]]))
     assert lost["kept"] == 0

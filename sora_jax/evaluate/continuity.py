@@ -5,6 +5,8 @@ What is usual is taken from the video itself, so that fast and slow motions are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -41,14 +43,23 @@ def seam(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: int) -> dict[str, float]
     position is the step into the frame and velocity the change from the step before it; a usual step is the mean of the
     others. Both are infinite where the thing is not in sight.
     """
+    return seams(frames_THWC, [at])[0]
+
+
+def seams(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: Sequence[int]) -> list[dict[str, float]]:
+    """As seam, of each of these frames; usual are the steps that lead into none of them."""
     place_T2 = reader.places(frames_THWC)
     step_T2 = np.diff(place_T2, axis=0)
     length_T = np.linalg.norm(step_T2, axis=1)
-    others = np.delete(length_T, at - 1)
+    others = np.delete(length_T, np.asarray(at) - 1)
     usual = max(float(np.nanmean(others)) if np.isfinite(others).any() else 0.0, LEAST_STEP)
-    turn = np.linalg.norm(step_T2[at - 1] - step_T2[at - 2]) if at > 1 else 0.0
-    found = {"position": length_T[at - 1] / usual, "velocity": turn / usual}
-    return {name: float(value) if np.isfinite(value) else float("inf") for name, value in found.items()}
+
+    def one(frame: int) -> dict[str, float]:
+        turn = np.linalg.norm(step_T2[frame - 1] - step_T2[frame - 2]) if frame > 1 else 0.0
+        found = {"position": length_T[frame - 1] / usual, "velocity": turn / usual}
+        return {name: float(value) if np.isfinite(value) else float("inf") for name, value in found.items()}
+
+    return [one(frame) for frame in at]
 
 
 def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int) -> bool:

@@ -150,7 +150,14 @@ class Prompting:
         frames = 1 + self.stride * ((LONGER * self.window - 1) // self.stride)
         videos = self._made(scenes, lambda number: {"frames": frames})
         kept = [continuity.kept(video.frames_THWC, self.window) for video in videos]
-        return {"kept": float(np.mean(kept)), "frames": float(frames)}, videos
+        windows = canvas.plan(0, frames, window=self.window, stride=self.stride)
+        at = [window.first for window in windows[1:]]
+        seams = [max(seam.values()) for video in videos for seam in continuity.seams(video.frames_THWC, at)]
+        return {
+            "kept": float(np.mean(kept)),
+            "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
+            "frames": float(frames),
+        }, videos
 
     def loop(self) -> tuple[dict[str, float], list[report.Video]]:
         """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
