@@ -10,13 +10,9 @@ from pathlib import Path
 def flags():
     """For XLA_FLAGS. Most of the time of the tests goes into compiling small programs, which need not be fast."""
     chosen = ["--xla_backend_optimization_level=0"]
-    # Each fusion through MLIR takes half of a compilation; a program in parts, compiled by threads, and operations that are
-    # divided over threads take longer than whole ones where all are small (three quarters of the time without, on two cores).
-    for name, value in {
-        "xla_cpu_use_fusion_emitters": "false",
-        "xla_cpu_parallel_codegen_split_count": "1",
-        "xla_cpu_multi_thread_eigen": "false",
-    }.items():
+    # Each fusion through MLIR takes half of a compilation, and a program that threads compile in parts a quarter more than a
+    # whole one where all are small. Neither changes a sum: which threads an operation has would.
+    for name, value in {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}.items():
         if _is_known(name):
             chosen.append(f"--{name}={value}")
     return " ".join(chosen)
