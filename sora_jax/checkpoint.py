@@ -71,7 +71,11 @@ _NOT_THE_FILES = (
 )
 # What the system says of a disk, when a library passes on its words alone.
 _OF_THE_DISK = (
-    *("No space left", "quota exceeded", "File too large", "Read-only file system", "Permission denied"),
+    "No space left",
+    "quota exceeded",
+    "File too large",
+    "Read-only file system",
+    "Permission denied",
     "Input/output error",
 )
 _PART_BYTES = 2**28  # of a device, that are read back at a time
@@ -553,6 +557,8 @@ def _read_record(step_directory: epath.Path) -> dict[str, Any]:
         raise CorruptCheckpointError(str(error)) from error
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error!r}") from error
+    except OSError as error:
+        raise _not_read(step_directory, repr(error)) from error
     if not isinstance(metadata, dict) or not ({_RECORD, "sha256"} & metadata.keys()):
         raise ValueError(
             f"{step_directory} was not written by sora_jax, and has no fingerprints to check; load it with orbax and "
@@ -875,6 +881,8 @@ def _listed(step_directory: epath.Path, others: Collection[str]) -> dict[str, An
         return {"sealed": {}, "wrong": [f"the file {_SEAL} is missing"]}
     except (disk.FileError, UnicodeDecodeError):
         head, body = "", ""
+    except OSError as error:
+        raise _not_read(step_directory, repr(error)) from error
     if f"{head}\n" != _seal_head(body):
         return {"sealed": {}, "wrong": [f"the file {_SEAL} is not what was saved"]}
     lines = (line.partition("  ") for line in body.splitlines())

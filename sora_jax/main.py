@@ -641,7 +641,9 @@ def _rate(text: str) -> float:
 
 def _interval(text: str) -> tuple[float, float]:
     low, _, high = text.partition(",")
-    return float(low), float(high)
+    with contextlib.suppress(ValueError):
+        return float(low), float(high)
+    raise argparse.ArgumentTypeError(f"{text!r} is no interval of times, such as 0.1,0.8")
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -743,10 +745,7 @@ def _errors_for_users(*kinds: type[Exception]) -> Iterator[None]:
     """
     from sora_jax import checkpoint, config, disk
 
-    refused: tuple[type[Exception], ...] = (
-        *(config.ConfigError, disk.FileError, checkpoint.MismatchError),
-        *kinds,
-    )
+    refused: tuple[type[Exception], ...] = (config.ConfigError, disk.FileError, checkpoint.MismatchError, *kinds)
 
     try:
         yield
@@ -1061,6 +1060,8 @@ def sample(arguments: argparse.Namespace) -> None:
     again = _replaced(arguments, kept) if kept else []
     told = _manifest_path(arguments.out, arguments.outdir)
     source = arguments.checkpoint or Path(kept.checkpoint)  # type: ignore[union-attr]
+    if arguments.checkpoint is None and not source.exists():
+        raise Failure(f"{arguments.manifest} is of {source}, which is not there; say where it is by --checkpoint")
     if kept and kept.step is not None and (source / str(kept.step)).is_dir():
         source = source / str(kept.step)  # it may have trained on
     pipeline, (workdir, step), settings = _loaded(source, arguments)
@@ -1153,7 +1154,13 @@ _ORDER_FLAGS = (
 _BEYOND_SIZE = tuple(name for name in _ORDER_FLAGS if name not in ("height", "width", "frames", "fps", "samples"))
 # Flags that are keys of the sampler.
 _SAMPLER_FLAGS = (
-    *("guidance", "steps", "method", "guidance_going_on", "guidance_interval", "guidance_rescale", "shift"),
+    "guidance",
+    "steps",
+    "method",
+    "guidance_going_on",
+    "guidance_interval",
+    "guidance_rescale",
+    "shift",
     "base_tokens",
 )
 
@@ -1483,10 +1490,16 @@ def import_(arguments: argparse.Namespace) -> None:
     """Makes a checkpoint of exported weights."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     prepare_jax()
+    from sora_jax import checkpoint
     from sora_jax import export as exporting
+    from sora_jax.train import lock
 
-    with _errors_for_users(ValueError):
-        step = exporting.import_weights(arguments.folder, arguments.workdir)
+    _make_folder(arguments.workdir)
+    try:
+        with _errors_for_users(ValueError), lock.locked(arguments.workdir):
+            step = exporting.import_weights(arguments.folder, arguments.workdir)
+    except checkpoint.SaveError as error:
+        raise Failure(error, RUN_ERROR) from error
     print(f"{arguments.workdir}: step {step}, whole; sample with --checkpoint={arguments.workdir}")
 
 

@@ -337,6 +337,23 @@ def test_trouble_that_is_not_the_files_costs_no_checkpoint(tmp_path, monkeypatch
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "SHA256SUMS"])
+def test_a_file_without_the_right_to_read_it_costs_no_checkpoint(tmp_path, monkeypatch, name):
+    save(tmp_path, 1, make_items())
+    save(tmp_path, 2, make_items())
+    read = checkpoint.disk.read_bytes
+
+    def refuse(path, *rest):
+        if os.path.basename(path) == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *rest)
+
+    monkeypatch.setattr(checkpoint.disk, "read_bytes", refuse)
+    with pytest.raises(checkpoint.ReadError, match=r"Permission denied.*nothing was changed"):
+        checkpoint.restore(tmp_path, abstract(make_items()))
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_a_bug_is_neither_damage_nor_trouble(tmp_path, monkeypatch):
     save(tmp_path, 1, make_items())
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda *_: 1 + None)

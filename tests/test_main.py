@@ -23,7 +23,7 @@ from sora_jax.data import loader
 from sora_jax.generate import pipeline, requests
 from sora_jax.plan import roofline
 from sora_jax.study import runner
-from sora_jax.train import loop, vae
+from sora_jax.train import lock, loop, vae
 
 VERBS = ("train", "study", "plan", "sample", "evaluate", "inspect", "export", "import")
 
@@ -539,6 +539,12 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
         assert "leave --seed out" in refusal(capsys, "sample", kept, "--outdir=x", "--seed=3")
+        assert "is no interval" in refusal(capsys, "sample", checkpoint, "--out=x.mp4", "--guidance_interval=0.5")
+        moved = json.loads((tmp_path / "one" / "manifest.json").read_text()) | {"checkpoint": "/not/there"}
+        (tmp_path / "one" / "moved.json").write_text(json.dumps(moved))
+        assert "say where it is by --checkpoint" in refusal(
+            capsys, "sample", f"--manifest={tmp_path / 'one' / 'moved.json'}", "--outdir=x"
+        )
         assert "leave --steps out" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x", "--steps=3")
         assert "give --outdir" in refusal(capsys, "sample", checkpoint, kept, "--out=x.mp4")
         image.write_bytes(image.read_bytes() + b"\0")
@@ -721,6 +727,8 @@ def test_what_was_exported_comes_back(trained, tmp_path, capsys):
     assert main.run(["inspect", str(tmp_path / "back"), "--verify"]) == 0
     assert "arrays are what was saved" in capsys.readouterr().out
     assert "holds a checkpoint" in refusal(capsys, "import", tmp_path / "out", f"--workdir={tmp_path / 'back'}")
+    with lock.locked(tmp_path):  # of a run that is about to write there
+        assert str(os.getpid()) in refusal(capsys, "import", tmp_path / "out", f"--workdir={tmp_path}")
 
 
 def test_inspect_verifies_and_compares(trained, tmp_path, capsys):
@@ -778,3 +786,12 @@ def test_only_our_chatter_is_shown(capsys):
         assert main.run(["inspect", "x"]) == 0
     assert capsys.readouterr().err.splitlines() == ["warning: trouble", "ours"]
     assert logging.getLogger().handlers == handlers
+    # What all of several processes do, the first one says; what troubles one of them, that one.
+    for first, shown in ((True, ["warning: trouble", "ours"]), (False, ["warning: trouble"])):
+        with (
+            mock.patch.object(main, "inspect", chatter),
+            mock.patch.object(processes, "several", lambda: True),
+            mock.patch.object(processes, "is_first", lambda first=first: first),
+        ):
+            assert main.run(["inspect", "x"]) == 0
+        assert capsys.readouterr().err.splitlines() == shown

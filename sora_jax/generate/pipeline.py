@@ -42,7 +42,7 @@ ROW_STEP = 32
 BATCH_TOKENS = 4096
 # Clips that a row has room for, however small the smallest is: each takes slots and text, used or not.
 MOST_SHARE = 16
-# Any value but 1: that of each request is an argument of the program.
+# Stands in the settings for any known_guidance but 1, whose branch is a part of the program; that of each request is an argument.
 INSISTING = 2.0
 
 
@@ -137,8 +137,10 @@ class Pipeline:
                 [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
             )
 
-        # Which branches there are is a matter of the program, which is to be one for all passes.
-        insists = any(job.order.known_guidance not in (None, 1) for job in jobs)
+        usual = settings.known_guidance
+        if any(job.order.known_guidance not in (None, 1) for job in jobs):
+            # Passes of which none insists are of the same program as the others.
+            settings = dataclasses.replace(settings, known_guidance=INSISTING)
 
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
             requests = [
@@ -147,11 +149,11 @@ class Pipeline:
                     **dataclasses.asdict(each.size),
                     seed=each.seed,
                     known=each.known,
-                    known_guidance=each.known_guidance,
+                    known_guidance=usual if each.known_guidance is None else each.known_guidance,
                 )
                 for each in passes
             ]
-            return self.sample(requests, settings, packing, insists)
+            return self.sample(requests, settings, packing)
 
         return canvas.run(jobs, sampled)
 
@@ -174,19 +176,16 @@ class Pipeline:
         requests: Sequence[Request],
         settings: sampler.SamplerConfig,
         packing: pack.PackConfig | None = None,
-        insists: bool = False,
     ) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-        Rows are as these requests need them if packing is None. insists: other requests, of the same program, have a
-        known_guidance. Raises ValueError for sizes the model cannot make.
+        Rows are as these requests need them if packing is None. Raises ValueError for sizes the model cannot make.
         """
         made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
         given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
         wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
-        some = [requests[i] for i in wanted]
-        latents = self.sample_latents(some, settings, [starts[i] for i in wanted], packing, insists)
+        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing)
         with self._on_mesh():
             sampled = self.codec.decode(latents)
             round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
@@ -202,7 +201,6 @@ class Pipeline:
         settings: sampler.SamplerConfig,
         starts: Sequence[Start] | None = None,
         packing: pack.PackConfig | None = None,
-        insists: bool = False,
     ) -> list[np.ndarray]:
         """Normalised latents (t, h, w, c), in order. starts and packing are those of the requests if None."""
         if not requests:
@@ -219,7 +217,7 @@ class Pipeline:
                 settings.known_guidance if request.known_guidance is None else request.known_guidance
                 for request in requests
             ]
-            if insists or any(insistence != 1 for insistence in insistences):
+            if any(insistence != 1 for insistence in (settings.known_guidance, *insistences)):
                 settings = dataclasses.replace(settings, known_guidance=INSISTING)
             seeds = [request.seed for request in requests]
             patches = self._denoised(clips, unprompted, seeds, insistences, settings, packing)

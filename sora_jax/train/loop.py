@@ -236,8 +236,8 @@ def _run(
 
 
 def _back(task: Task, workdir: Path, state: TrainState, past: Past, row: int) -> TrainState:
-    """The newest checkpoint from before the steps that were skipped last; later ones are set aside. row is how many were skipped
-    in a row, perhaps some steps ago.
+    """The newest checkpoint from before the steps that are being skipped; later ones are set aside. row is how many were skipped
+    in a row, perhaps some steps ago: parameters that were saved since then are as good as those before.
 
     The loader goes on where it is: what comes next is other data than what went wrong. Raises DivergedError if the run has
     gone back as often as it may, or there is nothing to go back to.
