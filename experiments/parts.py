@@ -114,6 +114,20 @@ def known() -> ConfigDict:
     return ConfigDict(dict.fromkeys(kinds, 0.0))
 
 
+def loader(long_captions: float, caption_dropout: float) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            long_captions=long_captions,
+            caption_dropout=caption_dropout,
+            known=known(),
+            workers=0,
+            lanes=1,
+            patience=120.0,
+            skip_quota=0.01,
+        )
+    )
+
+
 def sampler() -> ConfigDict:
     return ConfigDict(
         dict(
@@ -180,20 +194,43 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
                 text=None,
             ),
             pack=dict(rows=10, row_tokens=144, row_slots=9, row_text=80, window=256, drop_rate=0.0, drop_repeats=0.0),
-            loader=dict(
-                long_captions=0.2,
-                caption_dropout=0.1,
-                known=known(),
-                workers=0,
-                lanes=1,
-                patience=120.0,
-                skip_quota=0.01,
-            ),
+            loader=loader(long_captions=0.2, caption_dropout=0.1),
             flow=dict(mean=0.4, std=1.0, shift=1.0, known_noise=0.0),
             sampler=sampler(),
             optimizer=muon(0.014, 3e-3),
             loop=loop(steps),
             compute=dict(budget=0.0, multiplier=1.0, along="steps", exponent=0.5),
+            mesh=mesh(),
+        )
+    )
+
+
+def captioner_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
+    """A small captioner on packed rows, with room for descriptions."""
+    return ConfigDict(
+        dict(
+            task="captioner",
+            seed=0,
+            vae_checkpoint=vae_checkpoint,
+            data=data(world, train_clips=4096, heldout_clips=256),
+            captioner=dict(
+                width=96,
+                blocks=3,
+                text_blocks=2,
+                heads=2,
+                words=256,
+                max_tokens=64,
+                patch=(1, 1, 1),
+                channels=24,
+                mlp_ratio=4,
+                wavelengths=((0.6, 16.0), (16.0, 128.0), (16.0, 128.0)),
+                dtype="float32",
+                attention="auto",
+            ),
+            pack=dict(rows=10, row_tokens=144, row_slots=9, row_text=200, window=256, drop_rate=0.0, drop_repeats=0.0),
+            loader=loader(long_captions=1.0, caption_dropout=0.0),
+            optimizer=muon(0.014, 3e-3),
+            loop=loop(steps),
             mesh=mesh(),
         )
     )

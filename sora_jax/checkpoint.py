@@ -594,12 +594,14 @@ def _fault(record: Any) -> str:
         if not _is_name(item) or "/" in item or not isinstance(held, dict):
             return f"{item[:100]!r} cannot be the name of an item, or holds no arrays by name"
         arrays += len(held)
+        if arrays > _MAX_ARRAYS:  # before it takes seconds to look at each
+            return f"it has {arrays} arrays or more, and at most {_MAX_ARRAYS} are read"
         for path, array in held.items():
             if path and not all(map(_is_name, path.split("/"))):
                 return f"{path[:100]!r} cannot be the path of an array"
             if reason := _array_fault(array):
                 return f"{item}/{path}: {reason}"
-    return f"it has {arrays} arrays, and at most {_MAX_ARRAYS} are read" if arrays > _MAX_ARRAYS else ""
+    return ""
 
 
 def _is_name(name: str) -> bool:
@@ -915,8 +917,6 @@ def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = Fal
     """
 
     def digest(name: str) -> str:
-        if os.path.islink(directory / name):
-            return ""
         try:
             with disk.open_file(Path(directory / name), disk.ANY_SIZE) as file:
                 if to_disk:
@@ -1066,10 +1066,8 @@ def _nothing_there(root: epath.Path, step: int | None, available: Sequence[int])
 
 
 def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayInfo, ...]], dict[str, Any]]:
-    # What has neither orbax's record nor our seal was never ours.
-    plain = not any((step_directory / name).exists() for name in (_ORBAX_METADATA, _SEAL))
     try:
-        record = None if plain else _read_record(step_directory)
+        record = _read_record(step_directory)
     except CorruptCheckpointError:
         raise
     except ValueError:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sora_jax.config import ComputeConfig, ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
 from sora_jax.diffusion.sampler import SamplerConfig
+from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -109,6 +110,21 @@ def dit(
     return products + ([] if config.text is None else text_encoder(config.text, rows, row_text))
 
 
+def captioner(config: CaptionerConfig, rows: int, row_tokens: int, row_text: int) -> list[Product]:
+    """Products of one forward pass over packed rows, padding included."""
+    D, N, L = config.width, rows * row_tokens, rows * row_text
+    mlp = 2 * 2 * D * config.mlp_ratio * D
+    seeing = N * (2 * D * 4 * D + 2 * 2 * row_tokens * D + mlp)
+    saying = L * (2 * D * 4 * D + 2 * 2 * row_text * D + mlp)
+    across = L * (2 * D * 2 * D + 2 * 2 * row_tokens * D) + N * 2 * D * 2 * D
+    return [
+        Product("ends", 2 * N * D * (config.patch_dim + 48), gradients=1),
+        Product("encoder", float(config.blocks * seeing)),
+        Product("decoder", float(config.text_blocks * (saying + across))),
+        Product("ends", 2 * L * D * config.words),
+    ]
+
+
 def text_encoder(config: TextEncoderConfig, rows: int, row_tokens: int) -> list[Product]:
     """Products of one forward pass over rows of text, padding included."""
     D, N = config.width, rows * row_tokens
@@ -150,6 +166,11 @@ def vae(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> 
 def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> Step:
     """A training step on crops (frames, height, width)."""
     return Step(tuple(vae(config, batch, *crop)))
+
+
+def captioner_step(config: CaptionerConfig, packing: PackConfig) -> Step:
+    """A training step on packed rows."""
+    return Step(tuple(captioner(config, packing.rows, packing.row_tokens, packing.row_text)))
 
 
 def dit_step(

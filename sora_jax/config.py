@@ -20,6 +20,7 @@ from sora_jax.data.pack import PackConfig
 from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.flow import TimeConfig
 from sora_jax.diffusion.sampler import SamplerConfig
+from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -211,10 +212,44 @@ class DiTRun:
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        if not self.vae_checkpoint:
+        _check_vae(self.vae_checkpoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerRun:
+    """Training the captioner on the latents of the VAE at vae_checkpoint. loader.long_captions is the share of descriptive
+    captions among those that it learns to write."""
+
+    seed: int
+    vae_checkpoint: str
+    data: DataConfig
+    captioner: CaptionerConfig
+    pack: PackConfig
+    loader: LoaderConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    mesh: MeshConfig
+
+    def __post_init__(self) -> None:
+        _check_vae(self.vae_checkpoint)
+        if self.loader.caption_dropout or any(dataclasses.asdict(self.loader.known).values()):
             raise ValueError(
-                "vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR"
+                "a captioner is given all of a clip and says all of its caption: loader.caption_dropout and the "
+                "shares of loader.known must be 0"
             )
+        if self.data.world.to_and_fro:
+            raise ValueError(
+                "captions do not tell of clips that are played to and fro: data.world.to_and_fro must be 0"
+            )
+        if self.captioner.max_tokens > self.pack.row_text:
+            raise ValueError(
+                f"captioner.max_tokens {self.captioner.max_tokens} must not exceed pack.row_text {self.pack.row_text}"
+            )
+
+
+def _check_vae(checkpoint: str) -> None:
+    if not checkpoint:
+        raise ValueError("vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR")
 
 
 MAX_INT = 2**53
@@ -254,6 +289,8 @@ class StudyRun:
         object.__setattr__(self, "groups", {name: tuple(members) for name, members in self.groups.items()})
         if not self.stages or sorted(self.order) != sorted(self.stages):
             raise ValueError(f"order {self.order} must name each of the stages once: {', '.join(self.stages)}")
+        if others := [name for name, stage in self.stages.items() if not isinstance(stage, VAERun | DiTRun)]:
+            raise ValueError(f"stage {others[0]} is of a kind that a study does not train; it trains VAEs and DiTs")
         for name, members in self.groups.items():
             if name not in GROUPS:
                 raise ValueError(f"groups has no key {name!r}; its keys are {', '.join(GROUPS)}")
@@ -264,8 +301,8 @@ class StudyRun:
             raise ValueError(f"prompts {self.prompts} must be positive and shown {self.shown} no more than that")
 
 
-RUNS = {"vae": VAERun, "dit": DiTRun, "study": StudyRun}
-Run = VAERun | DiTRun | StudyRun
+RUNS = {"vae": VAERun, "dit": DiTRun, "captioner": CaptionerRun, "study": StudyRun}
+Run = VAERun | DiTRun | CaptionerRun | StudyRun
 
 
 class ConfigError(ValueError):

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,27 @@ OF_THE_RUN = ("loader", "seconds", "judged", "rollbacks")
 
 class ExportError(disk.FileError):
     """Files that are not, or not any more, what export_weights wrote; or a place that is taken."""
+
+
+class Kind(NamedTuple):
+    """What a card says of the models of a task: their name, tags and task as hubs name these, and how they are used."""
+
+    name: str
+    tags: str
+    pipeline: str = ""
+    use: str = ""
+
+
+KINDS = {
+    "vae": Kind("video VAE", "video, vae"),
+    "dit": Kind(
+        "text-to-video diffusion transformer",
+        "text-to-video, diffusion",
+        "text-to-video",
+        'sample {} --prompt="a red circle moves left" --out=red.mp4',
+    ),
+    "captioner": Kind("video captioner", "video-text-to-text, captioning", "video-text-to-text", "caption {} clip.mp4"),
+}
 
 
 def export_weights(path: Path, out: Path, evaluation: Mapping[str, float] | None = None) -> dict[str, int]:
@@ -152,15 +173,13 @@ def card(record: Mapping[str, Any], parameters: int, evaluation: Mapping[str, fl
     """The model card, as hubs of models read it: front matter, then what it is, how it was made and how to use it."""
     meta = record["meta"]
     run = meta["config"]
-    task = {"vae": "video VAE", "dit": "text-to-video diffusion transformer"}[run["task"]]
+    kind = KINDS[run["task"]]
     world = run["data"]["world"]
-    tags = {"vae": "[video, vae, jax]", "dit": "[text-to-video, diffusion, jax]"}[run["task"]]
-    pipeline = ["pipeline_tag: text-to-video"] if run["task"] == "dit" else []
-    sample = [f'    sora-jax sample --checkpoint=runs/{name} --prompt="a red circle moves left" --out=red.mp4']
+    pipeline = [f"pipeline_tag: {kind.pipeline}"] if kind.pipeline else []
     scores = [f"| {key} | {value:.4g} |" for key, value in evaluation.items() if not key.endswith("_count")]
     lines = [
-        *("---", "license: apache-2.0", "library_name: sora_jax", f"tags: {tags}", *pipeline, "---", ""),
-        *(f"# {name}", "", f"A {task} of {parameters:,} parameters (averaged over training), by sora_jax.", ""),
+        *("---", "license: apache-2.0", "library_name: sora_jax", f"tags: [{kind.tags}, jax]", *pipeline, "---", ""),
+        *(f"# {name}", "", f"A {kind.name} of {parameters:,} parameters (averaged over training), by sora_jax.", ""),
         *(
             "## Training",
             "",
@@ -177,7 +196,7 @@ def card(record: Mapping[str, Any], parameters: int, evaluation: Mapping[str, fl
             "## Use",
             "",
             f"    sora-jax import {name} --workdir=runs/{name}",
-            *(sample if run["task"] == "dit" else ()),
+            *([f"    sora-jax {kind.use.format(f'--checkpoint=runs/{name}')}"] if kind.use else []),
             "",
         ),
         *("## Limits", "", "It knows the world it was trained on and nothing else; it is no model of real video.", ""),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from sora_jax.checkpoint import Description
-    from sora_jax.config import DiTRun, Run, VAERun
+    from sora_jax.config import CaptionerRun, DiTRun, Run, VAERun
     from sora_jax.data.worlds.world import WorldConfig
     from sora_jax.diffusion.sampler import SamplerConfig
     from sora_jax.generate import manifest, requests
@@ -162,7 +162,17 @@ environment:
         "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
-    for add in (_add_train, _add_study, _add_plan, _add_sample, _add_evaluate, _add_inspect, _add_export, _add_import):
+    for add in (
+        _add_train,
+        _add_study,
+        _add_plan,
+        _add_sample,
+        _add_caption,
+        _add_evaluate,
+        _add_inspect,
+        _add_export,
+        _add_import,
+    ):
         add(verbs)
     return parser
 
@@ -547,6 +557,30 @@ def _add_evaluate(verbs: Any) -> None:
         help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: only print)")
+
+
+def _add_caption(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "caption",
+        caption,
+        "say in words what videos and images show",
+        "Write a caption of each file with a trained captioner, one a line. Files of any size are fitted to whole cells of the\n"
+        "model's VAE (told).",
+        """examples:
+  sora-jax train --config=experiments/captioner.py --workdir=runs/captioner
+  sora-jax caption clip.mp4 picture.png --checkpoint=runs/captioner
+  sora-jax caption clips/*.mp4 --checkpoint=runs/captioner --out=captions.json""",
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="videos or images (required)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="work dir of a trained captioner, or one step in it (required)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file of captions by file (default: only print)")
 
 
 def _add_export(verbs: Any) -> None:
@@ -955,18 +989,20 @@ def _meeting(arguments: argparse.Namespace) -> Iterator[None]:
     processes.leave()
 
 
-def _task(run: VAERun | DiTRun, workdir: Path) -> Any:
+def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
     """The task of a run; refuses a mesh that the devices do not fill and a VAE that is not there."""
     from sora_jax import checkpoint, config, sharding
-    from sora_jax.train import dit, vae
+    from sora_jax.train import captioner, dit, vae
 
     with _errors_for_users(ValueError):
         sharding.make_mesh(run.mesh)
-        if isinstance(run, config.DiTRun):
+        if not isinstance(run, config.VAERun):
             _refuse_file(run.vae_checkpoint)
             checkpoint.read_meta(run.vae_checkpoint)
     with _errors_for_users():
-        return vae.VAETask(run) if isinstance(run, config.VAERun) else dit.DiTTask(run, workdir)
+        if isinstance(run, config.VAERun):
+            return vae.VAETask(run)
+        return dit.DiTTask(run, workdir) if isinstance(run, config.DiTRun) else captioner.CaptionerTask(run, workdir)
 
 
 def _variants(name: str, stages: Iterable[str]) -> str:
@@ -1354,6 +1390,29 @@ def evaluate(arguments: argparse.Namespace) -> None:
         } | scores
         with _errors_of_writing(arguments.out):
             files.write_atomically(arguments.out, (json.dumps(found, indent=2) + "\n").encode())
+
+
+def caption(arguments: argparse.Namespace) -> None:
+    """Prints captions of files, and writes them as JSON."""
+    if arguments.out is not None and arguments.out.is_dir():
+        raise Failure(f"--out={arguments.out} is a folder; name a file in it")
+    _refuse_file(arguments.checkpoint)
+    prepare_jax()
+    from sora_jax import disk
+    from sora_jax.generate import describe
+
+    with _errors_for_users(ValueError):
+        made = describe.load(arguments.checkpoint)
+        videos = [made.read(path) for path in arguments.files]
+        for line in dict.fromkeys(line for video in videos for line in video.told):
+            logging.info("%s", line)
+        said = made.describe([video.frames_THWC for video in videos], [video.fps or 1.0 for video in videos])
+    for path, text in zip(arguments.files, said, strict=True):
+        print(f"{path}  {text}")
+    if arguments.out is not None:
+        content = {str(path): text for path, text in zip(arguments.files, said, strict=True)}
+        with _errors_of_writing(arguments.out):
+            disk.write_atomically(arguments.out, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _refuse_place(out: Path | None, outdir: Path | None) -> None:

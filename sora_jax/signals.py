@@ -70,8 +70,8 @@ def _end(number: int) -> NoReturn:
 
 def _handle(number: int, _: FrameType | None) -> None:
     global _asked
-    if _asked is not None:
-        _end(number)
+    if _asked is not None:  # the second: _count ends the process
+        return
     _asked = number
     processes.ask_to_stop(number)
     if _held or processes.several():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import captioner as captioner_experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from sora_jax import compute, config
 from sora_jax.data import pack
 from sora_jax.diffusion import sampler
 from sora_jax.generate import pipeline
-from sora_jax.models import dit, text_encoder, vae
+from sora_jax.models import captioner, dit, text_encoder, vae
 from sora_jax.structs import Layout
 
 # Wide, so that elementwise work, which XLA counts and we do not, is below a hundredth of it. One block and one layer, so
@@ -43,6 +44,10 @@ VAES = {
 }
 
 
+def captioner_run():
+    return config.from_config_dict(captioner_experiment.get_config(""))
+
+
 def counted(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
@@ -69,6 +74,28 @@ def test_dit_against_xla(switch):
     step = compute.Step(tuple(compute.dit(config, B, N, S, L)))
     assert step.forward == pytest.approx(counted(forward, *arguments), rel=0.02)
     assert step.executed == pytest.approx(counted(jax.value_and_grad(loss), *arguments), rel=0.02)
+
+
+def test_captioner_against_xla():
+    config = dataclasses.replace(captioner_run().captioner, width=512, heads=4, blocks=1, text_blocks=1, words=512)
+    ids, text_ids = shape(B, N, dtype=jnp.int32), shape(B, L, dtype=jnp.int32)
+    slots = shape(B, S, dtype=jnp.int32)
+    layout = Layout(ids, ids, shape(B, N, 3), slots, shape(B, S, 3), text_ids, text_token_BL=text_ids)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: captioner.Captioner(config, nnx.Rngs(0))), nnx.Param)
+
+    def forward(p, patch_BNP, layout):
+        model = nnx.merge(graphdef, p)
+        return model.say(model.see(patch_BNP, layout), layout.text_token_BL, layout)
+
+    def loss(p, *arguments):
+        return jnp.sum(jnp.square(forward(p, *arguments)))
+
+    arguments = params, shape(B, N, config.patch_dim), layout
+    step = compute.Step(tuple(compute.captioner(config, B, N, L)))
+    assert step.forward == pytest.approx(counted(forward, *arguments), rel=0.02)
+    assert step.total == pytest.approx(counted(jax.value_and_grad(loss), *arguments), rel=0.02)
+    packing = dataclasses.replace(captioner_run().pack, rows=B, row_tokens=N, row_text=L)
+    assert compute.captioner_step(config, packing) == step
 
 
 def test_a_sampler_against_xla():

@@ -46,6 +46,10 @@ def test_seams_of_one_video_are_judged_by_its_other_steps():
     found = continuity.seams(jumped, [9, 17, 25])
     assert [seam["position"] > 1.5 for seam in found] == [True, False, True]
     assert continuity.seams(whole, [9]) == [continuity.seam(whole, 9)]
+    # The jumps themselves have no part in what is usual.
+    length_T = np.linalg.norm(np.diff(continuity.reader.places(jumped), axis=0), axis=1)
+    others = np.delete(length_T, [8, 16, 24]).mean()
+    assert found[0]["position"] == pytest.approx(length_T[8] / max(others, continuity.LEAST_STEP))
 
 
 def test_a_sudden_turn_is_a_change_of_velocity_alone():

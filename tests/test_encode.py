@@ -5,10 +5,12 @@ import logging
 import subprocess
 import sys
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import strategies
 
 from sora_jax.models import text_encoder
 from sora_jax.text import encode, tokenise
@@ -52,6 +54,28 @@ def test_hashed_ids_are_the_same_for_ever():
     tokens = tokenise.WordHash(vocab_size=8192, max_tokens=16).tokens(["A red ball, red!", ""])
     assert [each.tolist() for each in tokens] == [[1, 2729, 1697, 3061, 4600, 1697, 1843], [1]]
     assert all(each.dtype == np.int32 for each in tokens)
+
+
+@hypothesis.given(strategies.lists(strategies.text(max_size=40), max_size=4))
+def test_a_vocabulary_reads_back_what_it_was_made_of(captions):
+    vocabulary = tokenise.Vocabulary.of(captions, max_tokens=64)
+    for caption, ids in zip(captions, vocabulary.tokens(captions), strict=True):
+        assert ids[0] == tokenise.START and ids[-1] == tokenise.STOP
+        assert vocabulary.text(ids.tolist()) == caption
+
+
+def test_words_that_a_vocabulary_has_not_and_what_follows_a_stop_are_left_out():
+    vocabulary = tokenise.Vocabulary.of(["a red ball.", "a cube"], max_tokens=8)
+    assert len(vocabulary) == tokenise.FIRST_PIECE + 5
+    (ids,) = vocabulary.tokens(["a blue ball."])
+    assert tokenise.UNKNOWN in ids and vocabulary.text(ids.tolist()) == "a ball."
+    assert vocabulary.text([*ids.tolist(), *ids.tolist()]) == "a ball."
+    assert vocabulary.text([tokenise.START, 10**6, tokenise.STOP]) == ""
+
+
+def test_a_caption_that_is_too_long_for_a_vocabulary_is_cut_and_told(caplog):
+    (ids,) = tokenise.Vocabulary.of(["a red ball"], max_tokens=3).tokens(["a red ball"])
+    assert len(ids) == 3 and "1 of 1 captions have more than 3 tokens" in caplog.text
 
 
 def test_hashed_ids_fit_the_vocabulary():

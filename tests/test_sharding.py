@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 from sora_jax import config, sharding
 from sora_jax.data import pack
 from sora_jax.generate import pipeline
-from sora_jax.models import dit, text_encoder, vae
+from sora_jax.models import captioner, dit, text_encoder, vae
 from sora_jax.structs import Layout, TrainState
 from sora_jax.text.captions import CaptionText
+from sora_jax.train import captioner as train_captioner
 from sora_jax.train import dit as train_dit
 from sora_jax.train import guard, loop, optimizer
 from sora_jax.train import vae as train_vae
@@ -29,6 +30,7 @@ TEXT = text_encoder.TextEncoderConfig(
 MODELS = {
     "vae": lambda: vae.VAE(vae.VAEConfig(widths=(16,), channels=4), nnx.Rngs(0)),
     "video vae": lambda: vae.VAE(config.from_config_dict(vae_experiment.get_config("video")).vae, nnx.Rngs(0)),
+    "captioner": lambda: captioner.Captioner(tiny.captioner_run("none").captioner, nnx.Rngs(0)),
     "dit": lambda: dit.DiT(dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16), nnx.Rngs(0)),
     "dit with text": lambda: dit.DiT(
         dit.DiTConfig(width=32, blocks=2, heads=2, channels=8, text_width=16, text=TEXT), nnx.Rngs(0)
@@ -141,6 +143,40 @@ def test_sharded_equals_unsharded(unsharded, sizes):
     sharded_loss, sharded_grads = forward(model, mesh(*sizes), *inputs)
     assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded_grads), strict=True):
+        assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)])
+def test_a_captioner_is_the_same_on_every_mesh(rng, sizes):
+    """Loss and gradients; a text row of 80 does not divide into the devices of its patches, and need not."""
+    settings = tiny.captioner_run("none")
+    objective = train_captioner.Objective(settings)
+    model = captioner.Captioner(settings.captioner, nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf[...] = leaf[...] + 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    B, N, L = settings.pack.rows, settings.pack.row_tokens, settings.pack.row_text
+    row = pack.empty_row(settings.pack, settings.captioner.patch_dim, None)
+    batch = jax.tree.map(lambda leaf: np.stack([leaf] * B), row)
+    text_segment_BL = np.array([[1] * 30 + [2] * 20 + [0] * (L - 50)] * B, np.int32)
+    layout = batch.layout._replace(
+        segment_BN=np.array([[1] * 25 + [2] * (N - 25)] * B, np.int32),
+        position_BN3=rng.uniform(0, 30, (B, N, 3)).astype(np.float32),
+        text_segment_BL=text_segment_BL,
+        text_token_BL=rng.integers(1, 100, (B, L)).astype(np.int32) * (text_segment_BL > 0),
+    )
+    batch = batch._replace(mean_BNP=rng.standard_normal(batch.mean_BNP.shape).astype(np.float32), layout=layout)
+
+    def graded(*sizes):
+        here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        with jax.set_mesh(here):
+            placed = jax.device_put(params, sharding.parameter_shardings(params, here))
+            step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+            return jax.device_get(step(placed, None, sharding.place_rows(batch, here, B), jax.random.key(0)))
+
+    ((loss, words), grads), ((other_loss, other_words), other_grads) = graded(1, 1, 1, 1), graded(*sizes)
+    assert words == other_words and other_loss == pytest.approx(float(loss), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
         assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 

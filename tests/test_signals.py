@@ -104,11 +104,16 @@ def test_what_was_being_judged_is_judged_on_resuming(straight, tmp_path):
     assert [line["step"] for line in tiny.lines(tmp_path) if line["kind"] == "eval"] == [2, 4]
 
 
-def test_the_last_judgement_is_not_cut_short(straight, tmp_path):
+def test_the_last_judgement_is_cut_short_too_and_made_up_for_once(straight, tmp_path):
     run = tiny.vae_run(save_every=0)
-    with signals.handled():
-        assert same(loop.fit(Told(run, judging=4), tmp_path), straight)
-    assert checkpoint.latest_step(tmp_path) == 4
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGINT"):
+        loop.fit(Told(run, judging=4), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4 and not list(tmp_path.glob("samples/*"))
+    for judged in ([4], []):
+        again = Told(run)
+        assert same(loop.fit(again, tmp_path), straight) and again.judged == judged
+    assert [line["step"] for line in tiny.lines(tmp_path) if line["kind"] == "eval"] == [4]
+    assert list(tmp_path.glob("samples/step_0000004.png"))
 
 
 def test_before_the_first_step_a_signal_ends_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import captioner
 import quickstart
 from ml_collections import ConfigDict
 
@@ -17,8 +18,8 @@ def _world(tree):
 
 
 def get_config(arg):
-    """The tree of a run on all devices: 'vae' or 'dit'."""
-    tree = {"vae": _vae, "dit": _dit}[arg]()
+    """The tree of a run on all devices: 'vae', 'dit' or 'captioner'."""
+    tree = {"vae": _vae, "dit": _dit, "captioner": _captioner}[arg]()
     return ConfigDict(tree | {"mesh": {"data": 0, "fsdp": 1, "tensor": 1, "sequence": 1}})
 
 
@@ -28,6 +29,10 @@ def vae_run(**loop):
 
 def dit_run(vae_checkpoint, **loop):
     return _run(_dit() | {"vae_checkpoint": str(vae_checkpoint)}, loop)
+
+
+def captioner_run(vae_checkpoint, **loop):
+    return _run(_captioner() | {"vae_checkpoint": str(vae_checkpoint)}, loop)
 
 
 def _run(tree, loop):
@@ -58,6 +63,17 @@ def _dit():
     tree["loader"]["known"] |= {"first_frames": 0.5, "box": 0.2, "less_noise": 0.2}
     tree["flow"] |= {"known_noise": 0.1}
     tree["sampler"] |= {"steps": 2}
+    tree["loop"] |= {"steps": 4, "log_every": 2}
+    tree["mesh"] = MESH
+    return tree
+
+
+def _captioner():
+    tree = captioner.get_config("").to_dict()
+    _world(tree["data"]["world"])
+    tree["data"] |= {"train_clips": 24, "heldout_clips": 4}
+    tree["captioner"] |= {"width": 32, "blocks": 2, "text_blocks": 1, "words": 128, "max_tokens": 40, "channels": 8}
+    tree["pack"] |= {"rows": 8, "row_tokens": 40, "row_slots": 4, "row_text": 80, "window": 24}
     tree["loop"] |= {"steps": 4, "log_every": 2}
     tree["mesh"] = MESH
     return tree

@@ -401,29 +401,34 @@ def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipel
     """
     run = load_run(path, step)
     vae_config = config.vae_config(checkpoint.read_meta(path, step).get("vae"))
-    like = jax.eval_shape(lambda: initial_weights(run, vae_config, jax.random.key(0)))
     mesh = mesh or sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    params, weights = restored(path, step, lambda: initial_weights(run, vae_config, jax.random.key(0)), mesh)
+    return Pipeline(run, vae_config, params, weights, CaptionText(run.text, run.text.encoder), mesh)
+
+
+def restored(
+    path: Path, step: int | None, initial: Callable[[], tuple[Any, Any]], mesh: Mesh
+) -> tuple[Any, tuple[Any, Any]]:
+    """(averaged params, the VAE's params and rest) of a checkpoint of a model on latents, whose initial() weights are alike."""
+    like = jax.eval_shape(initial)
     whole = sharding.replicated(mesh)
     placed = sharding.parameter_shardings(like[0], mesh), jax.tree.map(lambda _: whole, like[1])
     like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, placed)
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}, step).items
     weights = items["rest"]["vae"]
-    return Pipeline(
-        run,
-        vae_config,
-        items["ema"],
-        (weights["params"], weights["rest"]),
-        CaptionText(run.text, run.text.encoder),
-        mesh,
-    )
+    return items["ema"], (weights["params"], weights["rest"])
 
 
 def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
     """(params, rest) of a DiT run: the transformer's parameters, and the VAE it works with, which it does not train."""
-    _, params = nnx.split(dit.DiT(run.dit, nnx.Rngs(key)), nnx.Param)
+    return initial_beside(dit.DiT(run.dit, nnx.Rngs(key)), vae_config, key)
+
+
+def initial_beside(model: nnx.Module, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
+    """(params of the model, rest that holds a VAE)."""
     _, vae_params, vae_rest = vae.split(vae.VAE(vae_config, nnx.Rngs(key)))
     rest = {"vae": {"params": nnx.to_pure_dict(vae_params), "rest": nnx.to_pure_dict(vae_rest)}}
-    return nnx.to_pure_dict(params), rest
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), rest
 
 
 def load_vae_config(path: Path) -> vae.VAEConfig:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
@@ -21,8 +20,9 @@ from jaxtyping import Float
 from sora_jax import sharding, structs
 from sora_jax.models import text_encoder
 from sora_jax.nn import rope
-from sora_jax.nn.attention import BACKENDS, attention
-from sora_jax.nn.layers import MLP, Linear, RMSNorm, layer_norm, whole
+from sora_jax.nn.attention import BACKENDS
+from sora_jax.nn.layers import MLP, Linear, layer_norm, whole
+from sora_jax.nn.multihead import CrossAttention, SelfAttention
 
 # Below it the velocity of a predicted clean patch is held, as it would grow without bound.
 LEAST_TIME = 0.05
@@ -108,55 +108,14 @@ def modulate(x_BND: Array, shift_BND: Array, scale_BND: Array) -> Array:
     return whole(layer_norm(x_BND) * (1 + scale_BND) + shift_BND)
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention within segments, with QK-norm (arXiv:2302.05442) and rotary positions."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        head_dim = config.width // config.heads
-        self.qkv = Linear(config.width, 3 * config.width, rngs=rngs, dtype=config.dtype)
-        self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
-        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.config = config
-
-    def __call__(self, x_BND: Array, turn: tuple[Array, Array], segment_BN: Array) -> Array:
-        config = self.config
-        q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=config.heads)
-        q, k = rope.rotate(self.q_norm(q), turn), rope.rotate(self.k_norm(k), turn)
-        q, k, v = (sharding.constrain(a, "rows", "tokens", "heads", "none") for a in (q, k, v))
-        attended = attention(q, k, v, segment_BN, segment_BN, config.dtype, config.attention)
-        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
-
-
-class CrossAttention(nnx.Module):
-    """From a clip's tokens to the states of its own caption."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        head_dim = config.width // config.heads
-        self.q = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
-        self.kv = Linear(config.width, 2 * config.width, rngs=rngs, dtype=config.dtype)
-        self.out = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype, gain=0.0)
-        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.config = config
-
-    def __call__(self, x_BND: Array, text_BLD: Array, segment_BN: Array, text_segment_BL: Array) -> Array:
-        heads = self.config.heads
-        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=heads)
-        k, v = rearrange(self.kv(text_BLD), "b l (k two e) -> two b l k e", two=2, k=heads)
-        # The GPU's kernel takes as many keys as queries.
-        backend = "auto" if self.config.attention == "triton" else self.config.attention
-        attended = attention(
-            self.q_norm(q), self.k_norm(k), v, segment_BN, text_segment_BL, self.config.dtype, backend, keys="none"
-        )
-        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
-
-
 class Block(nnx.Module):
     """adaLN-zero block: self-attention and MLP are scaled, shifted and gated by the slot's condition."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         self.modulation = Linear(config.width, 6 * config.width, rngs=rngs, gain=0.0)
-        self.attention = SelfAttention(config, rngs)
-        self.cross = CrossAttention(config, rngs)
+        sizes = config.width, config.heads, rngs, config.dtype, config.attention
+        self.attention = SelfAttention(*sizes)
+        self.cross = CrossAttention(*sizes, gain=0.0)
         self.mlp = MLP(config.width, config.mlp_ratio * config.width, rngs=rngs, dtype=config.dtype)
 
     def __call__(self, x_BND: Array, context: Context) -> Array:

@@ -35,21 +35,25 @@ def attention(
     dtype: str = "float32",
     backend: str = "auto",
     keys: str = "tokens",
+    causal: bool = False,
 ) -> Float[Array, "B N K E"]:
     """softmax(q k^T / sqrt(E)) v over the keys of the query's own segment.
 
     Dots take operands in dtype and accumulate in float32; the softmax is float32. Segment 0 is padding: what it returns is
     finite and means nothing, as for a query without keys. keys is the logical axis of the keys' tokens: 'tokens' where they
-    are split over devices as queries are, 'none' where each device has all. Raises ValueError for an unknown backend, or one
+    are split over devices as queries are, 'none' where each device has all. causal: a query sees no key that is after it in the
+    row, which the reference alone can do. Raises ValueError for an unknown backend, or one
     that cannot take these sizes.
     """
+    inputs = q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM
+    if causal:
+        return reference(*inputs, dtype, causal=True)
     split = sharding.shards("tokens") if keys == "tokens" else 1
     if backend == "auto":
         # Keys that every device has are met by its own queries alone.
         queries = q_BNKE.shape[1] * split // sharding.shards("tokens")
         heads = q_BNKE.shape[2] // sharding.shards("heads")
         backend = chosen(sharding.platform(), queries, k_BMKE.shape[1], heads, split)
-    inputs = q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM
     if backend == "reference":
         return reference(*inputs, dtype)
     function = _on_a_device(backend, dtype, split)
@@ -85,10 +89,18 @@ def _on_a_device(backend: str, dtype: str, split: int) -> Callable[..., Array]:
 
 
 def reference(
-    q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str = "float32"
+    q_BNKE: Array,
+    k_BMKE: Array,
+    v_BMKE: Array,
+    q_segment_BN: Array,
+    k_segment_BM: Array,
+    dtype: str = "float32",
+    causal: bool = False,
 ) -> Array:
     """Attention with all logits of a row at once: the fastest for short rows, and what the others are held against."""
     logits_BKNM = product("bnke,bmke->bknm", q_BNKE * q_BNKE.shape[-1] ** -0.5, k_BMKE, dtype)
-    same_B1NM = (q_segment_BN[:, :, None] == k_segment_BM[:, None, :])[:, None]
-    weights_BKNM = jax.nn.softmax(jnp.where(same_B1NM, logits_BKNM, MASKED), axis=-1)
+    seen_BNM = q_segment_BN[:, :, None] == k_segment_BM[:, None, :]
+    if causal:
+        seen_BNM &= jnp.tri(seen_BNM.shape[1], seen_BNM.shape[2], dtype=bool)
+    weights_BKNM = jax.nn.softmax(jnp.where(seen_BNM[:, None], logits_BKNM, MASKED), axis=-1)
     return product("bknm,bmke->bnke", weights_BKNM, v_BMKE, dtype)

@@ -67,6 +67,7 @@ class MLP(nnx.Module):
         self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        h_BNF = sharding.constrain(jax.nn.gelu(self.up(x_BND), approximate=True), "rows", "tokens", "hidden")
+    def __call__(self, x_BND: Float[Array, "B N D"], tokens: str = "tokens") -> Float[Array, "B N D"]:
+        """tokens is the logical axis of the tokens."""
+        h_BNF = sharding.constrain(jax.nn.gelu(self.up(x_BND), approximate=True), "rows", tokens, "hidden")
         return self.down(h_BNF)

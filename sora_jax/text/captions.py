@@ -1,7 +1,8 @@
-"""Captions as a model takes them: states of a frozen encoder, looked up in a cache, or token ids for one trained with it."""
+"""Captions as a model takes them: states of a frozen encoder, looked up in a cache, or token ids for what is trained with them."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,3 +75,14 @@ class CaptionText:
         if self._cache is None:
             raise KeyError(f"caption {caption!r} was not prepared")
         return self._cache.get(caption), None
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionWords:
+    """As CaptionText, caption -> (None, ids (L,)), of a captioner's vocabulary: what it learns to say."""
+
+    vocabulary: tokenise.Vocabulary
+    width: None = None
+
+    def __call__(self, caption: str) -> tuple[None, np.ndarray]:
+        return None, self.vocabulary.tokens([caption])[0]

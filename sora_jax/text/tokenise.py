@@ -1,15 +1,17 @@
-"""Captions to token ids: WordPiece for the frozen encoder, hashed words for an encoder trained from scratch.
+"""Captions to token ids: WordPiece for the frozen encoder, hashed words for one trained from scratch, and words that can be
+read back for the captioner.
 
-Both have tokens(captions) -> one int32 array (L_i,) per caption, never empty, at most max_tokens long. Id 0 is padding.
+All have tokens(captions) -> one int32 array (L_i,) per caption, never empty, at most max_tokens long. Id 0 is padding.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +19,7 @@ import numpy as np
 
 START = 1  # the first token of every hashed caption, so that the empty caption has a state too
 FIRST_WORD = 2  # ids below: padding and START
+STOP, UNKNOWN, FIRST_PIECE = 2, 3, 4  # of a Vocabulary, in which START is as above
 WORDS = re.compile(r"\w+|[^\w\s]")  # a run of letters, digits and underscores, or one mark of punctuation
 
 
@@ -79,6 +82,50 @@ class WordHash:
     def word_id(self, word: str) -> int:
         # crc32, because Python's own hash of a string changes from process to process.
         return FIRST_WORD + zlib.crc32(word.encode()) % (self.vocab_size - FIRST_WORD)
+
+
+# The same with the space before it, and what space is left over: joined they are the text.
+PIECES = re.compile(r"\s?\w+|\s?[^\w\s]|\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The words and marks of some captions, each with the space before it, so that ids can be read back as text.
+
+    A caption is START, its pieces and STOP. Raises ValueError if a piece is there twice or is none, or max_tokens is too small.
+    """
+
+    pieces: tuple[str, ...]
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        wrong = [piece for piece in self.pieces if not isinstance(piece, str) or not PIECES.fullmatch(piece)]
+        if wrong or len(set(self.pieces)) < len(self.pieces):
+            raise ValueError(f"vocabulary: {wrong[0]!r} is no word" if wrong else "vocabulary: a word is there twice")
+        if self.max_tokens < 3:
+            raise ValueError(
+                f"vocabulary: max_tokens is {self.max_tokens}; it must be at least 3: start, a word and stop"
+            )
+
+    @classmethod
+    def of(cls, captions: Iterable[str], max_tokens: int) -> Vocabulary:
+        """All that these captions are made of."""
+        return cls(tuple(sorted({piece for caption in captions for piece in PIECES.findall(caption)})), max_tokens)
+
+    def __len__(self) -> int:
+        """How many ids there are, those of no word among them."""
+        return FIRST_PIECE + len(self.pieces)
+
+    def tokens(self, captions: Sequence[str]) -> list[np.ndarray]:
+        ids = {piece: FIRST_PIECE + number for number, piece in enumerate(self.pieces)}
+        found = [[START, *(ids.get(piece, UNKNOWN) for piece in PIECES.findall(each)), STOP] for each in captions]
+        _warn_of_lost_ends(sum(len(each) > self.max_tokens for each in found), len(captions), self.max_tokens)
+        return [np.asarray(each[: self.max_tokens], np.int32) for each in found]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The caption of ids that begin with START, up to STOP; UNKNOWN and ids of no piece are left out."""
+        said = itertools.takewhile(lambda number: number != STOP, ids)
+        return "".join(self.pieces[number - FIRST_PIECE] for number in said if FIRST_PIECE <= number < len(self))
 
 
 def _warn_of_lost_ends(num_lost: int, num_captions: int, max_tokens: int) -> None:

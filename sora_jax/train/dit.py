@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
 from sora_jax import compute, config, processes, sharding
-from sora_jax.checkpoint import fingerprints, read_meta
+from sora_jax.checkpoint import read_meta
 from sora_jax.config import DiTRun
 from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
@@ -30,7 +29,7 @@ from sora_jax.models.vae import VAEConfig
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
-from sora_jax.train.encode import encode_split
+from sora_jax.train.encode import encode_all
 
 SHOWN_PROMPTS = 8
 # Keys of the independent draws of a clip.
@@ -150,19 +149,8 @@ class DiTTask:
     # Data ------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def stores(self) -> dict[str, latents.LatentStore]:
-        from sora_jax.generate.codec import Codec
-
-        network = Codec(self.vae_config, self.vae_params, self.vae_rest)
-        prints = fingerprints(
-            {sharding.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.vae_params)}
-        )
-        name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
-
-        def of(split: world.Split) -> latents.LatentStore:
-            return processes.first_then_all(lambda: encode_split(self.encoded, self.run.data, split, network, name))
-
-        return {split: of(split) for split in ("train", "heldout")}
+    def stores(self) -> dict[world.Split, latents.LatentStore]:
+        return encode_all(self.encoded, self.run.data, self.vae_config, self.vae_params, self.vae_rest)
 
     @functools.cached_property
     def text(self) -> CaptionText:

@@ -8,15 +8,36 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+
+from sora_jax import processes, sharding
+from sora_jax.checkpoint import fingerprints
 from sora_jax.config import DataConfig
 from sora_jax.data import latents
 from sora_jax.data.worlds import clips
 from sora_jax.data.worlds.world import Split
 from sora_jax.generate.codec import Codec
+from sora_jax.models.vae import VAEConfig
 
 # Clips in memory at a time.
 AT_ONCE = 1024
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+def encode_all(
+    folder: Path, data: DataConfig, config: VAEConfig, params: Any, rest: Any
+) -> dict[Split, latents.LatentStore]:
+    """The stores of both splits in folder, encoded by the VAE of these weights; of several processes the first does it."""
+    network = Codec(config, params, rest)
+    prints = fingerprints({sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)})
+    name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+
+    def of(split: Split) -> latents.LatentStore:
+        return processes.first_then_all(lambda: encode_split(folder, data, split, network, name))
+
+    return {split: of(split) for split in SPLITS}
 
 
 def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:

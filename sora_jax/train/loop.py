@@ -5,7 +5,6 @@ A task says what is trained (weights, loss), on what (batches) and how it is jud
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import platform
 import time
@@ -154,7 +153,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         state, past = _resume(task, workdir, state, source)
         if processes.is_first():
             _write_config(run, workdir / "config.json")
-        if int(state.step) >= loop.steps:
+        if int(state.step) >= loop.steps and past.judged:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed, loop.spike_factor), donate_argnums=0)
@@ -191,7 +190,8 @@ def _run(
 
     with signals.held(number):
         if not past.judged:
-            _judge(task, workdir, state, number, report, watching)
+            judged = {line["step"] for line in progress.read_metrics(workdir, "eval")}
+            _judge(task, workdir, state, number, report, watching, evaluated=number in judged)
         while number < loop.steps:
             if stop := signals.stop_after(number):
                 if number > saved:
@@ -212,14 +212,14 @@ def _run(
                     number = saved = int(state.step)
                     owed = False
                     continue
+            if last:
+                with watching.of("evaluate"):
+                    state = task.finish(state)
             try:
                 _judge(task, workdir, state, number, report, watching)
             except signals.Stopped:
                 save(judged=False)
                 raise
-            if last:
-                with watching.of("evaluate"):
-                    state = task.finish(state)
             owed |= _due(number, loop.save_every, last)
             # What were saved while steps are skipped could push out what the run would go back to.
             if owed and (last or not int(state.guard.skipped)):
@@ -256,17 +256,26 @@ def _back(task: Task, workdir: Path, state: TrainState, past: Past, row: int) ->
     return TrainState(step=jnp.int32(restored.step), **restored.items)
 
 
-def _judge(task: Task, workdir: Path, state: TrainState, number: int, report: Any, watching: watch.Watch) -> None:
-    """Evaluation and samples after step `number`, if they are due. A signal may cut them short, but for the last ones."""
+def _judge(
+    task: Task,
+    workdir: Path,
+    state: TrainState,
+    number: int,
+    report: Any,
+    watching: watch.Watch,
+    evaluated: bool = False,
+) -> None:
+    """Evaluation and samples after step `number`, if they are due and, where it was evaluated before, not there yet. A signal may
+    cut them short."""
     loop = task.run.loop
     last = number == loop.steps
-    with contextlib.nullcontext() if last else signals.abandonable():
-        if _due(number, loop.evaluate_every, last):
+    path = workdir / "samples" / f"step_{number:07d}.png"
+    with signals.abandonable():
+        if _due(number, loop.evaluate_every, last) and not evaluated:
             with watching.of("evaluate"):
                 found = task.evaluate(state)
             report.evaluation(number, found | {"total_flops": task.flops_before + number * task.flops_per_step})
-        if _due(number, loop.sample_every, last):
-            path = workdir / "samples" / f"step_{number:07d}.png"
+        if _due(number, loop.sample_every, last) and not (evaluated and path.exists()):
             try:
                 with watching.of("sample"):
                     task.sample(state, path)

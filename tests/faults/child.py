@@ -48,7 +48,15 @@ class Runs:
         self.cache = cache
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["sora_jax.main", "sora_jax.train.loop", "sora_jax.train.vae", "sora_jax.train.dit", "quickstart", "child"]
+            [
+                "sora_jax.main",
+                "sora_jax.train.loop",
+                "sora_jax.train.vae",
+                "sora_jax.train.dit",
+                "sora_jax.train.captioner",
+                "quickstart",
+                "child",
+            ]
         )
 
     def start(self, workdir, stage="vae", devices=1, of_run=None, **of_loop):

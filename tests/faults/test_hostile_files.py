@@ -786,7 +786,12 @@ def test_files_made_to_do_harm_do_none(trial, figures):
         folder = trial.copy(kind, f"harm {number}")
         harm(folder, trial.witness)
         trial.read(kind, folder, name, must_refuse=kind not in MADE_ANEW)
-    figures("hostile files: made by hand", tried=len(HARM), peak_megabytes=(trial.peak - trial.base) // 2**20)
+    figures(
+        "hostile files: made by hand",
+        tried=len(HARM),
+        slowest_seconds=round(trial.slowest, 2),
+        peak_megabytes=(trial.peak - trial.base) // 2**20,
+    )
     assert not trial.faults[before:], "\n".join(trial.faults[before:][:5])
 
 

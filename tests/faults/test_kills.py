@@ -84,22 +84,24 @@ def named(tree):
     return [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-@pytest.mark.parametrize("stage", ["vae", "dit"])
+@pytest.mark.parametrize("stage", ["vae", "dit", "captioner"])
 def test_ten_steps_and_ten_more_are_twenty(runs, tmp_path, figures, stage):
     """With packing, shuffling and a loader worker: to the bit on the same mesh, to 1e-6 on another."""
-    of_dit = {"vae_checkpoint": tmp_path / "trained", "loader.workers": 1, "loader.known.first_frames": 0.5}
-    if stage == "dit":  # one that came to its end, which is where it measures how latents are scaled
+    of_run = {} if stage == "vae" else {"vae_checkpoint": tmp_path / "trained", "loader.workers": 1}
+    if stage == "dit":
+        of_run |= {"loader.known.first_frames": 0.5}
+    if stage != "vae":  # one that came to its end, which is where it measures how latents are scaled
         assert runs.finish(tmp_path / "trained") == 0, runs.log(tmp_path / "trained")
     # A step more, before the end of which the run is killed, and nothing is evaluated.
-    settings = {"stage": stage, "of_run": of_dit if stage == "dit" else {}, "steps": 21}
-    at_once = runs.reach(20, tmp_path / "at once", **settings, save_every=20)
+    settings = {"stage": stage, "of_run": of_run, "steps": 21}
+    at_once, again = (runs.reach(20, tmp_path / name, **settings, save_every=20) for name in ("at once", "again"))
     halfway = runs.reach(10, tmp_path / "parted", **settings, save_every=10)
     elsewhere = shutil.copytree(
         halfway.parent, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("lock", "20", "*.part*")
     )
     parted = runs.reach(20, halfway.parent, **settings, save_every=10)
     assert "resumed from step 10" in runs.log(halfway.parent)
-    assert sha256(parted) == sha256(at_once) != sha256(halfway)
+    assert sha256(parted) == sha256(at_once) == sha256(again) != sha256(halfway)
     other = runs.reach(20, elsewhere, devices=2, **settings, save_every=10)
     assert "resumed from step 10" in runs.log(elsewhere)
     params = (checkpoint.restore_nested(step.parent, "params", 20) for step in (at_once, other))

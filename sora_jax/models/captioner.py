@@ -1,0 +1,194 @@
+"""The captioner: says in words what a clip shows, from its latent patches (as CoCa does from images, arXiv:2205.01917).
+
+Its captions are what a generator is better trained on than on people's ("Improving Image Generation with Better Captions",
+Betker et al. 2023, which DALL-E 3 and Sora follow). An encoder sees all patches of a clip; a decoder says one word after the
+other and looks at the patches of its own clip. Clips and captions share rows exactly as they do for the DiT: one packer, one
+loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from sora_jax import sharding, structs
+from sora_jax.models.dit import MOST_BLOCKS, MOST_WIDTH, axis_features
+from sora_jax.models.text_encoder import POSITION_SCALE, WORD_SCALE, segment_positions
+from sora_jax.nn import rope
+from sora_jax.nn.attention import BACKENDS
+from sora_jax.nn.layers import MLP, Linear, RMSNorm, whole
+from sora_jax.nn.multihead import CrossAttention, SelfAttention
+
+MOST_WORDS = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerConfig:
+    """Shape of the captioner. blocks are the encoder's and text_blocks the decoder's; words is the size of the vocabulary, of
+    which not all need be used, and max_tokens the length of a caption with its start and stop. The rest is as for the DiT."""
+
+    width: int
+    blocks: int
+    text_blocks: int
+    heads: int
+    words: int
+    max_tokens: int
+    patch: tuple[int, int, int]
+    channels: int
+    mlp_ratio: int
+    wavelengths: tuple[tuple[float, float], ...]
+    dtype: str
+    attention: str
+
+    def __post_init__(self) -> None:
+        least = 1, self.width, self.blocks, self.text_blocks, self.heads, *self.patch, self.channels, self.mlp_ratio
+        if min(least) < 1 or self.max_tokens < 2 or self.words < 5:
+            raise ValueError(
+                "captioner: width, blocks, text_blocks, heads, patch, channels and mlp_ratio must be positive, max_tokens at "
+                "least 2 and words at least 5"
+            )
+        if self.width > MOST_WIDTH or max(self.blocks, self.text_blocks, self.max_tokens) > MOST_BLOCKS:
+            raise ValueError(
+                f"captioner: width {self.width}, blocks {self.blocks}, text_blocks {self.text_blocks} or max_tokens "
+                f"{self.max_tokens} is beyond any machine; at most {MOST_WIDTH} and {MOST_BLOCKS}"
+            )
+        if self.words > MOST_WORDS:
+            raise ValueError(f"captioner.words {self.words} is beyond any language; at most {MOST_WORDS}")
+        if self.width % self.heads:
+            raise ValueError(f"captioner.width {self.width} must be a multiple of captioner.heads {self.heads}")
+        if len(self.wavelengths) != 3 or min(min(pair) for pair in self.wavelengths) <= 0:
+            raise ValueError(
+                f"captioner.wavelengths {self.wavelengths} must be a positive pair for each of time, height and width"
+            )
+        if self.attention not in BACKENDS:
+            raise ValueError(f"captioner.attention {self.attention!r} is none of {', '.join(BACKENDS)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"captioner.dtype {self.dtype!r} is neither float32 nor bfloat16")
+        rope.frequencies(self.width // self.heads, self.wavelengths)
+
+    @property
+    def patch_dim(self) -> int:
+        return math.prod(self.patch) * self.channels
+
+
+class SeeingBlock(nnx.Module):
+    """A pre-norm block of the encoder: self-attention within clips, then the MLP."""
+
+    def __init__(self, config: CaptionerConfig, rngs: nnx.Rngs):
+        self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention = SelfAttention(config.width, config.heads, rngs, config.dtype, config.attention)
+        self.mlp = MLP(config.width, config.mlp_ratio * config.width, rngs=rngs, dtype=config.dtype)
+
+    def __call__(self, x_BND: Array, turn: tuple[Array, Array], segment_BN: Array) -> Array:
+        x_BND = whole(x_BND + self.attention(whole(self.attention_norm(x_BND)), turn, segment_BN))
+        return whole(x_BND + self.mlp(whole(self.mlp_norm(x_BND))))
+
+
+class SayingBlock(nnx.Module):
+    """A pre-norm block of the decoder: attention to the words before, then to the clip's patches, then the MLP."""
+
+    def __init__(self, config: CaptionerConfig, rngs: nnx.Rngs):
+        width, heads = config.width, config.heads
+        self.attention_norm, self.cross_norm, self.mlp_norm = (RMSNorm(width) for _ in range(3))
+        self.attention = SelfAttention(width, heads, rngs, config.dtype, causal=True)
+        self.cross = CrossAttention(width, heads, rngs, config.dtype, "reference")
+        self.mlp = MLP(width, config.mlp_ratio * width, rngs=rngs, dtype=config.dtype)
+
+    def __call__(self, x_BLD: Array, seen_BND: Array, layout: structs.Layout) -> Array:
+        def normed(norm: RMSNorm) -> Array:
+            return whole(norm(x_BLD), "none")
+
+        x_BLD = whole(x_BLD + self.attention(normed(self.attention_norm), None, layout.text_segment_BL), "none")
+        across_BLD = self.cross(normed(self.cross_norm), seen_BND, layout.text_segment_BL, layout.segment_BN)
+        x_BLD = whole(x_BLD + across_BLD, "none")
+        return whole(x_BLD + self.mlp(normed(self.mlp_norm), "none"), "none")
+
+
+class Captioner(nnx.Module):
+    """logits of each next word = say(see(patches, layout), words, layout)."""
+
+    def __init__(self, config: CaptionerConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.config = config
+        self.patch_in = Linear(config.patch_dim, width, rngs=rngs)
+        self.position_in = Linear(3 * 2 * 8, width, rngs=rngs)
+        self.blocks = _stacked(SeeingBlock, config, rngs, config.blocks)
+        self.seen_norm = RMSNorm(width)
+        words, places = (nnx.initializers.normal(scale) for scale in (WORD_SCALE, POSITION_SCALE))
+        self.token = nnx.Embed(config.words, width, rngs=rngs, embedding_init=words)
+        self.position = nnx.Embed(config.max_tokens, width, rngs=rngs, embedding_init=places)
+        self.text_blocks = _stacked(SayingBlock, config, rngs, config.text_blocks)
+        self.said_norm = RMSNorm(width)
+        self.word_out = Linear(width, config.words, rngs=rngs, gain=0.0)
+
+    def see(self, patch_BNP: Float[Array, "B N P"], layout: structs.Layout) -> Float[Array, "B N D"]:
+        """States of the clips' patches, each of which knows all of its clip."""
+        config = self.config
+        turn = rope.angles(layout.position_BN3, rope.frequencies(config.width // config.heads, config.wavelengths))
+        place_BNF = axis_features(layout.position_BN3, config.wavelengths, 8)
+        x_BND = whole(whole(self.patch_in(patch_BNP)) + whole(self.position_in(place_BNF)))
+        x_BND = _scan(self.blocks, lambda block, x_BND: block(x_BND, turn, layout.segment_BN), x_BND)
+        # Words look at all of a row's patches, wherever these lie.
+        return whole(self.seen_norm(x_BND), "none")
+
+    def say(
+        self, seen_BND: Float[Array, "B N D"], token_BL: Int[Array, "B L"], layout: structs.Layout
+    ) -> Float[Array, "B L V"]:
+        """For each word of the captions so far the logits of the one after it."""
+        place_BL = segment_positions(layout.text_segment_BL)
+        x_BLD = whole(self.token(token_BL) + self.position(place_BL), "none")
+        x_BLD = _scan(self.text_blocks, lambda block, x_BLD: block(x_BLD, seen_BND, layout), x_BLD)
+        logits_BLV = self.word_out(whole(self.said_norm(x_BLD), "none"))
+        return sharding.constrain(logits_BLV, "rows", "none", "none")
+
+
+def loss(
+    logits_BLV: Float[Array, "B L V"], token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(mean cross-entropy in nats, number) of the words that follow one of their own caption."""
+    following_BL = jnp.roll(token_BL, -1, axis=1)
+    # The last of a row has none after it.
+    said_BL = (
+        (segment_BL > 0)
+        & (jnp.roll(segment_BL, -1, axis=1) == segment_BL)
+        & (jnp.arange(token_BL.shape[1]) + 1 < token_BL.shape[1])
+    )
+    chosen_BL = jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), following_BL[..., None], -1)[..., 0]
+    count = said_BL.sum().astype(jnp.float32)
+    return -jnp.sum(jnp.where(said_BL, chosen_BL, 0)) / jnp.maximum(count, 1), count
+
+
+def write(
+    model: Captioner, patch_BNP: Float[Array, "B N P"], layout: structs.Layout, sayable_V: Any
+) -> Int[Array, "B L"]:
+    """Captions word by word, each the likeliest of the words that may be said (bool, one for each of the vocabulary).
+
+    layout's captions are places for words, of which the first holds the start. What follows a stop means nothing.
+    """
+    seen_BND = model.see(patch_BNP, layout)
+    place_BL = segment_positions(layout.text_segment_BL)
+
+    def one(place: Array, token_BL: Array) -> Array:
+        logits_BLV = jnp.where(sayable_V, model.say(seen_BND, token_BL, layout), -jnp.inf)
+        following_BL = jnp.roll(jnp.argmax(logits_BLV, -1).astype(jnp.int32), 1, axis=1)
+        return jnp.where((place_BL == place) & (layout.text_segment_BL > 0), following_BL, token_BL)
+
+    return jax.lax.fori_loop(1, model.config.max_tokens, one, jnp.asarray(layout.text_token_BL))
+
+
+def _stacked(kind: Any, config: CaptionerConfig, rngs: nnx.Rngs, count: int) -> Any:
+    make = nnx.vmap(kind, in_axes=(None, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    return make(config, rngs.split(count))
+
+
+def _scan(stacked: Any, call: Any, x: Array) -> Array:
+    """x through stacked blocks; one scan, so that compile time does not grow with depth."""
+    graphdef, layers = nnx.split(stacked)
+    return jax.lax.scan(lambda x, layer: (call(nnx.merge(graphdef, layer), x), None), x, layers)[0]

@@ -1,0 +1,56 @@
+"""Multi-head attention with its projections: within segments, and from segments to their texts."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from sora_jax import sharding
+from sora_jax.nn import rope
+from sora_jax.nn.attention import attention
+from sora_jax.nn.layers import Linear, RMSNorm
+
+
+class SelfAttention(nnx.Module):
+    """Self-attention within segments, with QK-norm (arXiv:2302.05442) and, where it is told a turn, rotary positions.
+
+    causal: a token sees those before it alone.
+    """
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, dtype: str, backend: str = "auto", causal: bool = False):
+        self.qkv = Linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.out = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.heads, self.dtype, self.backend, self.causal = heads, dtype, backend, causal
+
+    def __call__(self, x_BND: Array, turn: tuple[Array, Array] | None, segment_BN: Array) -> Array:
+        q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rope.rotate(q, turn), rope.rotate(k, turn)
+        # Text, of which every device has all, is what goes one way.
+        tokens = "none" if self.causal else "tokens"
+        q, k, v = (sharding.constrain(a, "rows", tokens, "heads", "none") for a in (q, k, v))
+        attended = attention(q, k, v, segment_BN, segment_BN, self.dtype, self.backend, causal=self.causal)
+        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
+
+
+class CrossAttention(nnx.Module):
+    """From tokens to the other sequence's tokens of the same segment, of which every device has all. gain as for Linear."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, dtype: str, backend: str = "auto", gain: float = 1.0):
+        self.q = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.kv = Linear(width, 2 * width, rngs=rngs, dtype=dtype)
+        self.out = Linear(width, width, rngs=rngs, dtype=dtype, gain=gain)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        # The GPU's kernel takes as many keys as queries.
+        self.heads, self.dtype, self.backend = heads, dtype, "auto" if backend == "triton" else backend
+
+    def __call__(self, x_BND: Array, other_BLD: Array, segment_BN: Array, other_segment_BL: Array) -> Array:
+        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads)
+        k, v = rearrange(self.kv(other_BLD), "b l (k two e) -> two b l k e", two=2, k=self.heads)
+        attended = attention(
+            self.q_norm(q), self.k_norm(k), v, segment_BN, other_segment_BL, self.dtype, self.backend, keys="none"
+        )
+        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
