@@ -110,16 +110,27 @@ def test_rows_of_padding_cost_nothing():
 
 
 def test_what_is_written_is_the_likeliest_that_may_be_said(model, layout, patches):
-    start = layout._replace(text_token_BL=jnp.where(layout.text_token_BL == 1, 1, 0))
     sayable_V = np.arange(20) >= 2
-    written = captioner.write(model, patches, start, sayable_V)
-    assert (written[:, 0] == 1).all() and (written[:, 5] == 1).all() and (written[:, 10:] == 0).all()
-    # Each word by itself, from those before it.
-    best = jnp.argmax(jnp.where(sayable_V, logits(model, patches, layout, written), -jnp.inf), -1)
-    for clip in (range(1, 5), range(6, 10)):
-        assert all((written[:, at] == best[:, at - 1]).all() for at in clip)
-    without = captioner.write(model, patches, start, sayable_V & (np.arange(20) != written[0, 1]))
-    assert without[0, 1] != written[0, 1]
+    segment_BS = jnp.asarray([[1, 2, 0]] * B)
+    written = captioner.write(model, patches, layout, segment_BS, 1, 2, sayable_V)
+    assert written.shape == (B, 3, 5) and (written[..., 0] == 1).all()
+    # Each word by itself, from those before it, without keys that were kept.
+    token_BL = jnp.concatenate([written[:, 0], written[:, 1], jnp.zeros((B, 2), jnp.int32)], 1)
+    best = jnp.argmax(jnp.where(sayable_V, logits(model, patches, layout, token_BL), -jnp.inf), -1)
+    for clip in range(2):
+        for place in range(1, 5):
+            stopped = written[:, clip, place - 1] == 2
+            assert jnp.where(
+                stopped, written[:, clip, place] == 2, written[:, clip, place] == best[:, 5 * clip + place - 1]
+            ).all()
+    assert len(set(np.asarray(written[:, :2, 1:]).ravel().tolist())) > 2
+    other = captioner.write(model, patches, layout, segment_BS, 1, 2, sayable_V & (np.arange(20) != written[0, 0, 1]))
+    assert other[0, 0, 1] != written[0, 0, 1]
+
+
+def test_writing_ends_with_the_last_stop(model, layout, patches):
+    only = np.arange(20) == 2
+    assert (captioner.write(model, patches, layout, jnp.asarray([[1, 2]] * B), 1, 2, only)[..., 1:] == 2).all()
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,10 @@ class Describer:
         sayable_V = (ids == tokenise.STOP) | ((ids >= tokenise.FIRST_PIECE) & (ids < len(vocabulary)))
 
         def write(params: Any, batch: Any) -> Any:
-            return sharding.everywhere(
-                captioner.write(nnx.merge(graphdef, params), batch.mean_BNP, batch.layout, sayable_V)
-            )
+            model, layout = nnx.merge(graphdef, params), batch.layout
+            ends = tokenise.START, tokenise.STOP
+            written_BST = captioner.write(model, batch.mean_BNP, layout, layout.slot_segment_BS, *ends, sayable_V)
+            return sharding.everywhere(written_BST)
 
         self._write = jax.jit(write)
 
@@ -77,29 +78,21 @@ class Describer:
             filled = [pack.fill_row(row, packing, self.run.captioner.patch_dim, None) for row in some]
             empty = pack.empty_row(packing, self.run.captioner.patch_dim, None)
             batch = pack.stack(filled + [empty] * (packing.rows - len(some)))
-            written_BL = np.asarray(self._write(self.params, batch))
-            for row, written_L in zip(some, written_BL, strict=False):
-                for clip, ids in zip(
-                    row, np.split(written_L, len(written_L) // self.vocabulary.max_tokens), strict=False
-                ):
-                    said[clip.clip] = self.vocabulary.text(ids.tolist())
+            written_BST = np.asarray(self._write(self.params, batch))
+            for row, written_ST in zip(some, written_BST, strict=False):
+                for clip, ids in zip(row, written_ST.tolist(), strict=False):
+                    said[clip.clip] = self.vocabulary.text(ids)
         return said
 
     def _packing(self, tokens: Sequence[int]) -> pack.PackConfig:
-        """Rows as in training, or as long as the longest clip needs, with room for the longest caption of each clip."""
-        trained = self.run.pack
-        return pack.PackConfig(
-            rows=trained.rows,
-            row_tokens=max(trained.row_tokens, *tokens),
-            row_slots=trained.row_slots,
-            row_text=trained.row_slots * self.vocabulary.max_tokens,
-            window=len(tokens),
-        )
+        """Rows as in training, or as long as the longest clip needs; as many slots as the shortest clip leaves room for."""
+        longest = max(self.run.pack.row_tokens, *tokens)
+        slots = min(self.run.pack.row_slots, longest // min(tokens), len(tokens))
+        rows = min(self.run.pack.rows, len(tokens))
+        return pack.PackConfig(rows, longest, slots, row_text=slots, window=len(tokens))
 
     def _tokens(self, number: int, mean_thwc: np.ndarray, fps: float) -> pack.Tokens:
         mean_NP = pack.patchify(mean_thwc, self.geometry.patch)
-        words_L = np.zeros(self.vocabulary.max_tokens, np.int32)
-        words_L[0] = tokenise.START
         return pack.Tokens(
             mean_NP=mean_NP,
             std_NP=np.zeros_like(mean_NP),
@@ -111,7 +104,7 @@ class Describer:
             clip=number,
             draw=0,
             text_LM=None,
-            text_token_L=words_L,
+            text_token_L=np.array([tokenise.START], np.int32),
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -22,11 +23,13 @@ from sora_jax import sharding, structs
 from sora_jax.models.dit import MOST_BLOCKS, MOST_WIDTH, axis_features
 from sora_jax.models.text_encoder import POSITION_SCALE, WORD_SCALE, segment_positions
 from sora_jax.nn import rope
-from sora_jax.nn.attention import BACKENDS
+from sora_jax.nn.attention import BACKENDS, reference
 from sora_jax.nn.layers import MLP, Linear, RMSNorm, whole
 from sora_jax.nn.multihead import CrossAttention, SelfAttention
 
 MOST_WORDS = 2**20
+
+Keys = tuple[Array, Array]  # keys and values of an attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +105,27 @@ class SayingBlock(nnx.Module):
         self.mlp = MLP(width, config.mlp_ratio * width, rngs=rngs, dtype=config.dtype)
 
     def __call__(self, x_BLD: Array, seen_BND: Array, layout: structs.Layout) -> Array:
-        def normed(norm: RMSNorm) -> Array:
-            return whole(norm(x_BLD), "none")
+        before_BLD = self.attention(whole(self.attention_norm(x_BLD), "none"), None, layout.text_segment_BL)
+        x_BLD = whole(x_BLD + before_BLD, "none")
+        return self._looked(x_BLD, self.cross.keys(seen_BND), layout.text_segment_BL, layout.segment_BN)
 
-        x_BLD = whole(x_BLD + self.attention(normed(self.attention_norm), None, layout.text_segment_BL), "none")
-        across_BLD = self.cross(normed(self.cross_norm), seen_BND, layout.text_segment_BL, layout.segment_BN)
+    def following(
+        self, x_BSD: Array, place: Array, before: Keys, seen: Keys, segment_BS: Array, segment_BN: Array
+    ) -> tuple[Array, Keys]:
+        """As __call__, of the words at one place of S captions a row, whose keys up to there are `before`, (B S, T, K, E); those
+        with this word's are handed back."""
+        q, *new = self.attention.projected(whole(self.attention_norm(x_BSD), "none"))
+        q, *new = (rearrange(x, "b s k e -> (b s) 1 k e") for x in (q, *new))
+        k, v = (jax.lax.dynamic_update_slice_in_dim(old, x, place, 1) for old, x in zip(before, new, strict=True))
+        said = jnp.broadcast_to(jnp.arange(k.shape[1]) <= place, k.shape[:2]).astype(jnp.int32)
+        attended = reference(q, k, v, jnp.ones_like(said[:, :1]), said, self.attention.dtype)
+        x_BSD = x_BSD + self.attention.joined(rearrange(attended, "(b s) 1 k e -> b s k e", b=len(x_BSD)))
+        return self._looked(whole(x_BSD, "none"), seen, segment_BS, segment_BN), (k, v)
+
+    def _looked(self, x_BLD: Array, seen: Keys, text_segment_BL: Array, segment_BN: Array) -> Array:
+        across_BLD = self.cross.to(seen, whole(self.cross_norm(x_BLD), "none"), text_segment_BL, segment_BN)
         x_BLD = whole(x_BLD + across_BLD, "none")
-        return whole(x_BLD + self.mlp(normed(self.mlp_norm), "none"), "none")
+        return whole(x_BLD + self.mlp(whole(self.mlp_norm(x_BLD), "none"), "none"), "none")
 
 
 class Captioner(nnx.Module):
@@ -145,6 +162,10 @@ class Captioner(nnx.Module):
         place_BL = segment_positions(layout.text_segment_BL)
         x_BLD = whole(self.token(token_BL) + self.position(place_BL), "none")
         x_BLD = _scan(self.text_blocks, lambda block, x_BLD: block(x_BLD, seen_BND, layout), x_BLD)
+        return self.words(x_BLD)
+
+    def words(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits of the next words from the decoder's states."""
         logits_BLV = self.word_out(whole(self.said_norm(x_BLD), "none"))
         return sharding.constrain(logits_BLV, "rows", "none", "none")
 
@@ -166,21 +187,47 @@ def loss(
 
 
 def write(
-    model: Captioner, patch_BNP: Float[Array, "B N P"], layout: structs.Layout, sayable_V: Any
-) -> Int[Array, "B L"]:
-    """Captions word by word, each the likeliest of the words that may be said (bool, one for each of the vocabulary).
+    model: Captioner,
+    patch_BNP: Float[Array, "B N P"],
+    layout: structs.Layout,
+    segment_BS: Int[Array, "B S"],
+    start: int,
+    stop: int,
+    sayable_V: Any,
+) -> Int[Array, "B S T"]:
+    """Captions of S clips a row (segment_BS, 0 is none), each word the likeliest that may be said (bool, one for each word).
 
-    layout's captions are places for words, of which the first holds the start. What follows a stop means nothing.
+    A caption begins with `start` and ends with `stop`; what is behind it is `stop` too. Keys of words that were said are kept, so
+    that a word costs what it costs alone.
     """
+    config = model.config
+    (B, S), T = segment_BS.shape, config.max_tokens
     seen_BND = model.see(patch_BNP, layout)
-    place_BL = segment_positions(layout.text_segment_BL)
+    graphdef, blocks = nnx.split(model.text_blocks)
+    seen = jax.vmap(lambda block: nnx.merge(graphdef, block).cross.keys(seen_BND))(blocks)
+    empty = jnp.zeros((config.text_blocks, B * S, T, config.heads, config.width // config.heads))
 
-    def one(place: Array, token_BL: Array) -> Array:
-        logits_BLV = jnp.where(sayable_V, model.say(seen_BND, token_BL, layout), -jnp.inf)
-        following_BL = jnp.roll(jnp.argmax(logits_BLV, -1).astype(jnp.int32), 1, axis=1)
-        return jnp.where((place_BL == place) & (layout.text_segment_BL > 0), following_BL, token_BL)
+    def unsaid(carry: Any) -> Array:
+        place, token_BST, _ = carry
+        return (place + 1 < T) & jnp.any((token_BST[..., place] != stop) & (segment_BS > 0))
 
-    return jax.lax.fori_loop(1, model.config.max_tokens, one, jnp.asarray(layout.text_token_BL))
+    def one(carry: Any) -> Any:
+        place, token_BST, before = carry
+        last_BS = token_BST[..., place]
+        x_BSD = model.token(last_BS) + model.position(place)
+
+        def block(x_BSD: Array, of_block: Any) -> tuple[Array, Keys]:
+            state, before, seen = of_block
+            layer = nnx.merge(graphdef, state)
+            return layer.following(x_BSD, place, before, seen, segment_BS, layout.segment_BN)
+
+        x_BSD, before = jax.lax.scan(block, x_BSD, (blocks, before, seen))
+        logits_BSV = jnp.where(sayable_V, model.words(x_BSD), -jnp.inf)
+        following_BS = jnp.where(last_BS == stop, stop, jnp.argmax(logits_BSV, -1).astype(jnp.int32))
+        return place + 1, token_BST.at[..., place + 1].set(following_BS), before
+
+    token_BST = jnp.full((B, S, T), stop, jnp.int32).at[..., 0].set(start)
+    return jax.lax.while_loop(unsaid, one, (jnp.int32(0), token_BST, (empty, empty)))[1]
 
 
 def _stacked(kind: Any, config: CaptionerConfig, rngs: nnx.Rngs, count: int) -> Any:

@@ -24,16 +24,23 @@ class SelfAttention(nnx.Module):
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.heads, self.dtype, self.backend, self.causal = heads, dtype, backend, causal
 
-    def __call__(self, x_BND: Array, turn: tuple[Array, Array] | None, segment_BN: Array) -> Array:
+    def projected(self, x_BND: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values (B, N, K, E), without positions."""
         q, k, v = rearrange(self.qkv(x_BND), "b n (k three e) -> three b n k e", three=3, k=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def joined(self, attended_BNKE: Array) -> Array:
+        """What the heads have found, (B, N, D)."""
+        return self.out(rearrange(attended_BNKE, "b n k e -> b n (k e)"))
+
+    def __call__(self, x_BND: Array, turn: tuple[Array, Array] | None, segment_BN: Array) -> Array:
+        q, k, v = self.projected(x_BND)
         if turn is not None:
             q, k = rope.rotate(q, turn), rope.rotate(k, turn)
         # Text, of which every device has all, is what goes one way.
         tokens = "none" if self.causal else "tokens"
         q, k, v = (sharding.constrain(a, "rows", tokens, "heads", "none") for a in (q, k, v))
-        attended = attention(q, k, v, segment_BN, segment_BN, self.dtype, self.backend, causal=self.causal)
-        return self.out(rearrange(attended, "b n k e -> b n (k e)"))
+        return self.joined(attention(q, k, v, segment_BN, segment_BN, self.dtype, self.backend, causal=self.causal))
 
 
 class CrossAttention(nnx.Module):
@@ -47,10 +54,16 @@ class CrossAttention(nnx.Module):
         # The GPU's kernel takes as many keys as queries.
         self.heads, self.dtype, self.backend = heads, dtype, "auto" if backend == "triton" else backend
 
-    def __call__(self, x_BND: Array, other_BLD: Array, segment_BN: Array, other_segment_BL: Array) -> Array:
-        q = rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads)
+    def keys(self, other_BLD: Array) -> tuple[Array, Array]:
+        """Keys and values (B, L, K, E) of the other sequence."""
         k, v = rearrange(self.kv(other_BLD), "b l (k two e) -> two b l k e", two=2, k=self.heads)
-        attended = attention(
-            self.q_norm(q), self.k_norm(k), v, segment_BN, other_segment_BL, self.dtype, self.backend, keys="none"
-        )
+        return self.k_norm(k), v
+
+    def to(self, keys: tuple[Array, Array], x_BND: Array, segment_BN: Array, other_segment_BL: Array) -> Array:
+        """Attention to keys that are there already."""
+        q = self.q_norm(rearrange(self.q(x_BND), "b n (k e) -> b n k e", k=self.heads))
+        attended = attention(q, *keys, segment_BN, other_segment_BL, self.dtype, self.backend, keys="none")
         return self.out(rearrange(attended, "b n k e -> b n (k e)"))
+
+    def __call__(self, x_BND: Array, other_BLD: Array, segment_BN: Array, other_segment_BL: Array) -> Array:
+        return self.to(self.keys(other_BLD), x_BND, segment_BN, other_segment_BL)
