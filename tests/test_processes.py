@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import xla
 from sora_jax import checkpoint, processes
 
 ROOT = Path(__file__).parent.parent
-STEPS = 10
+STEPS = 20
 # Trains a tiny VAE, and a DiT on it, for as many steps as its second argument says, in the folder that is its first; or, of very
 # many steps, the VAE alone. The DiT works on the VAE of its third argument, if there is one, and so on the very same latents.
 PROGRAM = """
@@ -30,11 +31,11 @@ if "--distributed" in sys.argv:
 from sora_jax.train import dit, loop, vae
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 mesh = sharding.MeshConfig(data=2, fsdp=4)
-save_every = 4 if steps > 1000 else 0
+save_every = 4 if steps > 1000 else steps // 2
 run = dataclasses.replace(tiny.vae_run(steps=steps, log_every=1, save_every=save_every), mesh=mesh)
 loop.fit(vae.VAETask(run), folder / "vae")
 trained = pathlib.Path(sys.argv[3]) if sys.argv[3:] and not sys.argv[3].startswith("-") else folder
-run = dataclasses.replace(tiny.dit_run(trained / "vae", steps=steps, log_every=1), mesh=mesh)
+run = dataclasses.replace(tiny.dit_run(trained / "vae", steps=steps, log_every=1, save_every=save_every), mesh=mesh)
 run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
 loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
 processes.leave()
@@ -112,6 +113,12 @@ def losses(folder, stage):
     return [line["loss"] for line in tiny.lines(folder / stage) if line["kind"] == "train"]
 
 
+def apart(one, other, step):
+    """By how much parameters of a step differ at most."""
+    params = (checkpoint.restore_nested(folder, "params", step) for folder in (one, other))
+    return max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, params), strict=True))
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
@@ -127,8 +134,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
     for stage in ("vae", "dit"):
         one, two = losses(alone, stage), losses(tmp_path, stage)
         assert len(one) == len(two) and two == pytest.approx(one, abs=1e-5)
-        params = (checkpoint.restore_nested(folder / stage, "params", STEPS) for folder in (alone, tmp_path))
-        assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, params), strict=True)) <= 1e-6
+        assert apart(alone / stage, tmp_path / stage, STEPS // 2) <= 1e-6
     # What is counted is counted once.
     one, two = (
         [line["packing/tokens"] for line in tiny.lines(folder / "dit") if line["kind"] == "train"]
@@ -137,6 +143,16 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
     assert one == two
     # The first process alone reports, of each stage once.
     assert log.read_text().count(f"step {STEPS}/{STEPS}  loss") == 2
+
+
+def test_what_one_process_began_two_bring_to_the_same_end(alone, tmp_path):
+    """Ten steps from the middle of a run of one process; its loader's lanes are dealt out anew."""
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+    shutil.rmtree(tmp_path / "dit" / str(STEPS))
+    with launched(tmp_path, PROGRAM, tmp_path, STEPS, alone) as (process, log):
+        assert process.wait(600) == 0, log.read_text()
+    assert f"resumed from step {STEPS // 2}" in log.read_text()
+    assert apart(alone / "dit", tmp_path / "dit", STEPS) <= 1e-6
 
 
 def test_processes_place_the_rows_that_are_theirs(tmp_path):

@@ -143,7 +143,7 @@ class Captioner(nnx.Module):
         self.position = nnx.Embed(config.max_tokens, width, rngs=rngs, embedding_init=places)
         self.text_blocks = _stacked(SayingBlock, config, rngs, config.text_blocks)
         self.said_norm = RMSNorm(width)
-        self.word_out = Linear(width, config.words, rngs=rngs, gain=0.0)
+        self.word_out = Linear(width, config.words, rngs=rngs, gain=0.1)
 
     def see(self, patch_BNP: Float[Array, "B N P"], layout: structs.Layout) -> Float[Array, "B N D"]:
         """States of the clips' patches, each of which knows all of its clip."""
