@@ -13,20 +13,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sora_jax import compute, config, processes, sharding
-from sora_jax.checkpoint import read_meta
+from sora_jax import compute, processes, sharding
 from sora_jax.config import CaptionerRun
-from sora_jax.data import latents, loader, pack
+from sora_jax.data import latents, loader
 from sora_jax.data.worlds import world
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import description
-from sora_jax.generate import describe, files, pipeline
+from sora_jax.generate import describe, files
 from sora_jax.models import captioner
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text.captions import CaptionWords
 from sora_jax.text.tokenise import Vocabulary
-from sora_jax.train.dit import Counted
-from sora_jax.train.encode import encode_all
+from sora_jax.train.on_latents import Counted, OnLatents
 
 SHOWN_CLIPS = 8
 
@@ -46,34 +44,18 @@ class Objective:
         return value, {"words": words}
 
 
-@dataclasses.dataclass
-class CaptionerTask:
+class CaptionerTask(OnLatents):
     """loop.Task of a CaptionerRun. Encodes the world's clips into `encoded` before the first step."""
 
     run: CaptionerRun
-    encoded: Path
 
-    def __post_init__(self) -> None:
-        run, source = self.run, Path(self.run.vae_checkpoint)
-        self.vae_config, self.vae_params, self.vae_rest = pipeline.load_vae(source)
-        if self.vae_config.channels != run.captioner.channels:
-            raise config.ConfigError(
-                f"captioner.channels is {run.captioner.channels}, but the VAE at {source} has {self.vae_config.channels} channels"
-            )
-        self.unit = "tokens"
-        self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
-        self.rows = run.pack.rows
-        self.flops_per_step = compute.captioner_step(run.captioner, run.pack).total
-        self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
-        self.objective = Objective(run)
-        self.geometry = pack.Geometry(run.captioner.patch, self.vae_config.stride)
+    def __init__(self, run: CaptionerRun, encoded: Path) -> None:
+        super().__init__(
+            run, encoded, "captioner", compute.captioner_step(run.captioner, run.pack).total, Objective(run)
+        )
 
     def meta(self) -> dict[str, Any]:
         return {"vae": dataclasses.asdict(self.vae_config), "vocabulary": list(self.vocabulary.pieces)}
-
-    @functools.cached_property
-    def stores(self) -> dict[world.Split, latents.LatentStore]:
-        return encode_all(self.encoded, self.run.data, self.vae_config, self.vae_params, self.vae_rest)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -94,9 +76,6 @@ class CaptionerTask:
     def init(self, key: Array) -> tuple[Any, Any]:
         params, _ = describe.initial_weights(self.run, self.vae_config, key)
         return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
-
-    def loss(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
-        return self.objective(params, rest, batch, key)
 
     @functools.cached_property
     def _judged(self) -> Any:
@@ -141,6 +120,3 @@ class CaptionerTask:
         texts, scenes = self._described(state, min(SHOWN_CLIPS, len(self.stores["heldout"])))
         if processes.is_first():
             files.write_image(path, files.contact_sheet(clips.render_mixed(scenes), labels=texts))
-
-    def finish(self, state: TrainState) -> TrainState:
-        return state

@@ -17,7 +17,6 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
 from sora_jax import compute, config, processes, sharding
-from sora_jax.checkpoint import read_meta
 from sora_jax.config import DiTRun
 from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
@@ -29,7 +28,7 @@ from sora_jax.models.vae import VAEConfig
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
-from sora_jax.train.encode import encode_all
+from sora_jax.train.on_latents import Counted, OnLatents
 
 SHOWN_PROMPTS = 8
 # Keys of the independent draws of a clip.
@@ -120,37 +119,19 @@ class Objective:
         return loss, error_BN * weight_BN, weight_BN
 
 
-@dataclasses.dataclass
-class DiTTask:
+class DiTTask(OnLatents):
     """loop.Task of a DiTRun. Encodes the world's clips and captions into `encoded` before the first step."""
 
     run: DiTRun
-    encoded: Path
 
-    def __post_init__(self) -> None:
-        self.run = run = resolve(self.run)
-        source = Path(run.vae_checkpoint)
-        self.vae_config, self.vae_params, self.vae_rest = pipeline.load_vae(source)
-        if self.vae_config.channels != run.dit.channels:
-            raise config.ConfigError(
-                f"dit.channels is {run.dit.channels}, but the VAE at {source} has {self.vae_config.channels} channels"
-            )
-        self.unit = "tokens"
-        self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
-        self.rows = run.pack.rows
-        self.flops_per_step = compute.dit_step(run.dit, run.pack).total
-        self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
-        self.objective = Objective(run)
-        self.geometry = pack.Geometry(run.dit.patch, self.vae_config.stride)
+    def __init__(self, run: DiTRun, encoded: Path) -> None:
+        run = resolve(run)
+        super().__init__(run, encoded, "dit", compute.dit_step(run.dit, run.pack).total, Objective(run))
 
     def meta(self) -> dict[str, Any]:
         return {"vae": dataclasses.asdict(self.vae_config)}
 
     # Data ------------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def stores(self) -> dict[world.Split, latents.LatentStore]:
-        return encode_all(self.encoded, self.run.data, self.vae_config, self.vae_params, self.vae_rest)
 
     @functools.cached_property
     def text(self) -> CaptionText:
@@ -171,9 +152,6 @@ class DiTTask:
     def init(self, key: Array) -> tuple[Any, Any]:
         params, _ = pipeline.initial_weights(self.run, self.vae_config, key)
         return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
-
-    def loss(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
-        return self.objective(params, rest, batch, key)
 
     # Judgement -------------------------------------------------------------------------------------------------------
 
@@ -232,9 +210,6 @@ class DiTTask:
         text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
         return pipeline.Pipeline(self.run, self.vae_config, state.ema, (weights["params"], weights["rest"]), text)
 
-    def finish(self, state: TrainState) -> TrainState:
-        return state
-
 
 def heldout_videos(config: world.WorldConfig, count: int, start: int = 0, frames: int = 2) -> list[Any]:
     """The first `count` held-out scenes from `start` on of at least `frames` frames: a single one shows no motion.
@@ -259,23 +234,3 @@ def heldout_videos(config: world.WorldConfig, count: int, start: int = 0, frames
 def request_of(scene: Any, prompt: str, seed: int) -> pipeline.Request:
     """The request that asks for what a scene shows."""
     return pipeline.Request(prompt, scene.height, scene.width, scene.num_frames, scene.fps, seed)
-
-
-class Counted:
-    """Batches with their pack.Count as metrics; hands state through."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def __iter__(self) -> Counted:
-        return self
-
-    def __next__(self) -> tuple[PackedBatch, dict[str, float]]:
-        batch, count = next(self._source)
-        return batch, {f"packing/{name}": float(value) for name, value in dataclasses.asdict(count).items()}
-
-    def get_state(self) -> Any:
-        return self._source.get_state()
-
-    def set_state(self, state: Any) -> None:
-        self._source.set_state(state)
