@@ -263,7 +263,7 @@ def _add_train(verbs: Any) -> None:
         verbs,
         "train",
         train,
-        "train one stage, the VAE or the diffusion transformer",
+        "train one stage: the VAE, the diffusion transformer or the captioner",
         "Train one stage, the VAE or the diffusion transformer.\n"
         "The same command again resumes from the newest checkpoint.",
         """examples:
