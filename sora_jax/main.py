@@ -264,7 +264,7 @@ def _add_train(verbs: Any) -> None:
         "train",
         train,
         "train one stage: the VAE, the diffusion transformer or the captioner",
-        "Train one stage, the VAE or the diffusion transformer.\n"
+        "Train one stage: the VAE, the diffusion transformer or the captioner.\n"
         "The same command again resumes from the newest checkpoint.",
         """examples:
   sora-jax train --config=experiments/quickstart.py:vae --workdir=runs/vae
