@@ -917,6 +917,8 @@ def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = Fal
     """
 
     def digest(name: str) -> str:
+        if os.path.islink(directory / name):
+            return ""
         try:
             with disk.open_file(Path(directory / name), disk.ANY_SIZE) as file:
                 if to_disk:
@@ -1066,8 +1068,10 @@ def _nothing_there(root: epath.Path, step: int | None, available: Sequence[int])
 
 
 def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayInfo, ...]], dict[str, Any]]:
+    # What has neither orbax's record nor our seal was never ours.
+    plain = not any((step_directory / name).exists() for name in (_ORBAX_METADATA, _SEAL))
     try:
-        record = _read_record(step_directory)
+        record = None if plain else _read_record(step_directory)
     except CorruptCheckpointError:
         raise
     except ValueError:

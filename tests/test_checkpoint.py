@@ -628,6 +628,16 @@ def test_describes_how_arrays_lay_over_devices(tmp_path):
     assert {info.sharding for info in checkpoint.describe(tmp_path).items["params"]} == {""}
 
 
+def test_a_link_in_place_of_a_file_is_damage_though_it_leads_to_the_same(tmp_path):
+    save(tmp_path / "run", 1, make_items())
+    file = data_file(tmp_path / "run", 1, "params")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert any(file.name in line for line in checkpoint.verify(tmp_path / "run").wrong)
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="params"):
+        checkpoint.restore(tmp_path / "run", abstract(make_items()))
+
+
 def test_describes_what_older_orbax_wrote(tmp_path):
     import orbax.checkpoint as older
 
@@ -636,6 +646,9 @@ def test_describes_what_older_orbax_wrote(tmp_path):
     description = checkpoint.describe(tmp_path / "tree")
     assert description.items == {"state": (checkpoint.ArrayInfo("a/b", (3, 4), "float32"),)}
     assert checkpoint.verify(tmp_path / "tree").wrong == ()
+    # Still older ones wrote no file for the whole checkpoint.
+    (tmp_path / "tree" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+    assert checkpoint.describe(tmp_path / "tree").items == description.items
     with older.CheckpointManager(tmp_path / "steps") as writer:
         writer.save(2, args=older.args.StandardSave({"a": jnp.ones(3)}))
     (found,) = checkpoint.describe(tmp_path / "steps").items.values()
