@@ -1396,13 +1396,12 @@ def caption(arguments: argparse.Namespace) -> None:
     """Prints captions of files, and writes them as JSON."""
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
-    _refuse_file(arguments.checkpoint)
     prepare_jax()
     from sora_jax import disk
     from sora_jax.generate import describe
 
     with _errors_for_users(ValueError):
-        made = describe.load(arguments.checkpoint)
+        made = describe.load(*_parted(arguments.checkpoint))
         videos = [made.read(path) for path in arguments.files]
         for line in dict.fromkeys(line for video in videos for line in video.told):
             logging.info("%s", line)
@@ -1464,16 +1463,23 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _parted(path: Path) -> tuple[Path, int | None]:
+    """The work dir and the step of a path to either; None is the newest step."""
+    from sora_jax import checkpoint
+
+    _refuse_file(path)
+    if path.name.isdecimal() and int(path.name) in checkpoint.steps(path.parent):
+        return path.parent, int(path.name)
+    return path, None
+
+
 def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, tuple[Path, int | None]]:
     """The pipeline of a work dir, or of a step in one, on a mesh of these sizes, and its work dir and step."""
     prepare_jax()
     from sora_jax import checkpoint, sharding
     from sora_jax.generate import pipeline
 
-    _refuse_file(path)
-    step = None
-    if path.name.isdecimal() and int(path.name) in checkpoint.steps(path.parent):
-        path, step = path.parent, int(path.name)
+    path, step = _parted(path)
     with _errors_for_users(ValueError):  # a checkpoint that sora_jax did not write
         checkpoint.read_meta(path, step)
     if strange := set(mesh) - set(sharding.AXES):

@@ -157,6 +157,9 @@ def test_captions_of_files_are_printed_and_written(trained, videos, tmp_path, ca
     assert main.run(command) == 0
     said = json.loads((tmp_path / "said.json").read_text())
     assert capsys.readouterr().out.splitlines() == [f"{path}  {said[str(path)]}" for path in paths]
+    (step,) = checkpoint.steps(trained[0])[-1:]
+    assert main.run(["caption", str(paths[0]), f"--checkpoint={trained[0] / str(step)}"]) == 0
+    assert capsys.readouterr().out == f"{paths[0]}  {said[str(paths[0])]}\n"
     assert main.run(["caption", "nothing.mp4", f"--checkpoint={trained[0]}"]) == 2
     assert "nothing.mp4" in capsys.readouterr().err
     assert main.run(["caption", str(paths[0]), f"--checkpoint={trained[0].parent / 'vae'}"]) == 2

@@ -7,6 +7,7 @@ All have tokens(captions) -> one int32 array (L_i,) per caption, never empty, at
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -116,9 +117,12 @@ class Vocabulary:
         """How many ids there are, those of no word among them."""
         return FIRST_PIECE + len(self.pieces)
 
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {piece: FIRST_PIECE + number for number, piece in enumerate(self.pieces)}
+
     def tokens(self, captions: Sequence[str]) -> list[np.ndarray]:
-        ids = {piece: FIRST_PIECE + number for number, piece in enumerate(self.pieces)}
-        found = [[START, *(ids.get(piece, UNKNOWN) for piece in PIECES.findall(each)), STOP] for each in captions]
+        found = [[START, *(self._ids.get(piece, UNKNOWN) for piece in PIECES.findall(each)), STOP] for each in captions]
         _warn_of_lost_ends(sum(len(each) > self.max_tokens for each in found), len(captions), self.max_tokens)
         return [np.asarray(each[: self.max_tokens], np.int32) for each in found]
 

@@ -28,14 +28,6 @@ STATISTICS_CLIPS = 256
 SHOWN_CLIPS = 8
 
 
-def difference_error(clean: Array, decoded: Array, config: VAETrainConfig) -> Array:
-    """Weighted mean error of the differences of neighbouring frames; 0 of images."""
-    if not config.difference_weight or clean.shape[1] == 1:
-        return jnp.float32(0)
-    differences = jnp.diff(clean, axis=1), jnp.diff(decoded, axis=1)
-    return config.difference_weight * reconstruction_error(*differences, config.reconstruction)
-
-
 def reconstruction_error(clean: Array, decoded: Array, kind: str) -> Array:
     """Mean error per value; huber is a smooth l1 that stays l2 below a hundredth of the range."""
     difference = decoded - clean
@@ -50,7 +42,6 @@ def reconstruction_error(clean: Array, decoded: Array, kind: str) -> Array:
 Term = Callable[[Array, Array, vae.Posterior, VAETrainConfig], Array]
 TERMS: dict[str, Term] = {
     "reconstruction": lambda clean, decoded, _, config: reconstruction_error(clean, decoded, config.reconstruction),
-    "difference": lambda clean, decoded, _, config: difference_error(clean, decoded, config),
     "kl": lambda _, __, posterior, config: config.kl_weight * jnp.mean(posterior.kl()),
 }
 
