@@ -6,25 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from sora_jax import config
 from sora_jax.models import captioner
 from sora_jax.structs import Layout
 
-CONFIG = captioner.CaptionerConfig(
-    width=32,
-    blocks=2,
-    text_blocks=2,
-    heads=2,
-    words=20,
-    max_tokens=5,
-    patch=(1, 1, 1),
-    channels=4,
-    mlp_ratio=2,
-    wavelengths=((0.5, 32.0), (16.0, 1024.0), (16.0, 1024.0)),
-    dtype="float32",
-    attention="auto",
+CONFIG = dataclasses.replace(
+    tiny.captioner_run("none").captioner, text_blocks=2, words=20, max_tokens=5, channels=4, mlp_ratio=2
 )
 B, N, L = 2, 12, 12
 FIRST, SECOND = slice(0, 5), slice(5, 10)  # words of the row's two clips

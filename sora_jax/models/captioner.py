@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from sora_jax import sharding, structs
 from sora_jax.models.dit import MOST_BLOCKS, MOST_WIDTH, axis_features
 from sora_jax.models.text_encoder import POSITION_SCALE, WORD_SCALE, segment_positions
-from sora_jax.nn import rope
-from sora_jax.nn.attention import BACKENDS, reference
+from sora_jax.nn import multihead, rope
+from sora_jax.nn.attention import reference
 from sora_jax.nn.layers import MLP, Linear, RMSNorm, whole
 from sora_jax.nn.multihead import CrossAttention, SelfAttention
 
@@ -64,17 +64,7 @@ class CaptionerConfig:
             )
         if self.words > MOST_WORDS:
             raise ValueError(f"captioner.words {self.words} is beyond any language; at most {MOST_WORDS}")
-        if self.width % self.heads:
-            raise ValueError(f"captioner.width {self.width} must be a multiple of captioner.heads {self.heads}")
-        if len(self.wavelengths) != 3 or min(min(pair) for pair in self.wavelengths) <= 0:
-            raise ValueError(
-                f"captioner.wavelengths {self.wavelengths} must be a positive pair for each of time, height and width"
-            )
-        if self.attention not in BACKENDS:
-            raise ValueError(f"captioner.attention {self.attention!r} is none of {', '.join(BACKENDS)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"captioner.dtype {self.dtype!r} is neither float32 nor bfloat16")
-        rope.frequencies(self.width // self.heads, self.wavelengths)
+        multihead.check("captioner", self.width, self.heads, self.wavelengths, self.dtype, self.attention)
 
     @property
     def patch_dim(self) -> int:

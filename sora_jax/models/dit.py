@@ -19,8 +19,7 @@ from jaxtyping import Float
 
 from sora_jax import sharding, structs
 from sora_jax.models import text_encoder
-from sora_jax.nn import rope
-from sora_jax.nn.attention import BACKENDS
+from sora_jax.nn import multihead, rope
 from sora_jax.nn.layers import MLP, Linear, layer_norm, whole
 from sora_jax.nn.multihead import CrossAttention, SelfAttention
 
@@ -67,23 +66,13 @@ class DiTConfig:
             raise ValueError(
                 f"dit: width {self.width} or blocks {self.blocks} is beyond any machine; at most {MOST_WIDTH} and {MOST_BLOCKS}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"dit.width {self.width} must be a multiple of dit.heads {self.heads}")
-        if len(self.wavelengths) != 3 or min(min(pair) for pair in self.wavelengths) <= 0:
-            raise ValueError(
-                f"dit.wavelengths {self.wavelengths} must be a positive pair for each of time, height and width"
-            )
+        multihead.check("dit", self.width, self.heads, self.wavelengths, self.dtype, self.attention)
         if self.remat not in REMAT:
             raise ValueError(f"dit.remat {self.remat!r} is none of {', '.join(REMAT)}")
-        if self.attention not in BACKENDS:
-            raise ValueError(f"dit.attention {self.attention!r} is none of {', '.join(BACKENDS)}")
         if self.predict not in ("velocity", "clean"):
             raise ValueError(f"dit.predict {self.predict!r} is neither velocity nor clean")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dit.dtype {self.dtype!r} is neither float32 nor bfloat16")
         if self.text is not None and self.text.width != self.text_width:
             raise ValueError(f"dit.text_width {self.text_width} must equal dit.text.width {self.text.width}")
-        rope.frequencies(self.width // self.heads, self.wavelengths)
 
     @property
     def patch_dim(self) -> int:

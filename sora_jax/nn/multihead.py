@@ -8,8 +8,23 @@ from jax import Array
 
 from sora_jax import sharding
 from sora_jax.nn import rope
-from sora_jax.nn.attention import attention
+from sora_jax.nn.attention import BACKENDS, attention
 from sora_jax.nn.layers import Linear, RMSNorm
+
+
+def check(
+    name: str, width: int, heads: int, wavelengths: tuple[tuple[float, float], ...], dtype: str, backend: str
+) -> None:
+    """Raises ValueError for a model, the keys of whose config begin with name, whose attention cannot be built."""
+    if width % heads:
+        raise ValueError(f"{name}.width {width} must be a multiple of {name}.heads {heads}")
+    if len(wavelengths) != 3 or min(min(pair) for pair in wavelengths) <= 0:
+        raise ValueError(f"{name}.wavelengths {wavelengths} must be a positive pair for each of time, height and width")
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}.attention {backend!r} is none of {', '.join(BACKENDS)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{name}.dtype {dtype!r} is neither float32 nor bfloat16")
+    rope.frequencies(width // heads, wavelengths)
 
 
 class SelfAttention(nnx.Module):
