@@ -1,5 +1,6 @@
 """What watches a run: the account of a real one, profiles of just the steps asked for, stacks that name what hangs."""
 
+import ctypes
 import gzip
 import json
 import os
@@ -110,6 +111,13 @@ def test_a_hang_is_named_and_the_run_goes_on(tmp_path, caplog):
     # Again and again, until it goes on.
     assert stacks.count("the_planted_hang") == 2 and "Timeout" in stacks
     assert "nothing has finished for 0.5 s, after step 4" in caplog.text and "the_planted_hang" in caplog.text
+
+
+def test_a_stuck_interpreter_is_named_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "GRACE", 0.2)
+    with watch.watched(tmp_path, watch.Options(None, 0.3)) as watching:
+        watching.step(1, lambda: ctypes.PyDLL(None).usleep(800_000))  # no other thread has its turn meanwhile
+        assert "test_a_stuck_interpreter" in (tmp_path / "stacks.txt").read_text()
 
 
 def test_waiting_for_data_is_no_sign_of_life(tmp_path):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -382,10 +385,23 @@ def batches(
     if tokeniser.config.workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read some, which only absl programs have parsed
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=tokeniser.config.workers))
+        workers = grain.MultiprocessingOptions(num_workers=tokeniser.config.workers)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_end_with_run)
     else:
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
     return Guarded(dataset, len(store), tokeniser.config.skip_quota)
+
+
+def _end_with_run(*_: int) -> None:
+    """In a worker: a run that is killed cannot end its workers, which would wait for ever to hand out what they have."""
+
+    def wait() -> None:
+        run = multiprocessing.parent_process()
+        assert run is not None
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with run", daemon=True).start()
 
 
 def fixed_batches(

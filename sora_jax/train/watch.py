@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,8 @@ from sora_jax.train import goodput, progress
 
 PROFILED_STEPS = 5  # by SIGUSR1
 POLL = 0.5  # seconds between looks for new stacks
+TIMEOUT = "Timeout"  # how faulthandler's stacks of a hang begin
+GRACE = 30.0  # seconds after which the interpreter is taken to be stuck
 
 Outcome = TypeVar("Outcome")
 
@@ -187,8 +191,9 @@ class Profile:
 class Stacks:
     """The stacks of all threads, on stderr and in stacks.txt, when nothing has finished for `seconds`, and by SIGUSR2.
 
-    faulthandler writes them to the file without Python, so also if the interpreter is stuck; a thread shows what is new there.
-    The process goes on. Of several processes each but the first has a file with its number.
+    A thread writes them to the file and shows what is new there. If the interpreter is stuck, so that no thread has its turn,
+    faulthandler writes them without it, GRACE seconds later: earlier, it could meet frames that come and go, which ends the
+    process. The process goes on. Of several processes each but the first has a file with its number.
     """
 
     def __init__(self, workdir: Path, seconds: float) -> None:
@@ -196,6 +201,7 @@ class Stacks:
         self.path = workdir / (f"stacks-{index}.txt" if index else "stacks.txt")
         self.seconds, self.number, self.doing = seconds, 0, "start"
         self._file: Any = None
+        self._due = math.inf
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -228,13 +234,18 @@ class Stacks:
     def alive(self) -> None:
         """Something has finished or begun: the time to the next stacks starts anew."""
         if self._file is not None and self.seconds:
-            faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self._file)
+            self._due = time.monotonic() + self.seconds
+            faulthandler.dump_traceback_later(self.seconds + GRACE, repeat=True, file=self._file)
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
     def _show_new(self, ended: threading.Event) -> None:
-        while not ended.wait(POLL):
+        while not ended.wait(min(POLL, max(0.0, self._due - time.monotonic()))):
+            if time.monotonic() >= self._due:
+                self._file.write(f"{TIMEOUT} after {self.seconds:g} s\n".encode())
+                faulthandler.dump_traceback(self._file, all_threads=True)
+                self.alive()
             self._show()
         self._show()
 
@@ -244,7 +255,7 @@ class Stacks:
             return
         text = os.pread(self._file.fileno(), size - self._seen, self._seen).decode(errors="replace")
         self._seen = size
-        why = f"nothing has finished for {self.seconds:g} s" if text.startswith("Timeout") else "asked by SIGUSR2"
+        why = f"nothing has finished for {self.seconds:g} s" if text.startswith(TIMEOUT) else "asked by SIGUSR2"
         logging.warning(
             "%s, after step %d (%s); all threads, also in %s:\n%s", why, self.number, self.doing, self.path, text
         )

@@ -75,11 +75,14 @@ class Runs:
         return process.exitcode
 
     def reach(self, step, workdir, *arguments, **settings):
-        """The checkpoint of a step of a run, which is killed once it is there."""
+        """The checkpoint of a step of a run, which is killed once it is there; its loader's workers end by themselves."""
         process = self.start(workdir, *arguments, **(LOOP | {"keep": 1000} | settings))
         wait_for(lambda: (workdir / str(step)).exists() or process.exitcode is not None, 300)
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [Path("/proc", child) for children in threads for child in children.read_text().split()]
         process.kill()
         process.join()
+        wait_for(lambda: not any(worker.exists() for worker in workers), 30)
         assert (workdir / str(step)).exists(), self.log(workdir)
         return workdir / str(step)
 
