@@ -20,7 +20,7 @@ import quickstart
 
 from sora_jax import checkpoint, config, main, processes
 from sora_jax.data import loader
-from sora_jax.generate import pipeline, requests
+from sora_jax.generate import files, pipeline, requests
 from sora_jax.plan import roofline
 from sora_jax.study import runner
 from sora_jax.train import lock, loop, vae
@@ -52,7 +52,7 @@ def vae():
     return ConfigDict(dict(
         task="vae", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH,
         vae=dict(folds=((4, 8, 8),), widths=(8,), blocks=(1,), kernel=(2, 3, 3), channels=4, remat=False),
-        vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4),
+        vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4, motion_weight=0.0),
     ))
 
 
@@ -595,7 +595,14 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(tmp_pat
         assert "give --checkpoint" in refusal(capsys, "sample", *flags[1:], "--prompt=a")
 
 
-def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
+def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys, monkeypatch):
+    written, write = {}, files.write_video
+
+    def write_and_keep(path, frames, *rest):
+        written[path] = np.asarray(frames, int)
+        write(path, frames, *rest)
+
+    monkeypatch.setattr(files, "write_video", write_and_keep)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na red square\n")
     out = tmp_path / "vbench"
@@ -609,8 +616,10 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys):
         assert main.run(["sample", f"--out={tmp_path / 'v.mp4'}", "--samples=5", "--scale=1", *flags]) == 0
     names = [f"{prompt}-{index}.mp4" for prompt in prompts.read_text().splitlines() for index in range(5)]
     assert sorted(path.name for path in (out / "videos").iterdir()) == sorted(names)
-    for number in (1, 14):
-        assert (out / "videos" / names[number]).read_bytes() == (tmp_path / f"v-{number}.mp4").read_bytes()
+    for number, name in enumerate(names):
+        # Packed with others, what falls between two levels of 255 may fall to the other side.
+        apart = np.abs(written[out / "videos" / name] - written[tmp_path / f"v-{number}.mp4"])
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
     assert [video["seed"] for video in json.loads((out / "manifest.json").read_text())["videos"]][:5] == [
         7,
         8,
