@@ -37,7 +37,7 @@ def world() -> ConfigDict:
 def vae() -> ConfigDict:
     """The quickstart's, trained to the end, and on changes from frame to frame: groups of frames are to join without a step."""
     run = parts.vae_run(world(), steps=VAE_STEPS)
-    run.vae_train.motion_weight = 2.0
+    run.vae_train.motion_weight = 8.0
     return run
 
 
