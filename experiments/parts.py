@@ -155,7 +155,7 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
             seed=0,
             data=data(world, train_clips=4096, heldout_clips=128),
             vae=dict(folds=((4, 8, 8),), widths=(128,), blocks=(2,), kernel=(2, 3, 3), channels=24, remat=False),
-            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4, motion_weight=0.0),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
             optimizer=muon(0.02, 2e-3),
             loop=loop(steps),
             mesh=mesh(),

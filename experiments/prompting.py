@@ -17,13 +17,12 @@ def get_config(arg: str = "") -> ConfigDict:
     """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    stages = {"vae": vae(), "dit": dit()}
+    vae = parts.vae_run(world(), steps=VAE_STEPS)
+    stages = {"vae": vae, "dit": dit()}
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
         return stages[arg]
-    return parts.study(
-        "Prompting with anything", dict(vae=stages["vae"]), dict(prompting=dict(dit=stages["dit"])), prompts=96
-    )
+    return parts.study("Prompting with anything", dict(vae=vae), dict(prompting=dict(dit=stages["dit"])), prompts=96)
 
 
 def world() -> ConfigDict:
@@ -32,13 +31,6 @@ def world() -> ConfigDict:
     # What moves one way never comes back by itself; to close a loop, something has to have shown how.
     world.to_and_fro = 0.2
     return world
-
-
-def vae() -> ConfigDict:
-    """The quickstart's, trained to the end, and on changes from frame to frame: groups of frames are to join without a step."""
-    run = parts.vae_run(world(), steps=VAE_STEPS)
-    run.vae_train.motion_weight = 8.0
-    return run
 
 
 def dit() -> ConfigDict:

@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """One VAE and two DiTs of the same size, rows and steps, and so of the same compute."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    vae = prompting.vae()
+    vae = parts.vae_run(prompting.world(), prompting.VAE_STEPS)
     world = prompting.world()
     world.to_and_fro = 0.0
     runs = {name: parts.dit_run(world, DIT_STEPS, "vae") for name in ("together", "one_by_one")}

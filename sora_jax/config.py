@@ -118,20 +118,17 @@ class LoopConfig:
 class VAETrainConfig:
     """Batches of crops (frames, height, width) and the weights of the loss terms.
 
-    reconstruction is 'l1', 'l2' or 'huber'; motion_weight is that of the squared error of what changes from frame to frame,
-    without which frames of one group stand still and jump to the next; perceptual and adversarial terms are added by
-    train.vae.TERMS.
+    reconstruction is 'l1', 'l2' or 'huber'; perceptual and adversarial terms are added by train.vae.TERMS.
     """
 
     batch: int
     crop: tuple[int, int, int]
     reconstruction: str
     kl_weight: float
-    motion_weight: float
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.crop) < 1 or min(self.kl_weight, self.motion_weight) < 0:
-            raise ValueError("vae_train: batch and crop must be positive, kl_weight and motion_weight not negative")
+        if self.batch < 1 or min(self.crop) < 1 or self.kl_weight < 0:
+            raise ValueError("vae_train: batch and crop must be positive and kl_weight not negative")
         if self.reconstruction not in ("l1", "l2", "huber"):
             raise ValueError(f"vae_train.reconstruction {self.reconstruction!r} is none of l1, l2, huber")
 
@@ -341,7 +338,7 @@ def from_config_dict(tree: Any) -> Run:
 LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
 WORLD_ADDED = {"data.world.square": False, "data.world.to_and_fro": 0.0}
 ADDED: dict[str, dict[str, Any]] = {
-    "vae": LOOP_ADDED | WORLD_ADDED | {"vae_train.motion_weight": 0.0},
+    "vae": LOOP_ADDED | WORLD_ADDED,
     "dit": LOOP_ADDED
     | WORLD_ADDED
     | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}

@@ -112,15 +112,6 @@ def test_latents_have_unit_variance(trained_vae):
     assert np.allclose(values.var(0) + (spread**2).mean(0), 1, atol=0.05)
 
 
-def test_motion_error_is_of_changes_alone(rng):
-    clean = jnp.asarray(rng.uniform(-1, 1, (2, 9, 4, 4, 3)), jnp.float32)
-    assert vae.motion_error(clean, clean + 0.3) == pytest.approx(0, abs=1e-12)
-    # Every other frame wrong by d: each change is, by d.
-    flickers = clean + 0.1 * (jnp.arange(9) % 2)[:, None, None, None]
-    assert vae.motion_error(clean, flickers) == pytest.approx(0.01, rel=1e-4)
-    assert vae.motion_error(clean[:, :1], flickers[:, 1:2]) == 0
-
-
 def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
     workdir, state = trained_dit
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), workdir)

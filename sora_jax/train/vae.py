@@ -38,19 +38,11 @@ def reconstruction_error(clean: Array, decoded: Array, kind: str) -> Array:
     return jnp.mean(jnp.sqrt(jnp.square(difference) + 1e-4) - 1e-2)
 
 
-def motion_error(clean: Array, decoded: Array) -> Array:
-    """Mean square error of the differences of neighbouring frames, (B, T, H, W, 3); 0 of images."""
-    if clean.shape[1] == 1:
-        return jnp.float32(0)
-    return jnp.mean(jnp.square(jnp.diff(decoded, axis=1) - jnp.diff(clean, axis=1)))
-
-
 # name -> term(clean, decoded, posterior, config), weight included. A perceptual or adversarial term is one more entry.
 Term = Callable[[Array, Array, vae.Posterior, VAETrainConfig], Array]
 TERMS: dict[str, Term] = {
     "reconstruction": lambda clean, decoded, _, config: reconstruction_error(clean, decoded, config.reconstruction),
     "kl": lambda _, __, posterior, config: config.kl_weight * jnp.mean(posterior.kl()),
-    "motion": lambda clean, decoded, _, config: config.motion_weight * motion_error(clean, decoded),
 }
 
 
