@@ -33,6 +33,7 @@ SLOW = (
     "test_kills",
     "test_damage",
     "test_processes",
+    "test_lost_process",
     "test_runner",
     "test_sharding",
     "test_optimizer",

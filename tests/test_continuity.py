@@ -70,6 +70,13 @@ def test_a_full_orbit_loops_and_a_path_does_not():
     assert continuity.loop_change(orbit) < 1.25 < continuity.loop_change(video("right"))
 
 
+def test_groups_that_stand_and_jump_are_told():
+    whole = video("right")
+    assert continuity.change_into_groups(whole, 4) == pytest.approx(1, abs=0.1)
+    stands = whole[[0, *np.repeat([4, 8, 12, 16], 4)]]  # each group its last frame
+    assert continuity.change_into_groups(stands, 4) == pytest.approx(4, abs=0.1)
+
+
 def test_the_worst_change_finds_a_cut():
     whole = video("right")
     cut = np.concatenate([whole[:8], whole[12:]])

@@ -1,59 +1,21 @@
-"""Several real processes: the same losses as one, parts of a batch read apart, a killed peer noticed, and resumed from."""
+"""Several real processes: the same losses as one, parts of a batch read apart, a signal to one stops all."""
 
-import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
-import xla
+from several import PROGRAM, ROOT, children, environment, launched, until
 
 from sora_jax import checkpoint, processes
 
-ROOT = Path(__file__).parent.parent
 STEPS = 20
-# Trains a tiny VAE, and a DiT on it, for as many steps as its second argument says, in the folder that is its first; or, of very
-# many steps, the VAE alone. The DiT works on the VAE of its third argument, if there is one, and so on the very same latents.
-PROGRAM = """
-import dataclasses, logging, pathlib, sys, tiny
-logging.basicConfig(level=logging.INFO, force=True)  # importing jax's friends may have set it up otherwise
-from sora_jax import processes, sharding
-if "--distributed" in sys.argv:
-    processes.start()
-from sora_jax.train import dit, loop, vae
-folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-mesh = sharding.MeshConfig(data=2, fsdp=4)
-save_every = 4 if steps > 1000 else steps // 2
-run = dataclasses.replace(tiny.vae_run(steps=steps, log_every=1, save_every=save_every), mesh=mesh)
-loop.fit(vae.VAETask(run), folder / "vae")
-trained = pathlib.Path(sys.argv[3]) if sys.argv[3:] and not sys.argv[3].startswith("-") else folder
-run = dataclasses.replace(tiny.dit_run(trained / "vae", steps=steps, log_every=1, save_every=save_every), mesh=mesh)
-run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
-loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
-processes.leave()
-"""
-
-
-def environment(devices):
-    paths = [str(ROOT / "tests"), str(ROOT / "experiments")]
-    return os.environ | {
-        "XLA_FLAGS": xla.flags(),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 # `sora-jax` as it is installed.
 COMMAND = "import sys; from sora_jax import main; sys.exit(main.run())"
 
@@ -72,41 +34,6 @@ for sizes in (4, 1, 1, 1), (2, 1, 1, 2):
     print(f"process {jax.process_index()} of {sizes}: rows {own}, first {sorted(first)}, placed right: {right}", flush=True)
 processes.leave()
 """
-
-
-@contextlib.contextmanager
-def launched(folder, *program, count=2, devices=4):
-    """tools/launch_local with a program, its own process group, and the file of what it says; killed at the end."""
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "launch_local"),
-        f"--processes={count}",
-        f"--devices={devices}",
-        "--",
-    ]
-    log = folder / f"log{count}"
-    with log.open("w") as told:
-        process = subprocess.Popen(
-            [*command, sys.executable, "-c", *map(str, program)],
-            env=environment(devices),
-            stdout=told,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process, log
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def until(found, process, log, seconds=300):
-    """Waits until found() is true; fails if the process ends before, or it takes too long."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
 
 
 def losses(folder, stage):
@@ -166,31 +93,6 @@ def test_processes_place_the_rows_that_are_theirs(tmp_path):
         "process 1 of (2, 1, 1, 2): rows (0, 1, 2, 3), first [], placed right: True",
     ):
         assert line in told, told
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, victim):
-    with launched(tmp_path, PROGRAM, tmp_path, 100_000) as (process, log):
-        # A folder is renamed to its number when all of a checkpoint is in it.
-        until(lambda: any(path.name.isdigit() for path in tmp_path.glob("vae/*")), process, log)
-        os.kill(children(process.pid)[victim], signal.SIGKILL)
-        began = time.monotonic()
-        process.wait(60)
-        seconds = time.monotonic() - began
-    told = log.read_text()
-    assert seconds <= 15 + 2, told  # of starting and ending Python
-    codes = [int(code) for code in re.search(r"exit codes (-?\d+), (-?\d+)", told).groups()]
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == processes.LOST, told
-    assert "start all processes again" in told
-    if victim == 1:
-        # Started again, on another number of processes, it goes on from the newest checkpoint.
-        with launched(tmp_path, PROGRAM, tmp_path, 100_000, count=1, devices=8) as (process, log):
-            until(lambda: "/100000  loss" in log.read_text(), process, log)
-            assert "resumed from step" in log.read_text()
 
 
 @pytest.mark.parametrize("told", [0, 1])

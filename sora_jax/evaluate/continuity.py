@@ -31,6 +31,15 @@ def loop_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
     return float(closing / max(changes(frames_THWC).mean(), LEAST_CHANGE))
 
 
+def change_into_groups(frames_THWC: UInt8[np.ndarray, "T H W 3"], group: int) -> float:
+    """The mean change into the first frame of each `group` frames after the first, as a multiple of the mean change.
+
+    A causal VAE decodes a group from one latent frame, and groups are to join unseen: 1 for motions of one speed.
+    """
+    found = changes(frames_THWC)
+    return float(found[::group].mean() / max(found.mean(), LEAST_CHANGE))
+
+
 def worst_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
     """The largest change between neighbours, as a multiple of the median one."""
     found = changes(frames_THWC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax import Array
 from sora_jax import compute, processes, sharding
 from sora_jax.config import VAERun, VAETrainConfig
 from sora_jax.data.worlds import clips, world
-from sora_jax.evaluate import reader, reconstruction
+from sora_jax.evaluate import continuity, reader, reconstruction
 from sora_jax.generate import codec, files
 from sora_jax.models import vae
 from sora_jax.structs import Clip, Share, TrainState
@@ -110,13 +111,17 @@ class VAETask:
         return list(clips.clips(data.world, "heldout", range(data.heldout_clips)))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """PSNR in dB and attributes read from reconstructions of held-out clips, whole and at native size."""
+        """PSNR in dB, the change into groups of frames, and attributes read from reconstructions of held-out clips, whole and at
+        native size."""
         decoded = self._reconstruct(state, self.heldout)
         original = [clip.frames_THWC for clip in self.heldout]
+        found = {"psnr": reconstruction.psnr(original, decoded)}
+        group, moving = self.run.vae.stride[0], [(frames != frames[0]).any() for frames in original]
+        if group > 1 and any(moving):
+            into = [continuity.change_into_groups(frames, group) for frames in itertools.compress(decoded, moving)]
+            found["into_groups"] = float(np.mean(into))
         read = reader.score(decoded, [clip.scene for clip in self.heldout])
-        return {"psnr": reconstruction.psnr(original, decoded)} | {
-            f"attributes/{name}": value for name, value in read.items()
-        }
+        return found | {f"attributes/{name}": value for name, value in read.items()}
 
     def _reconstruct(self, state: TrainState, some: list[Clip]) -> list[np.ndarray]:
         network = codec.Codec(self.run.vae, state.ema, state.rest)

@@ -221,10 +221,10 @@ class Stacks:
         try:
             yield
         finally:
+            ended.set()
+            showing.join()  # first, as it may start the time anew
             faulthandler.cancel_dump_traceback_later()
             faulthandler.unregister(signal.SIGUSR2)
-            ended.set()
-            showing.join()
             self._file.close()
             self._file = None
             with contextlib.suppress(OSError):

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import several
+
 TESTS = Path(__file__).parent.parent
 LOOP = {"steps": 100_000, "log_every": 1, "save_every": 1}  # no run comes to its end by itself
 
@@ -78,11 +80,10 @@ class Runs:
         """The checkpoint of a step of a run, which is killed once it is there; its loader's workers end by themselves."""
         process = self.start(workdir, *arguments, **(LOOP | {"keep": 1000} | settings))
         wait_for(lambda: (workdir / str(step)).exists() or process.exitcode is not None, 300)
-        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-        workers = [Path("/proc", child) for children in threads for child in children.read_text().split()]
+        workers = several.children(process.pid)
         process.kill()
         process.join()
-        wait_for(lambda: not any(worker.exists() for worker in workers), 30)
+        wait_for(lambda: not any(Path("/proc", str(worker)).exists() for worker in workers), 30)
         assert (workdir / str(step)).exists(), self.log(workdir)
         return workdir / str(step)
 
