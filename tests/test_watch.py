@@ -117,7 +117,22 @@ def test_a_stuck_interpreter_is_named_too(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "GRACE", 0.2)
     with watch.watched(tmp_path, watch.Options(None, 0.3)) as watching:
         watching.step(1, lambda: ctypes.PyDLL(None).usleep(800_000))  # no other thread has its turn meanwhile
-        assert "test_a_stuck_interpreter" in (tmp_path / "stacks.txt").read_text()
+        stacks = (tmp_path / "stacks.txt").read_text()
+        # By faulthandler, as it says in its own words; a thread that had its turn afterwards says others.
+        assert "Timeout (0:00:00.5" in stacks and "test_a_stuck_interpreter" in stacks
+
+
+def test_stacks_end_with_their_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+    dump = watch.faulthandler.dump_traceback
+    monkeypatch.setattr(
+        watch.faulthandler, "dump_traceback", lambda *given, **named: (time.sleep(0.5), dump(*given, **named))
+    )
+    with watch.watched(tmp_path, watch.Options(None, 0.2)):
+        time.sleep(0.25)  # the run ends while its stacks are written
+    with (tmp_path / "another").open("wb") as another:  # which has the number that the file of stacks had
+        time.sleep(0.5)
+        assert (tmp_path / "stacks.txt").exists() and not os.fstat(another.fileno()).st_size
 
 
 def test_waiting_for_data_is_no_sign_of_life(tmp_path):

@@ -215,9 +215,9 @@ class Stacks:
         self._seen = self._size()
         ended = threading.Event()
         showing = threading.Thread(target=self._show_new, args=(ended,), name="stacks", daemon=True)
-        showing.start()
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True, chain=False)
         self.alive()
+        showing.start()
         try:
             yield
         finally:
