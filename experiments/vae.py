@@ -26,6 +26,7 @@ def get_config(arg: str = "compact") -> ConfigDict:
                 widths=(128, 256, 512),
                 blocks=(2, 2, 4),
                 kernel=(3, 3, 3),
+                encoder_frames=3,
                 channels=16,
                 remat=True,
             )

@@ -141,7 +141,7 @@ def taps(size: int, kernel: int) -> int:
 def vae(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> list[Product]:
     """Products of encoding and decoding clips of one size, in parts 'encoder' and 'decoder'."""
     t, h, w, _ = config.latent_shape(frames, height, width)
-    kt, kh, kw = config.kernel
+    _, kh, kw = config.kernel
     frames, below = t * config.stride[0], 3
     encoder: list[Product] = []
     decoder: list[Product] = []
@@ -152,7 +152,10 @@ def vae(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> 
         encoder.append(Product("encoder", ends, gradients=2 if level else 1))
         decoder.append(Product("decoder", ends))
         spatial = clips * frames * taps(height, kh) * taps(width, kw)
-        for part, products in (("encoder", encoder), ("decoder", decoder)):
+        for part, products, kt in (
+            ("encoder", encoder, config.encoder_frames),
+            ("decoder", decoder, config.kernel[0]),
+        ):
             # A block's last convolution is added to its input: no gradient needs its result again.
             products.append(Product(part, blocks * 2 * spatial * size * size, recomputed=int(config.remat)))
             products.append(Product(part, blocks * 2 * cells * kt * size * size))

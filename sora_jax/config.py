@@ -356,6 +356,8 @@ def from_stored(tree: Any) -> Run:
     loading = tree.get("loader") if isinstance(tree, dict) else None
     if isinstance(loading, dict) and "known_frames" in loading:
         loading["known"] = NOTHING_KNOWN | {"first_frames": loading.pop("known_frames")}
+    if task == "vae" and "vae" in tree:
+        tree["vae"] = _with_encoder_frames(tree["vae"])
     for path, value in ADDED.get(task, {}).items() if isinstance(task, str) else ():
         *parts, key = path.split(".")
         part = tree
@@ -478,7 +480,13 @@ def sampler_config(tree: Any) -> SamplerConfig:
 
 def vae_config(tree: Any) -> VAEConfig:
     """The VAE's architecture from JSON, as a DiT's checkpoint keeps it. Raises ConfigError."""
-    return _checked(VAEConfig, tree, "vae")
+    return _checked(VAEConfig, _with_encoder_frames(tree), "vae")
+
+
+def _with_encoder_frames(tree: Any) -> Any:
+    """A stored VAE's keys: once the encoder's kernel had as many frames as the decoder's, and one was named for both."""
+    kernel = tree.get("kernel") if isinstance(tree, dict) else None
+    return {"encoder_frames": kernel[0]} | tree if isinstance(kernel, list | tuple) and kernel else tree
 
 
 def stored_number(meta: Mapping[str, Any], name: str, where: object) -> float:

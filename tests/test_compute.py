@@ -41,6 +41,9 @@ VAES = {
     "three levels": vae.VAEConfig(
         folds=((1, 2, 2), (2, 2, 2), (2, 2, 2)), widths=(64, 128, 256), blocks=(1, 1, 1), kernel=(3, 3, 3), channels=8
     ),
+    "groups by themselves": vae.VAEConfig(
+        folds=((1, 8, 8), (4, 1, 1)), widths=(64, 128), blocks=(1, 2), kernel=(3, 3, 3), encoder_frames=1, channels=8
+    ),
 }
 
 

@@ -98,6 +98,15 @@ def test_a_config_from_before_a_key_was_added_does_what_it_did():
         config.from_config_dict(old)
 
 
+def test_a_vae_from_before_its_encoder_had_frames_of_its_own_is_built_as_it_was():
+    tree = copy.deepcopy(STORED["vae"])
+    tree["vae"] |= {"kernel": (3, 3, 3), "encoder_frames": 3}
+    old = copy.deepcopy(tree)
+    del old["vae"]["encoder_frames"]
+    assert config.from_stored(old) == config.from_config_dict(tree)
+    assert config.vae_config(old["vae"]) == config.vae_config(tree["vae"])
+
+
 def test_a_config_from_before_masks_had_kinds_gives_first_frames():
     old = config.to_dict(config.from_config_dict(tree()))
     del old["loader"]["known"]

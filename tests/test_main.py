@@ -51,7 +51,7 @@ TEXT = dict(vocab_size=64, width=16, layers=1, heads=2, mlp_width=16, max_tokens
 def vae():
     return ConfigDict(dict(
         task="vae", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH,
-        vae=dict(folds=((4, 8, 8),), widths=(8,), blocks=(1,), kernel=(2, 3, 3), channels=4, remat=False),
+        vae=dict(folds=((4, 8, 8),), widths=(8,), blocks=(1,), kernel=(2, 3, 3), encoder_frames=2, channels=4, remat=False),
         vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4),
     ))
 

@@ -17,8 +17,12 @@ SMALL = {
         widths=(8, 8, 16),
         blocks=(1, 1, 1),
         kernel=(3, 3, 3),
+        encoder_frames=3,
         channels=4,
         remat=True,
+    ),
+    "groups by themselves": vae.VAEConfig(
+        folds=((1, 8, 8), (4, 1, 1)), widths=(8, 16), blocks=(1, 1), encoder_frames=1, channels=4
     ),
 }
 
@@ -53,6 +57,13 @@ def test_latents_see_no_later_frame(model, frames):
     changed = model.encode(frames.at[:, 9:].set(0.5)).mean
     assert np.array_equal(before[:, :3], changed[:, :3])
     assert not np.allclose(before[:, 3], changed[:, 3])
+
+
+def test_what_came_before_tells_in_latents_unless_groups_are_encoded_by_themselves(model, frames):
+    before = model.encode(frames).mean
+    changed = model.encode(frames.at[:, :9].set(0.5)).mean
+    assert not np.allclose(before[:, 2], changed[:, 2])
+    assert np.array_equal(before[:, 3:], changed[:, 3:]) == (model.config.encoder_frames == 1)
 
 
 def test_decoded_frames_see_no_later_latent(model):

@@ -32,13 +32,16 @@ MOST_WIDTH, MOST_BLOCKS = 2**17, 2**8
 class VAEConfig:
     """folds, widths and blocks have one entry a level, from pixels to latents.
 
-    kernel is (frames, height, width), which a block applies as (1, height, width) and then (frames, 1, 1).
+    kernel is (frames, height, width), which a block applies as (1, height, width) and then (frames, 1, 1); the encoder's has
+    encoder_frames in place of its frames. With 1 a latent tells of its own frames alone, whatever came before them: a part of
+    a video then has the latents that it has within the whole, which is what prompting with parts asks for.
     """
 
     folds: tuple[tuple[int, int, int], ...] = ((4, 8, 8),)
     widths: tuple[int, ...] = (192,)
     blocks: tuple[int, ...] = (2,)
     kernel: tuple[int, int, int] = (2, 3, 3)
+    encoder_frames: int = 2
     channels: int = 32
     remat: bool = False
 
@@ -48,16 +51,27 @@ class VAEConfig:
                 f"vae: folds, widths and blocks need one entry per level, but have {len(self.folds)}, {len(self.widths)} and "
                 f"{len(self.blocks)}"
             )
-        if min(*(n for fold in self.folds for n in fold), *self.widths, *self.kernel, self.channels) < 1:
-            raise ValueError("vae: folds, widths, kernel and channels must be positive")
+        if min(self._sizes) < 1:
+            raise ValueError("vae: folds, widths, kernel, encoder_frames and channels must be positive")
         if min(self.blocks) < 0 or sum(self.blocks) > MOST_BLOCKS or len(self.blocks) > MOST_BLOCKS:
             raise ValueError(
                 f"vae: blocks {str(self.blocks)[:100]} must not be negative, nor more than {MOST_BLOCKS} in all"
             )
-        if max(*(n for fold in self.folds for n in fold), *self.widths, *self.kernel, self.channels) > MOST_WIDTH:
-            raise ValueError(f"vae: folds, widths, kernel or channels is beyond any machine; at most {MOST_WIDTH}")
+        if max(self._sizes) > MOST_WIDTH:
+            raise ValueError(
+                f"vae: folds, widths, kernel, encoder_frames or channels is beyond any machine; at most {MOST_WIDTH}"
+            )
         if self.kernel[1] % 2 == 0 or self.kernel[2] % 2 == 0:
             raise ValueError(f"vae.kernel {self.kernel}: height and width must be odd")
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        folds = (n for fold in self.folds for n in fold)
+        return (*folds, *self.widths, *self.kernel, self.encoder_frames, self.channels)
+
+    @property
+    def encoder_kernel(self) -> tuple[int, int, int]:
+        return (self.encoder_frames, *self.kernel[1:])
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -179,7 +193,7 @@ class Encoder(nnx.Module):
         )
         self.levels = nnx.List(
             [
-                nnx.List([ResidualBlock(width, config.kernel, rngs) for _ in range(count)])
+                nnx.List([ResidualBlock(width, config.encoder_kernel, rngs) for _ in range(count)])
                 for width, count in zip(config.widths, config.blocks, strict=True)
             ]
         )

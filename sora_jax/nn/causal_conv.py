@@ -33,9 +33,13 @@ class CausalConv(nnx.Module):
             past = jnp.zeros((batch, self.frames - 1, *x.shape[2:]), x.dtype)
         seen = jnp.concatenate([past, x], axis=1)
         stacked = jnp.concatenate([seen[:, i : i + length] for i in range(self.frames)], axis=-1)
+        kernel = self.kernel[...]
+        if kernel.shape[:2] == (1, 1):
+            # A product of matrices, whose gradients the CPU has twice as fast as those of a convolution.
+            return stacked @ kernel[0, 0] + self.bias[...], seen[:, length:]
         y = jax.lax.conv_general_dilated(
             rearrange(stacked, "b t h w i -> (b t) h w i"),
-            self.kernel[...],
+            kernel,
             window_strides=(1, 1),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
