@@ -455,7 +455,9 @@ def _add_modes(parser: Parser) -> None:
         "--direction", choices=("forward", "backward"), help="where --extend goes on (default: forward)"
     )
     beside.add_argument(
-        "--mask", metavar="FILE", help="image or video for --inpaint, white where to make anew (default: none)"
+        "--mask",
+        metavar="FILE",
+        help="image or video for --inpaint and --edit, white where to make anew (default: none)",
     )
     beside.add_argument(
         "--strength",

@@ -308,6 +308,18 @@ def test_edit_gives_nothing_but_the_frames_and_their_noise(clip):
     assert len({step.seed for step in steps}) == len(steps)
 
 
+def test_an_edit_with_a_mask_gives_what_is_black_and_begins_from_the_frames_where_it_is_white(clip, tmp_path):
+    path = clip(9)
+    white = np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    job = prepare(edit=path, prompt="b", strength=0.3, mask=str(tmp_path / "mask.png"))
+    video, (step,) = play(job)
+    assert step.known.strength == 0.3 and not step.known.given_THW[:, :8].any() and step.known.given_THW[:, 8:].all()
+    np.testing.assert_array_equal(step.known.frames_THWC, media.read(media.Path(path)).frames_THWC)
+    assert (video[:, :8] == NEW).all() and (video[:, 8:] != NEW).all()
+
+
 @pytest.mark.parametrize("size", [(16, 16), (24, 40)])
 def test_inpaint_hides_what_is_under_the_mask(tmp_path, rng, size):
     """Whatever was there: the canvas and the result are the same; all else comes back."""

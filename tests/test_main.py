@@ -589,7 +589,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(tmp_pat
         assert "image and edit are ways to make one video" in refusal(
             capsys, "sample", *flags, "--prompt=a", "--image=a.png", "--edit=b.mp4"
         )
-        assert "mask goes with inpaint" in refusal(capsys, "sample", *flags, "--prompt=a", "--mask=a.png")
+        assert "mask goes with inpaint or edit" in refusal(capsys, "sample", *flags, "--prompt=a", "--mask=a.png")
         assert "strength is 2.0" in refusal(capsys, "sample", *flags, "--edit=a.mp4", "--strength=2")
         assert "leave --seed out" in refusal(capsys, "sample", *flags, "--requests=a.yaml", "--seed=2")
         assert "give --checkpoint" in refusal(capsys, "sample", *flags[1:], "--prompt=a")

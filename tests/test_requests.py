@@ -99,7 +99,7 @@ BAD = [
     ({"edit": "a.mp4", "frames": 9}, "edit keeps the length of its video; leave frames and seconds out, or use extend"),
     ({"edit": "a.mp4", "draft": 0.5}, "edit begins from a whole video, which is its draft; leave draft out"),
     ({"inpaint": "a.mp4"}, "inpaint needs a mask; give mask an image or video that is white where to make anew"),
-    ({"prompt": "a", "mask": "m.png"}, "mask goes with inpaint"),
+    ({"prompt": "a", "mask": "m.png"}, "mask goes with inpaint or edit"),
     ({"outpaint": "a.mp4"}, "outpaint needs pixels to add; give left, right, top or bottom"),
     ({"outpaint": "a.mp4", "left": 0}, "outpaint needs pixels to add"),
     ({"outpaint": "a.mp4", "left": -8}, "left is -8; it must be a whole number from 0"),

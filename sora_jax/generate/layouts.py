@@ -91,6 +91,23 @@ class _Scene:
         self.told.extend(line for line in video.told if line not in self.told)
         return video
 
+    def masked(self, video: Video, path: str) -> Timeline:
+        """A video in windows, of which a mask's white part is made anew."""
+        mask = media.read_mask(Path(path), self.size.fps, self.fit(), self.part, self.limits)
+        (height, width), (H, W) = mask.source_size, video.source_size
+        if abs(height * W - width * H) > max(height, width, H, W):
+            raise RequestError(f"mask is {height}x{width}, but what it is for is {H}x{W}; give it the same size")
+        frames = len(video.frames_THWC)
+        if len(mask.new_THW) not in (1, frames):
+            raise RequestError(
+                f"mask has {len(mask.new_THW)} frames at {self.size.fps:g} fps, but what it is for {frames}; "
+                "give it as many, or an image"
+            )
+        if not mask.new_THW.any():
+            raise RequestError("mask has no white; make white what is to be made anew")
+        timeline = _timeline([video], self.plan(0, frames))
+        return dataclasses.replace(timeline, given_THW=timeline.given_THW & ~mask.new_THW)
+
     def whole(self) -> int:
         """How many frames a video from a prompt or an image has; of seconds, the nearest length that works."""
         if self.order.seconds is None:
@@ -253,29 +270,19 @@ def _loop(scene: _Scene) -> Layout:
 
 def _edit(scene: _Scene) -> Layout:
     assert scene.order.edit is not None
-    video = scene.read(scene.order.edit)._replace(given_HW=np.zeros((scene.size.height, scene.size.width), bool))
+    video = scene.read(scene.order.edit)
     strength = canvas.STRENGTH if scene.order.strength is None else scene.order.strength
-    timeline = _timeline([video], scene.plan(0, len(video.frames_THWC)))
+    if scene.order.mask is not None:
+        timeline = scene.masked(video, scene.order.mask)
+    else:
+        nothing = video._replace(given_HW=np.zeros_like(video.given_HW))
+        timeline = _timeline([nothing], scene.plan(0, len(video.frames_THWC)))
     return dataclasses.replace(timeline, strength=strength), scene.size.fps
 
 
 def _inpaint(scene: _Scene) -> Layout:
     assert scene.order.inpaint is not None and scene.order.mask is not None
-    video = scene.read(scene.order.inpaint)
-    mask = media.read_mask(Path(scene.order.mask), scene.size.fps, scene.fit(), scene.part, scene.limits)
-    (height, width), (H, W) = mask.source_size, video.source_size
-    if abs(height * W - width * H) > max(height, width, H, W):
-        raise RequestError(f"mask is {height}x{width}, but what it is for is {H}x{W}; give it the same size")
-    frames = len(video.frames_THWC)
-    if len(mask.new_THW) not in (1, frames):
-        raise RequestError(
-            f"mask has {len(mask.new_THW)} frames at {scene.size.fps:g} fps, but what it is for {frames}; "
-            "give it as many, or an image"
-        )
-    if not mask.new_THW.any():
-        raise RequestError("mask has no white; make white what is to be made anew")
-    timeline = _timeline([video], scene.plan(0, frames))
-    return dataclasses.replace(timeline, given_THW=timeline.given_THW & ~mask.new_THW), scene.size.fps
+    return scene.masked(scene.read(scene.order.inpaint), scene.order.mask), scene.size.fps
 
 
 def _outpaint(scene: _Scene) -> Layout:

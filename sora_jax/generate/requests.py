@@ -54,7 +54,8 @@ class Order:
       extend       a video that goes on, forward or backward (direction)
       connect      two videos, and what happens between them
       loop         a video that is led back to its start; true: one that is first made from the prompt
-      edit         a video that is made anew from noise of this strength, 0 (as it is) to 1 (nothing of it)
+      edit         a video that is made anew from noise of this strength, 0 (as it is) to 1 (nothing of it); with a mask, where
+                   that is white
       inpaint      a video or image of which a mask's white part is made anew
       outpaint     a video or image that is continued by left, right, top, bottom pixels
       interpolate  a video with `factor` times as many frames, at the strength
@@ -221,7 +222,7 @@ _BORDERS = ("left", "right", "top", "bottom")
 _ONLY_WITH = {
     "direction": ("extend",),
     "strength": ("edit", "interpolate", "draft"),
-    "mask": ("inpaint",),
+    "mask": ("inpaint", "edit"),
     "factor": ("interpolate",),
     "fit": MODES,
     "start": ("extend", "loop", "edit", "inpaint", "outpaint", "interpolate"),
