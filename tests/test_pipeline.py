@@ -131,6 +131,29 @@ def test_each_request_insists_as_much_as_it_says_in_one_program(sampler, rng):
     assert sampler._denoise._cache_size() == programs
 
 
+def test_what_has_nothing_given_does_not_pay_for_insisting_on_it(sampler, rng, monkeypatch):
+    from sora_jax.generate.requests import Order
+
+    branches = []
+    denoise = sampler._denoise
+    monkeypatch.setattr(
+        sampler,
+        "_denoise",
+        lambda *rest, settings: (branches.append(settings.branches), denoise(*rest, settings=settings))[1],
+    )
+    insisting = dataclasses.replace(sampler.run.sampler, guidance=4.0, known_guidance=3.0)
+    free, image = request("a red circle", frames=9), prompted("image", rng)
+    sampler.sample([free], insisting)
+    sampler.generate([Order(prompt="a red circle", frames=5)], insisting)
+    assert branches == [2, 2]
+    sampler.sample([image], insisting)
+    sampler.sample([dataclasses.replace(image, known_guidance=1.0)], insisting)
+    assert branches[2:] == [3, 2]
+    # Windows are given what the one before made, and all passes of an order are of one program.
+    sampler.generate([Order(prompt="a red circle", frames=9, window=5)], insisting)
+    assert set(branches[4:]) == {3} and len(branches) > 5
+
+
 def test_orders_become_videos_and_their_samples_are_read_once(sampler, tmp_path, monkeypatch):
     from PIL import Image
 

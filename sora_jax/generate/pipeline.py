@@ -137,10 +137,12 @@ class Pipeline:
                 [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
             )
 
+        # Passes of which none insists are of the same program as the others.
         usual = settings.known_guidance
-        if any(job.order.known_guidance not in (None, 1) for job in jobs):
-            # Passes of which none insists are of the same program as the others.
-            settings = dataclasses.replace(settings, known_guidance=INSISTING)
+        insisting = any(
+            (usual if job.order.known_guidance is None else job.order.known_guidance) != 1 and _goes_on(job)
+            for job in jobs
+        )
 
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
             requests = [
@@ -149,11 +151,11 @@ class Pipeline:
                     **dataclasses.asdict(each.size),
                     seed=each.seed,
                     known=each.known,
-                    known_guidance=usual if each.known_guidance is None else each.known_guidance,
+                    known_guidance=each.known_guidance,
                 )
                 for each in passes
             ]
-            return self.sample(requests, settings, packing)
+            return self.sample(requests, settings, packing, insisting)
 
         return canvas.run(jobs, sampled)
 
@@ -176,16 +178,20 @@ class Pipeline:
         requests: Sequence[Request],
         settings: sampler.SamplerConfig,
         packing: pack.PackConfig | None = None,
+        insisting: bool = False,
     ) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-        Rows are as these requests need them if packing is None. Raises ValueError for sizes the model cannot make.
+        Rows are as these requests need them if packing is None, and guidance on what is given is a part of the program if they
+        need it, or if insisting. Raises ValueError for sizes the model cannot make.
         """
         made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
         given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
         wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
-        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing)
+        latents = self.sample_latents(
+            [requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing, insisting
+        )
         with self._on_mesh():
             sampled = self.codec.decode(latents)
             round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
@@ -201,8 +207,9 @@ class Pipeline:
         settings: sampler.SamplerConfig,
         starts: Sequence[Start] | None = None,
         packing: pack.PackConfig | None = None,
+        insisting: bool = False,
     ) -> list[np.ndarray]:
-        """Normalised latents (t, h, w, c), in order. starts and packing are those of the requests if None."""
+        """Normalised latents (t, h, w, c), in order. starts and packing are the requests' if None; insisting as in sample."""
         if not requests:
             return []
         starts = self.starts(requests) if starts is None else starts
@@ -213,12 +220,15 @@ class Pipeline:
         with self._on_mesh():
             if packing is None:
                 packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
+            # Where nothing is known there is nothing to insist on, and a third of the work to save.
             insistences = [
-                settings.known_guidance if request.known_guidance is None else request.known_guidance
-                for request in requests
+                1.0
+                if not start.known_N.any()
+                else (settings.known_guidance if request.known_guidance is None else request.known_guidance)
+                for request, start in zip(requests, starts, strict=True)
             ]
-            if any(insistence != 1 for insistence in (settings.known_guidance, *insistences)):
-                settings = dataclasses.replace(settings, known_guidance=INSISTING)
+            insisting = insisting or any(insistence != 1 for insistence in insistences)
+            settings = dataclasses.replace(settings, known_guidance=INSISTING if insisting else 1.0)
             seeds = [request.seed for request in requests]
             patches = self._denoised(clips, unprompted, seeds, insistences, settings, packing)
         return [
@@ -316,6 +326,12 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
         row_text=_up(most_text * share, step),
         window=len(tokens),
     )
+
+
+def _goes_on(job: Job) -> bool:
+    """Whether a pass of a job has something given to it, by the user or by the windows before."""
+    timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
+    return any(timeline.given_THW.any() or len(timeline.windows) > 1 for timeline in timelines)
 
 
 def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
