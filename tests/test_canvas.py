@@ -463,6 +463,25 @@ def test_windows_go_on_from_what_was_made(clip):
     np.testing.assert_array_equal(video[6:, 0, 0, 0], newest + 1 + np.arange(50))
 
 
+def test_a_window_insists_on_the_users_frames_and_where_it_has_to_meet_something(clip):
+    """None is as the checkpoint is used to; an order that says how much is obeyed in every pass."""
+
+    def insistences(**order):
+        return [step.known_guidance for step in to_make(play(prepare(prompt="a", **order))[1])]
+
+    long = insistences(frames=61)
+    assert len(long) > 3 and set(long[1:]) == {1.0}
+    for direction in ("forward", "backward"):
+        # The second still sees the user's frame beside its own first group.
+        first, *rest = insistences(extend=clip(9, name=f"{direction}.mp4"), direction=direction, frames=60)
+        assert first is None and len(rest) > 3 and set(rest[1:]) == {1.0}
+    *_, last = insistences(loop=True, frames=40)
+    assert last is None
+    *_, last = insistences(connect=(clip(9, name="a.mp4"), clip(9, name="b.mp4")), frames=60)
+    assert last is None
+    assert set(insistences(extend=clip(9), frames=60, known_guidance=3.0)) == {3.0}
+
+
 def test_jobs_are_sampled_together_and_each_as_if_alone(clip):
     jobs = [
         prepare(prompt="a"),

@@ -24,6 +24,9 @@ from sora_jax.generate.requests import Order, RequestError, Size
 
 # Of orders that begin from frames and do not say how much noise they get.
 STRENGTH = 0.6
+# How much a window insists on frames of which it knows only that the model made them just now, and that lead nowhere: what
+# insisting pushes too far adds up over windows.
+ONLY_GOING_ON = 1.0
 
 
 class Pass(NamedTuple):
@@ -221,22 +224,27 @@ def passes(job: Job) -> Passes:
 
 
 def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
-    """Window after window; frames that were made are given to the windows after them."""
+    """Window after window; frames that were made are given to the windows after them, which insist on them only where they have
+    to meet something."""
     frames_THWC, given_THW = timeline.frames_THWC.copy(), timeline.given_THW.copy()
 
-    def one(known: Known) -> Pass:
+    def one(known: Known, insistence: float | None = None) -> Pass:
         length, height, width = known.given_THW.shape
         size = Size(height, width, length, job.size.fps)
         nothing = known.strength == 1 and not known.given_THW.any()
         seed = pass_seed(job.order.seed, number)
-        return Pass(job.order.prompt, size, seed, None if nothing else known, job.order.known_guidance)
+        if job.order.known_guidance is not None:
+            insistence = job.order.known_guidance
+        return Pass(job.order.prompt, size, seed, None if nothing else known, insistence)
 
     for window in timeline.windows:
         shown = _indices(window.start, window.stop, len(frames_THWC), timeline.loop)
         given = given_THW[shown]
         seen_THWC = frames_THWC[shown]
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
-        made_THWC = yield one(known)
+        leads = given[: window.first - window.start].any() and given[window.last - window.start :].any()
+        users = timeline.given_THW[shown].any()
+        made_THWC = yield one(known, None if users or leads else ONLY_GOING_ON)
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1

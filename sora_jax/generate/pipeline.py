@@ -139,10 +139,7 @@ class Pipeline:
 
         # Passes of which none insists are of the same program as the others.
         usual = settings.known_guidance
-        insisting = any(
-            (usual if job.order.known_guidance is None else job.order.known_guidance) != 1 and _goes_on(job)
-            for job in jobs
-        )
+        insisting = any(_insists(job, usual) for job in jobs)
 
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
             requests = [
@@ -328,10 +325,11 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
     )
 
 
-def _goes_on(job: Job) -> bool:
-    """Whether a pass of a job has something given to it, by the user or by the windows before."""
+def _insists(job: Job, usual: float) -> bool:
+    """Whether a pass of a job may insist on what is given, where the checkpoint's way is to insist `usual`."""
+    insistence = usual if job.order.known_guidance is None else job.order.known_guidance
     timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
-    return any(timeline.given_THW.any() or len(timeline.windows) > 1 for timeline in timelines)
+    return insistence != 1 and any(timeline.given_THW.any() or timeline.loop > 0 for timeline in timelines)
 
 
 def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
