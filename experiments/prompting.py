@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
 # Many times the quickstart's: a VAE that is stopped early shows one place in all frames of a group, and then jumps.
-VAE_STEPS, DIT_STEPS = 6000, 6000
+VAE_STEPS, DIT_STEPS = 6000, 9000
 # Motions that can go on for ever are among them, to be extended and looped.
 MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """'' is the study; 'vae' and 'dit' are its stages, to be trained alone."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    vae = parts.vae_run(world(), steps=VAE_STEPS)
+    vae = vae_run()
     stages = {"vae": vae, "dit": dit()}
     if arg:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
@@ -33,14 +33,23 @@ def world() -> ConfigDict:
     return world
 
 
+def vae_run() -> ConfigDict:
+    """A VAE whose parts of a video go together: groups are encoded by themselves and decoded at the full frame rate."""
+    run = parts.vae_run(world(), steps=VAE_STEPS)
+    run.vae.encoder_frames = 1
+    run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (4, 2, 2)), (32, 128), (1, 2)
+    run.loop.save_every = 500
+    return run
+
+
 def dit() -> ConfigDict:
-    """A wider model than the quickstart's, with masks: two in five clips are made from text alone."""
+    """A wider model than the quickstart's, with masks: a third of the clips are made from text alone."""
     run = parts.dit_run(world(), steps=DIT_STEPS, vae_checkpoint="vae")
     run.dit.width, run.dit.heads = 144, 3
     run.loader.known.update(
         first_frame=0.12,
         first_frames=0.12,
-        last_frames=0.1,
+        last_frames=0.16,
         both_ends=0.1,
         some_frames=0.05,
         box=0.08,
@@ -48,6 +57,7 @@ def dit() -> ConfigDict:
     )
     # Nothing is as clean when it was made a moment ago as when it was encoded.
     run.flow.known_noise = 0.2
+    run.sampler.known_guidance = 2.0
     # A clip of which a part is known has two slots.
     run.pack.row_slots = 14
     run.loop.save_every = 500

@@ -15,7 +15,6 @@ def get_config(arg: str = "") -> ConfigDict:
     """One VAE and two DiTs of the same size, rows and steps, and so of the same compute."""
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    vae = parts.vae_run(prompting.world(), prompting.VAE_STEPS)
     world = prompting.world()
     world.to_and_fro = 0.0
     runs = {name: parts.dit_run(world, DIT_STEPS, "vae") for name in ("together", "one_by_one")}
@@ -24,4 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
         run.pack.update(row_slots=24, row_text=160)
     runs["together"].loader.known.first_frames = 0.5
     runs["one_by_one"].loader.known.next_frame = 1.0
-    return parts.study("Together against one after the other", dict(vae=vae), dict(rollout=runs), prompts=96)
+    return parts.study(
+        "Together against one after the other", dict(vae=prompting.vae_run()), dict(rollout=runs), prompts=96
+    )
