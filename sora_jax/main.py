@@ -481,7 +481,8 @@ def _add_modes(parser: Parser) -> None:
         "--known_guidance",
         type=float,
         metavar="X",
-        help="how much to insist on what is given, 1 = no guidance (default: the checkpoint's config.sampler.known_guidance)",
+        help="how much to insist on what is given, 1 = no guidance (default: the checkpoint's config.sampler.known_guidance, "
+        "and 1 in windows of a long video that only go on from what was made)",
     )
 
 
