@@ -228,13 +228,12 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
     to meet something."""
     frames_THWC, given_THW = timeline.frames_THWC.copy(), timeline.given_THW.copy()
 
-    def one(known: Known, insistence: float | None = None) -> Pass:
+    def one(known: Known, only_going_on: bool = False) -> Pass:
         length, height, width = known.given_THW.shape
         size = Size(height, width, length, job.size.fps)
         nothing = known.strength == 1 and not known.given_THW.any()
         seed = pass_seed(job.order.seed, number)
-        if job.order.known_guidance is not None:
-            insistence = job.order.known_guidance
+        insistence = ONLY_GOING_ON if only_going_on and job.order.known_guidance is None else job.order.known_guidance
         return Pass(job.order.prompt, size, seed, None if nothing else known, insistence)
 
     for window in timeline.windows:
@@ -244,7 +243,7 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
         leads = given[: window.first - window.start].any() and given[window.last - window.start :].any()
         users = timeline.given_THW[shown].any()
-        made_THWC = yield one(known, None if users or leads else ONLY_GOING_ON)
+        made_THWC = yield one(known, only_going_on=not (users or leads))
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,13 @@ class Start:
     ceiling: float
 
 
+class Program(NamedTuple):
+    """What is compiled, for several calls to share: the shape of its rows, and whether it can insist on what is given."""
+
+    packing: pack.PackConfig
+    insisting: bool
+
+
 class Pipeline:
     """A trained model, ready to sample, on a mesh, or on that of the context. The run's text encoder is resolved."""
 
@@ -136,10 +143,7 @@ class Pipeline:
             packing = packing_for(
                 [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
             )
-
-        # Passes of which none insists are of the same program as the others.
-        usual = settings.known_guidance
-        insisting = any(_insists(job, usual) for job in jobs)
+        program = Program(packing, any(_insists(job, settings.known_guidance) for job in jobs))
 
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
             requests = [
@@ -152,7 +156,7 @@ class Pipeline:
                 )
                 for each in passes
             ]
-            return self.sample(requests, settings, packing, insisting)
+            return self.sample(requests, settings, program)
 
         return canvas.run(jobs, sampled)
 
@@ -174,21 +178,17 @@ class Pipeline:
         self,
         requests: Sequence[Request],
         settings: sampler.SamplerConfig,
-        packing: pack.PackConfig | None = None,
-        insisting: bool = False,
+        program: Program | None = None,
     ) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3), in order; what was given comes back as the VAE makes it from what was given.
 
-        Rows are as these requests need them if packing is None, and guidance on what is given is a part of the program if they
-        need it, or if insisting. Raises ValueError for sizes the model cannot make.
+        The program is what these requests need if None. Raises ValueError for sizes the model cannot make.
         """
         made: list[Any] = [None] * len(requests)
         starts = self.starts(requests)
         given = {i: start.given_THW for i, start in enumerate(starts) if start.given_THW.any()}
         wanted = [i for i, start in enumerate(starts) if not start.given_THW.all()]
-        latents = self.sample_latents(
-            [requests[i] for i in wanted], settings, [starts[i] for i in wanted], packing, insisting
-        )
+        latents = self.sample_latents([requests[i] for i in wanted], settings, [starts[i] for i in wanted], program)
         with self._on_mesh():
             sampled = self.codec.decode(latents)
             round_trips = self.codec.decode([starts[i].clean_thwc for i in given])
@@ -203,10 +203,9 @@ class Pipeline:
         requests: Sequence[Request],
         settings: sampler.SamplerConfig,
         starts: Sequence[Start] | None = None,
-        packing: pack.PackConfig | None = None,
-        insisting: bool = False,
+        program: Program | None = None,
     ) -> list[np.ndarray]:
-        """Normalised latents (t, h, w, c), in order. starts and packing are the requests' if None; insisting as in sample."""
+        """Normalised latents (t, h, w, c), in order. starts and program are those of the requests if None."""
         if not requests:
             return []
         starts = self.starts(requests) if starts is None else starts
@@ -214,20 +213,14 @@ class Pipeline:
         pairs = list(enumerate(zip(requests, starts, strict=True)))
         clips = [self._tokens(number, request, start, request.prompt) for number, (request, start) in pairs]
         unprompted = [self._tokens(number, request, start, "") for number, (request, start) in pairs]
+        insistences = [_insistence(request, start, settings) for _, (request, start) in pairs]
         with self._on_mesh():
-            if packing is None:
+            if program is None:
                 packing = packing_for([len(clip.index_N) for clip in clips], max(clip.num_text for clip in clips))
-            # Where nothing is known there is nothing to insist on, and a third of the work to save.
-            insistences = [
-                1.0
-                if not start.known_N.any()
-                else (settings.known_guidance if request.known_guidance is None else request.known_guidance)
-                for request, start in zip(requests, starts, strict=True)
-            ]
-            insisting = insisting or any(insistence != 1 for insistence in insistences)
-            settings = dataclasses.replace(settings, known_guidance=INSISTING if insisting else 1.0)
+                program = Program(packing, any(insistence != 1 for insistence in insistences))
+            settings = dataclasses.replace(settings, known_guidance=INSISTING if program.insisting else 1.0)
             seeds = [request.seed for request in requests]
-            patches = self._denoised(clips, unprompted, seeds, insistences, settings, packing)
+            patches = self._denoised(clips, unprompted, seeds, insistences, settings, program.packing)
         return [
             pack.unpatchify(patches[i], start.clean_thwc.shape, self.geometry.patch) for i, start in enumerate(starts)
         ]
@@ -323,6 +316,13 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
         row_text=_up(most_text * share, step),
         window=len(tokens),
     )
+
+
+def _insistence(request: Request, start: Start, settings: sampler.SamplerConfig) -> float:
+    """Where nothing is known there is nothing to insist on, and a third of the work to save."""
+    if not start.known_N.any():
+        return 1.0
+    return settings.known_guidance if request.known_guidance is None else request.known_guidance
 
 
 def _insists(job: Job, usual: float) -> bool:
