@@ -62,7 +62,8 @@ class Order:
 
     start and end (seconds) take a part of that video; fit says how inputs come to the size; draft makes the video first at this
     share of its size, and then in full from the enlarged draft at the strength. window is how many frames are made at once,
-    samples the number of variations, of seeds seed, seed + 1, ...; known_guidance is how much to insist on what is given.
+    samples the number of variations, of seeds seed, seed + 1, ...; known_guidance is how much to insist on what is given,
+    in every window.
     """
 
     prompt: str = ""
