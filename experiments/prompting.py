@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
 # Many times the quickstart's: a VAE that is stopped early shows one place in all frames of a group, and then jumps.
-VAE_STEPS, DIT_STEPS = 6000, 9000
+VAE_STEPS, DIT_STEPS = 6000, 12000
 # Motions that can go on for ever are among them, to be extended and looped.
 MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
@@ -57,6 +57,10 @@ def dit() -> ConfigDict:
     )
     # Nothing is as clean when it was made a moment ago as when it was encoded.
     run.flow.known_noise = 0.2
+    # Groups of frames differ by their noise: by that of the posterior, and by what is most of a picture and little of the loss.
+    run.flow.posterior, run.flow.emphasis = 0.0, 1.0
+    # Frames are asked for that are longer than those of training.
+    run.loader.squeezed = 0.15
     run.sampler.known_guidance = 2.0
     # A clip of which a part is known has two slots.
     run.pack.row_slots = 14

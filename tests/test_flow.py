@@ -100,3 +100,5 @@ def test_bad_times_are_refused():
         flow.TimeConfig(std=0.0)
     with pytest.raises(ValueError, match="known_noise"):
         flow.TimeConfig(known_noise=-0.1)
+    with pytest.raises(ValueError, match="posterior"):
+        flow.TimeConfig(posterior=1.1)

@@ -184,6 +184,21 @@ def test_what_is_played_to_and_fro_is_stored_as_such_and_has_both_ends_given(tmp
     assert set(tokens[1].index_N[~tokens[1].known_N] // 4) == {1}
 
 
+def test_positions_are_squeezed_as_configured_and_nothing_else_is(store):
+    plain, squeezed = shares(store, PLAIN), shares(store, dataclasses.replace(PLAIN, squeezed=0.5))
+    scales = []
+    for one, other in zip(plain, squeezed, strict=True):
+        scale_3 = other.extent_3 / one.extent_3
+        assert np.allclose(other.position_N3, one.position_N3 * scale_3)
+        assert same(one._replace(position_N3=0, extent_3=0), other._replace(position_N3=0, extent_3=0))
+        scales.append(scale_3)
+    scales = np.array(scales)
+    assert (scales[:, 0] == 1).all() and scales.min() >= loader.LEAST_SCALE - 1e-6 and scales.max() == 1
+    assert np.mean(scales[:, 1:] < 1, 0) == pytest.approx([0.5, 0.5], abs=0.08)
+    assert np.corrcoef(scales[:, 1:].T)[0, 1] == pytest.approx(0, abs=0.15)
+    assert scales[scales < 1].mean() == pytest.approx((1 + loader.LEAST_SCALE) / 2, abs=0.03)
+
+
 def test_what_comes_after_a_next_frame_is_not_there(store):
     settings = loader.LoaderConfig(known=masks.KnownConfig(next_frame=1.0))
     packing, ends = dataclasses.replace(PACKING, drop_rate=0.0), set()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from sora_jax import checkpoint, config
+from sora_jax.diffusion import flow
 from sora_jax.generate import pipeline
 from sora_jax.structs import Share, TrainState
 from sora_jax.train import dit, guard, loop, optimizer, vae
@@ -152,6 +153,52 @@ def test_noise_on_what_is_known_reaches_nothing_else(trained_dit, trained_vae, m
         levels.setdefault(clip, []).append((noised_BNP - clean_BNP)[row, column])
     levels = np.array([np.std(each) for each in levels.values()])
     assert levels.max() < 0.3 and levels.max() > 2 * levels.min() > 0  # uniform to 0.2, one for each clip
+
+
+def test_clips_are_the_posteriors_means_with_a_share_of_its_deviation(trained_dit, trained_vae, monkeypatch):
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0])
+    task = dit.DiTTask(run, workdir)
+    batch, _ = next(task.batches(Share.whole(task.rows)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    monkeypatch.setattr(dit.nnx, "merge", lambda graphdef, params: lambda noisy_BNP, *_: noisy_BNP)
+
+    def clean(share):
+        config = dataclasses.replace(run.flow, posterior=share, known_noise=0.0)
+        objective = dit.Objective(dataclasses.replace(task.run, flow=config))
+        seen = []
+        monkeypatch.setattr(flow, "velocity", lambda clean_BNP, noise_BNP: seen.append(clean_BNP) or clean_BNP)
+        objective(state.params, state.rest, batch, jax.random.key(0))
+        return np.asarray(seen[0])
+
+    means, halves, samples = (clean(share) - batch.mean_BNP for share in (0.0, 0.5, 1.0))
+    assert not means.any() and np.allclose(2 * halves, samples, atol=1e-5)
+    inside = np.asarray(batch.layout.segment_BN > 0)
+    assert np.std(samples[inside] / batch.std_BNP[inside]) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_an_error_counts_by_the_deviation_along_its_axis(trained_dit, trained_vae, monkeypatch, power):
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0])
+    task = dit.DiTTask(dataclasses.replace(run, flow=dataclasses.replace(run.flow, emphasis=power)), workdir)
+    batch, _ = next(task.batches(Share.whole(task.rows)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    monkeypatch.setattr(flow, "velocity", lambda clean_BNP, noise_BNP: jnp.zeros_like(clean_BNP))
+    std_C = np.asarray(state.rest["vae"]["rest"]["latent_std"])
+    assert std_C.max() > 1.1 * std_C.min()
+    counts = []
+    for channel in range(len(std_C)):
+        error_C = 3.0 * jax.nn.one_hot(channel, len(std_C))
+
+        def model(noisy_BNP, time_BS, layout, error_C=error_C):
+            return jnp.broadcast_to(error_C, noisy_BNP.shape)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dit.nnx, "merge", lambda graphdef, params, model=model: model)
+            counts.append(task.loss(state.params, state.rest, batch, jax.random.key(0))[0])
+    expected_C = std_C**power / np.mean(std_C**power)
+    assert np.allclose(counts, 9 * expected_C / len(std_C), rtol=1e-4)
 
 
 def test_the_loss_of_a_clip_does_not_depend_on_its_neighbours(trained_dit, trained_vae):

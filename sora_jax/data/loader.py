@@ -30,8 +30,10 @@ class LoaderConfig:
     """What is drawn for a clip and how it is loaded.
 
     long_captions is the share of descriptive captions, the rest are short; caption_dropout the share without caption (for
-    classifier-free guidance); known says how often what of a clip is given. workers is the number of
-    loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
+    classifier-free guidance); known says how often what of a clip is given. squeezed is the share of clips, for height and
+    width each, whose positions are drawn together, down to LEAST_SCALE of what they are: frames longer than all of training
+    are then sampled as some were trained (positions that were never seen, as arXiv:2305.16843 draws them for text). workers is
+    the number of loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
     which a batch has equally many of each: with as many lanes as training processes, or more, each reads its own clips alone.
 
     A store that cannot be read is tried again for `patience` seconds. A clip that cannot is left out; a run stops once these
@@ -41,13 +43,14 @@ class LoaderConfig:
     long_captions: float = 0.2
     caption_dropout: float = 0.1
     known: masks.KnownConfig = dataclasses.field(default_factory=masks.KnownConfig)
+    squeezed: float = 0.0
     workers: int = 0
     lanes: int = 1
     patience: float = 120.0
     skip_quota: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("long_captions", "caption_dropout", "skip_quota"):
+        for name in ("long_captions", "caption_dropout", "squeezed", "skip_quota"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"loader.{name} is {getattr(self, name)}; it is a share in [0, 1]")
         if self.workers < 0:
@@ -113,6 +116,7 @@ class Reader:
         return self.store[number]
 
 
+LEAST_SCALE = 0.5  # of positions: that of frames twice as long as any of training
 LEAST_PAUSE = 0.1  # seconds before a failed read is tried again; doubled each time
 MOST_DEATHS = 3  # of workers, with no batch in between
 
@@ -151,7 +155,17 @@ class Tokeniser:
             text_LM=text_LM,
             text_token_L=text_token_L,
         )
-        return pack.drop(tokens, h * w, self.packing, rng)
+        tokens, count = pack.drop(tokens, h * w, self.packing, rng)
+        return self._squeezed(tokens, rng), count
+
+    def _squeezed(self, tokens: pack.Tokens, rng: np.random.Generator) -> pack.Tokens:
+        """Tokens, drawn together down and across in a share `squeezed` of clips each: as generate/pipeline.py draws together
+        those of frames that are longer than all of training."""
+        drawn_2, scale_2 = rng.random(2) < self.config.squeezed, rng.uniform(LEAST_SCALE, 1, 2)
+        if not drawn_2.any():
+            return tokens
+        scale_3 = np.array([1, *np.where(drawn_2, scale_2, 1)], np.float32)
+        return tokens._replace(position_N3=tokens.position_N3 * scale_3, extent_3=tokens.extent_3 * scale_3)
 
     def _caption(self, rng: np.random.Generator, captions: tuple[str, ...]) -> str:
         """The empty caption, a short or a long one; by convention the longer half of a clip's captions is descriptive."""

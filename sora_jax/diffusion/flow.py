@@ -22,19 +22,28 @@ class TimeConfig:
     shift > 1 moves weight towards noise, as larger clips need; see resolution_shift. known_noise is the most noise that is
     added to what of a clip is known, in standard deviations of a latent; how much is uniform, by clip, and not told to the
     model. What it makes is given to it again when videos grow window by window: it learns not to pass on small errors
-    (as arXiv:2408.14837, section 3.2.1, with levels that are told).
+    (as arXiv:2408.14837, section 3.2.1, with levels that are told). posterior is how much of the deviation of the VAE's
+    posterior lies on clips: 1 trains on samples of it (as arXiv:2112.10752), which videos then show as noise that differs from
+    group to group, 0 on its means. emphasis is the power of a channel's deviation, before latents were whitened, by which its
+    squared error counts: 0 counts all alike, 2 nearly as pixels would, in which the largest axis is nearly all.
     """
 
     mean: float = 0.4
     std: float = 1.0
     shift: float = 1.0
     known_noise: float = 0.0
+    posterior: float = 1.0
+    emphasis: float = 0.0
 
     def __post_init__(self) -> None:
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"flow: std {self.std} and shift {self.shift} must be positive")
         if self.known_noise < 0:
             raise ValueError(f"flow.known_noise is {self.known_noise}; it must not be negative")
+        if self.emphasis < 0:
+            raise ValueError(f"flow.emphasis is {self.emphasis}; it must not be negative")
+        if not 0 <= self.posterior <= 1:
+            raise ValueError(f"flow.posterior is {self.posterior}; it is a share in [0, 1]")
 
 
 def times(normal: Float[Array, ...], config: TimeConfig) -> Float[Array, ...]:

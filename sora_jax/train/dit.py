@@ -88,14 +88,26 @@ class Objective:
         root = jax.random.key(self.run.seed)
         normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
         loss, _, weight_BN = self.at(
-            params, batch, flow.times(normal_BS, self.run.flow), root, self.run.flow.known_noise
+            params,
+            batch,
+            flow.times(normal_BS, self.run.flow),
+            root,
+            self.run.flow.known_noise,
+            self._emphasis(rest, batch.mean_BNP.shape[-1]),
         )
         return loss, {"weight": weight_BN.sum()}
 
     def at(
-        self, params: Any, batch: PackedBatch, time_BS: Array, root: Array, known_noise: float = 0.0
+        self,
+        params: Any,
+        batch: PackedBatch,
+        time_BS: Array,
+        root: Array,
+        known_noise: float = 0.0,
+        emphasis_P: Array | float = 1.0,
     ) -> tuple[Array, Array, Array]:
-        """(loss, weighted squared error of each token, weights). known_noise is as in flow.TimeConfig."""
+        """(loss, weighted squared error of each token, weights). known_noise is as in flow.TimeConfig, emphasis_P multiplies
+        the errors of a patch's values."""
         model, layout = nnx.merge(self.graphdef, params), batch.layout
         clip_BN = flow.spread(batch.clip_BS, layout.slot_BN)
         draw_BN = flow.spread(batch.draw_BS, layout.slot_BN)
@@ -106,7 +118,9 @@ class Objective:
             # For the same reason as in nn.layers.whole: a patch is whole on a device.
             return sharding.constrain(noise_BNP, "rows", "tokens", "none")
 
-        clean_BNP, noise_BNP = batch.mean_BNP + batch.std_BNP * draw(LATENT), draw(NOISE)
+        clean_BNP, noise_BNP = batch.mean_BNP, draw(NOISE)
+        if self.run.flow.posterior:
+            clean_BNP = clean_BNP + self.run.flow.posterior * batch.std_BNP * draw(LATENT)
         time_BS = batch.ceiling_BS * time_BS
         time_BN, ceiling_BN = (flow.spread(x_BS, layout.slot_BN) for x_BS in (time_BS, batch.ceiling_BS))
         if known_noise:
@@ -115,8 +129,16 @@ class Objective:
             clean_BNP = clean_BNP + level_BN[..., None] * draw(ON_KNOWN)
         predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
         weight_BN = ((layout.segment_BN > 0) & (ceiling_BN > 0)).astype(jnp.float32)
-        loss, error_BN = flow.loss(predicted_BNP, flow.velocity(clean_BNP, noise_BNP), weight_BN)
+        target_BNP = flow.velocity(clean_BNP, noise_BNP)
+        loss, error_BN = flow.loss(emphasis_P * predicted_BNP, emphasis_P * target_BNP, weight_BN)
         return loss, error_BN * weight_BN, weight_BN
+
+    def _emphasis(self, rest: Any, patch_dim: int) -> Array | float:
+        """What errors are multiplied by, (P,): their squares as flow.TimeConfig's emphasis says, with a mean of 1."""
+        if not self.run.flow.emphasis:
+            return 1.0
+        weight_C = rest["vae"]["rest"]["latent_std"] ** self.run.flow.emphasis
+        return jnp.tile(jnp.sqrt(weight_C / weight_C.mean()), patch_dim // len(weight_C))
 
 
 class DiTTask(OnLatents):
