@@ -71,7 +71,9 @@ def dit():
             wavelengths=((0.5, 8.0), (16.0, 128.0), (16.0, 128.0)), remat="none", predict="velocity", attention="auto", text=TEXT,
         ),
         pack=dict(rows=2, row_tokens=32, row_slots=8, row_text=64, window=8, drop_rate=0.0, drop_repeats=0.0),
-        loader=dict(long_captions=0.2, caption_dropout=0.1, known=KNOWN, workers=0, lanes=1, patience=1.0, skip_quota=0.0, squeezed=0.0),
+        loader=dict(
+            long_captions=0.2, caption_dropout=0.1, known=KNOWN, squeezed=0.0, workers=0, lanes=1, patience=1.0, skip_quota=0.0,
+        ),
         flow=dict(mean=0.0, std=1.0, shift=1.0, known_noise=0.0, posterior=1.0, emphasis=0.0),
         sampler=dict(
             steps=2, method="euler", guidance=3.0, shift=1.0, base_tokens=0, guidance_interval=(0.0, 1.0),

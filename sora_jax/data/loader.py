@@ -32,9 +32,11 @@ class LoaderConfig:
     long_captions is the share of descriptive captions, the rest are short; caption_dropout the share without caption (for
     classifier-free guidance); known says how often what of a clip is given. squeezed is the share of clips, for height and
     width each, whose positions are drawn together, down to LEAST_SCALE of what they are: frames longer than all of training
-    are then sampled as some were trained (positions that were never seen, as arXiv:2305.16843 draws them for text). workers is
-    the number of loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed into rows by itself, of
-    which a batch has equally many of each: with as many lanes as training processes, or more, each reads its own clips alone.
+    are then sampled as some were trained (arXiv:2305.16843 trains on random positions for the sake of longer texts).
+
+    workers is the number of loader processes, 0 loads in a thread. lanes is into how many streams clips are dealt, each packed
+    into rows by itself, of which a batch has equally many of each: with as many lanes as training processes, or more, each
+    reads its own clips alone.
 
     A store that cannot be read is tried again for `patience` seconds. A clip that cannot is left out; a run stops once these
     are more than the share skip_quota of the clips drawn, or of one pass as long as fewer were drawn.
