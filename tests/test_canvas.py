@@ -278,17 +278,25 @@ def test_loop_doubles_no_frame(clip, length, added):
 
 @pytest.mark.parametrize("frames", [2, 5, 16, 17, 40])
 def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
-    """Every pass makes frames of its own grey: those behind the end of the last are the first pass's."""
+    """The bridge sees the first pass's frames behind its end; then all is decoded once more, in groups that are the bridge's."""
 
     def model(step):
-        return np.full(step.known.frames_THWC.shape, 100, np.uint8)
+        grey = 100 + np.arange(len(step.known.frames_THWC), dtype=np.uint8)
+        return np.broadcast_to(grey[:, None, None, None], step.known.frames_THWC.shape)
 
     job = prepare(prompt="a", loop=True, frames=frames)
     video, seen = play(job, model=model)
     assert (not job.told) == (frames <= 17)
-    assert len(video) == frames and seen[0].known is None and (video[0] == NEW).all() and (video[-1] == 100).all()
-    last = seen[-1].known
-    assert (last.frames_THWC[-1] == NEW).all() and known_latents(last)[[0, -1]].all()
+    *_, bridge, again = seen
+    assert seen[0].known is None and to_make(seen) == seen[:-1] and len(video) == frames
+    assert (bridge.known.frames_THWC[-1] == NEW).all() and known_latents(bridge.known)[[0, -1]].all()
+    made = round_trip(video)
+    assert (made[0] == NEW).all() and (made[-1] >= 100).all()
+    # Behind the loop's end the bridge saw so many frames of its beginning: those after them come first.
+    behind = int(np.argmin(bridge.known.given_THW.all((1, 2))[::-1]))
+    order = (behind + np.arange(len(again.known.frames_THWC))) % frames
+    assert again.known.given_THW.all() and len(order) < frames + 4
+    np.testing.assert_array_equal(again.known.frames_THWC, made[order])
     with pytest.raises(RequestError, match="1 frame is too few for a loop; 2 is the least"):
         prepare(prompt="a", loop=True, frames=1)
 

@@ -56,7 +56,8 @@ class Timeline:
     """All frames of a video before it is made.
 
     clips are ranges of frames that are given in whole and come back as their own round trip. Behind the end come the first
-    `loop` frames again; 0 is a video that does not loop, whose last frame is held.
+    `loop` frames again; 0 is a video that does not loop, whose last frame is held. A loop of which nothing is given comes back as
+    its round trip, too.
     """
 
     frames_THWC: np.ndarray
@@ -249,13 +250,24 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         number += 1
     # After the windows, which are to see what was given and not its round trip.
     for first, last in timeline.clips:
-        count = 1 + job.stride * math.ceil((last - first - 1) / job.stride)
+        count = _whole(last - first, job.stride)
         shown = first + np.minimum(np.arange(count), last - first - 1)
         known = Known(frames_THWC[shown], np.ones((count, *given_THW.shape[1:]), bool))
         made_THWC = yield one(known)
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
+    if timeline.loop and not timeline.given_THW.any():
+        # The bridge met the round trip of both its ends, so all is shown as that, played from behind what the bridge saw.
+        total = len(frames_THWC)
+        shown = (timeline.windows[-1].stop + np.arange(_whole(total, job.stride))) % total
+        made_THWC = yield one(Known(frames_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
+        frames_THWC[shown[:total]] = made_THWC[:total]
     return frames_THWC
+
+
+def _whole(frames: int, stride: int) -> int:
+    """The least 1 + stride k that are no fewer."""
+    return 1 + stride * math.ceil((frames - 1) / stride)
 
 
 def _indices(start: int, stop: int, total: int, loop: int) -> np.ndarray:
