@@ -17,7 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     world = prompting.world()
     world.to_and_fro = 0.0
-    runs = {name: parts.dit_run(world, DIT_STEPS, "vae") for name in ("together", "one_by_one")}
+    # The page's samples and headlines are of the last one: one that was taught to make whole videos.
+    runs = {name: parts.dit_run(world, DIT_STEPS, "vae") for name in ("one_by_one", "together")}
     for run in runs.values():
         # What ends early is short, so that a row has more clips; a clip of which a part is known has two slots.
         run.pack.update(row_slots=24, row_text=160)
