@@ -47,13 +47,13 @@ def test_things_that_are_cut_are_told_from_things_that_are_not(tmp_path, monkeyp
         return sampled
 
     monkeypatch.setattr(baselines.judgement, "sampled", shown(cut=False))
-    (whole, *_), (other, *_) = (baselines._framed(STUDY, made) for made in (native, square))
+    (whole, *_), (other, *_) = (baselines._framed(STUDY, made, made.run.sampler) for made in (native, square))
     # Both are asked for the same things in the squares that both know.
     assert asked[0] == asked[1] and all((scene.height, scene.width) == (32, 32) for scene in asked[0])
     assert whole["inside"] == whole["whole_videos"] == whole["adherence_all"] == whole["inside_of_real"] == 1
     assert other["inside"] == 1 > other["inside_of_real"]
     monkeypatch.setattr(baselines.judgement, "sampled", shown(cut=True))
-    assert baselines._framed(STUDY, native)[0]["inside"] < 0.3
+    assert baselines._framed(STUDY, native, native.run.sampler)[0]["inside"] < 0.3
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -72,7 +72,7 @@ def test_models_roll_out_as_they_were_trained(tmp_path, alone):
         return video
 
     made.answer = answer
-    shares, videos, _ = baselines._rolled(STUDY, made)
+    shares, videos, _ = baselines._rolled(STUDY, made, made.run.sampler)
     assert len(videos) == COUNT and list(shares) == ["after_17", "after_34", "after_68", "after_133"]
     assert shares["after_17"] == shares["after_34"] == shares["after_68"] == 1 and shares["after_133"] == 0
     for job in jobs:

@@ -128,12 +128,18 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
     ]
     calls = []
 
-    def judge(model):
-        calls.append(model)
+    def judge(model, settings):
+        calls.append(settings)
         return made
 
-    def once(seed):
-        return judgement.once(dataclasses.replace(tiny.study(), seed=seed), tmp_path, "prompted", [report], judge)
+    study, folder = tiny.study(), tmp_path / "1x"
+    folder.mkdir()
+
+    def once(seed, **sampler):
+        stage = study.stages["1x"]
+        stage = dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, **sampler))
+        asked = dataclasses.replace(study, seed=seed, stages=study.stages | {"1x": stage})
+        return judgement.once(asked, folder, "prompted", [report], judge)
 
     for seed in (2, 2, 3):
         found = once(seed)
@@ -144,7 +150,11 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
                 assert (a.fps, a.prompt, a.seed) == (b.fps, b.prompt, b.seed)
     assert len(calls) == 2
     # Scores that do not say what the videos are.
-    kept = tmp_path / "prompted.json"
+    kept = folder / "prompted.json"
     kept.write_text(kept.read_text().replace('"edit/0": "2 5.0 ', '"edit/0": "2 '))
     once(3)
     assert len(calls) == 3 and "judging anew" in caplog.text
+    # With another sampler the same checkpoint makes other videos, and the study's is the one that counts.
+    once(3, guidance=7.0, guidance_interval=(0.1, 0.9))
+    once(3, guidance=7.0, guidance_interval=(0.1, 0.9))
+    assert len(calls) == 4 and calls[-1].guidance == 7.0 != calls[0].guidance

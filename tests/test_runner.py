@@ -109,6 +109,28 @@ def test_what_was_judged_is_not_judged_again(done, study, monkeypatch):
         runner.run(study, workdir, "sora-jax study")
 
 
+def test_another_sampler_is_judged_on_the_same_training(done, study, monkeypatch):
+    workdir, before = done
+    monkeypatch.setattr(runner.loop, "make_step", None)
+    stages = {
+        name: dataclasses.replace(
+            stage, sampler=dataclasses.replace(stage.sampler, steps=1, guidance_interval=(0.0, 0.9))
+        )
+        if name in LADDER
+        else stage
+        for name, stage in study.stages.items()
+    }
+    judged = {name: (workdir / name / "judged.npz").read_bytes() for name in LADDER}
+    runner.run(dataclasses.replace(study, stages=stages), workdir, "sora-jax study")
+    after = json.loads((workdir / "report.json").read_text())
+    for name in LADDER:
+        assert after["runs"][name]["val_loss"] == before["runs"][name]["val_loss"]
+        assert (workdir / name / "judged.npz").read_bytes() != judged[name]
+    # The page's command makes what the page shows, although the checkpoint is of another sampler.
+    page = (workdir / "report.html").read_text()
+    assert "--steps=1 --guidance_interval=0.0,0.9 --out=sample.mp4" in page
+
+
 def start(workdir, cache):
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "experiments")]
     environment = os.environ | {

@@ -18,6 +18,7 @@ import numpy as np
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
+from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, reader
 from sora_jax.generate import canvas, layouts
 from sora_jax.generate.canvas import Window
@@ -42,12 +43,14 @@ def framing(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[
     return _compared(study, workdir, names, _framed, ("framing", "Native frames against squares", words))
 
 
-def _framed(study: StudyRun, made: Pipeline) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
+def _framed(
+    study: StudyRun, made: Pipeline, settings: SamplerConfig
+) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
     world = made.run.data.world
     side = min(map(min, world.frame_sizes))
     squares = dataclasses.replace(world, square=False, frame_sizes=((side, side),), frame_size_weights=())
     scenes = dit.heldout_videos(squares, study.prompts)
-    videos = judgement.sampled(made, made.run.sampler, scenes, study.seed, "framing")
+    videos = judgement.sampled(made, settings, scenes, study.seed, "framing")
     real = judgement.reconstructed(made, clips.render_mixed(dit.heldout_videos(world, study.prompts)))
     inside, inside_of_real = ([reader.inside(video) for video in group] for group in (videos, real))
     return (
@@ -78,7 +81,9 @@ def rollout(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[
     return _compared(study, workdir, names, _rolled, ("rollout", "Together against one after the other", words))
 
 
-def _rolled(study: StudyRun, made: Pipeline) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
+def _rolled(
+    study: StudyRun, made: Pipeline, settings: SamplerConfig
+) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
     world, stride = made.run.data.world, made.geometry.stride[0]
     window = max(world.frame_counts)
     scenes = prompting.of_motions(world, prompting.ENDLESS, study.prompts, window)
@@ -92,7 +97,7 @@ def _rolled(study: StudyRun, made: Pipeline) -> tuple[dict[str, Any], list[np.nd
             windows = one_by_one(total, window, stride)
             job = dataclasses.replace(job, timeline=dataclasses.replace(job.timeline, windows=windows))
         jobs.append(job)
-    videos = made.make(jobs, made.run.sampler)
+    videos = made.make(jobs, settings)
     lengths = [min(total, window * 2**n) for n in range(LONGEST.bit_length())]
     shares = {
         f"after_{length}": reader.score([video[length - window : length] for video in videos], scenes)["all"]
@@ -112,8 +117,8 @@ def one_by_one(frames: int, window: int, stride: int) -> tuple[Window, ...]:
 
 # Both -----------------------------------------------------------------------------------------------------------------
 
-# (study, model) -> (scores, videos, the scenes that these should show)
-Judge = Callable[[StudyRun, Pipeline], tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]]
+# (study, model, its sampler) -> (scores, videos, the scenes that these should show)
+Judge = Callable[[StudyRun, Pipeline, SamplerConfig], tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]]
 
 
 def _compared(
@@ -122,8 +127,8 @@ def _compared(
     """Scores by stage, and some videos of each. told is (name, title, words) of the section."""
     judges = reader, adherence, canvas, layouts, prompting, sys.modules[__name__]
 
-    def judged(name: str, made: Pipeline) -> list[report.Rung]:
-        scores, videos, scenes = judge(study, made)
+    def judged(name: str, made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
+        scores, videos, scenes = judge(study, made, settings)
         requests = judgement.asked(made.run.data.world, scenes[:SHOWN], study.seed)
         shown = [
             report.Video(video, request.fps, request.prompt, request.seed)

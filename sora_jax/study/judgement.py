@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import checkpoint, disk
+from sora_jax import checkpoint, config, disk
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
@@ -53,13 +53,9 @@ class Judge:
     def of(self, name: str) -> tuple[dict[str, Any], list[report.Video]]:
         """Scores of a stage and the samples that the report shows: kept ones if they are of this checkpoint."""
         folder = self.workdir / name
-        about = {
-            "checkpoint": checkpoint.digest(folder),
-            "prompts": self.study.prompts,
+        about = about_of(self.study, folder, reader, adherence, frechet, mobilenet, sys.modules[__name__]) | {
             "shown": self.study.shown,
-            "seed": self.study.seed,
             "frechets": self.frechets and mobilenet.available(),
-            "judges": code_of(reader, adherence, frechet, mobilenet, sys.modules[__name__]),
         }
         run = pipeline.load_run(folder)
         scenes = dit.heldout_videos(run.data.world, self.study.prompts)
@@ -82,7 +78,8 @@ class Judge:
         of = made.run.vae_checkpoint, made.run.data.world
         if of not in self._bounds:
             self._bounds[of] = bounds_of(made, scenes, self.study.seed, self.frechets)
-        scores, videos = judged(made, made.run.sampler, scenes, self.study.seed, self._bounds[of], name)
+        settings = self.study.stages[name].sampler
+        scores, videos = judged(made, settings, scenes, self.study.seed, self._bounds[of], name)
         return scores, videos[: self.study.shown]
 
 
@@ -236,22 +233,17 @@ def once(
     folder: Path,
     stem: str,
     judges: Sequence[ModuleType],
-    judge: Callable[[Pipeline], list[report.Rung]],
+    judge: Callable[[Pipeline, SamplerConfig], list[report.Rung]],
 ) -> list[report.Rung]:
-    """What `judge` finds of the DiT in folder, kept there as stem.json and stem.npz, and read from these for the same checkpoint,
-    prompts, seed and code of `judges`."""
-    about = {
-        "checkpoint": checkpoint.digest(folder),
-        "prompts": study.prompts,
-        "seed": study.seed,
-        "judges": code_of(*judges),
-    }
+    """What `judge` finds of the DiT in folder, a stage's, sampled as the study says; kept there as stem.json and stem.npz, and read
+    from these for the same checkpoint, sampler, prompts, seed and code of `judges`."""
+    about = about_of(study, folder, *judges)
     if kept := read_kept(folder, stem, about):
         try:
             return _with_videos(*kept)
         except (KeyError, ValueError) as error:
             logging.warning("%s does not say what its videos are (%r); judging anew", folder / f"{stem}.json", error)
-    rungs = judge(pipeline.load(folder))
+    rungs = judge(pipeline.load(folder), study.stages[folder.name].sampler)
     scores = {rung.name: dict(rung.scores) for rung in rungs}
     # What is shown is told with the scores: of which rung it is, and what was asked for.
     scores[SHOWN] = {
@@ -270,6 +262,17 @@ def _with_videos(scores: dict[str, Any], videos: Sequence[np.ndarray]) -> list[r
         seed, fps, prompt = str(told).split(" ", 2)
         samples.setdefault(place.split("/")[0], []).append(report.Video(frames_THWC, float(fps), prompt, int(seed)))
     return [report.Rung(name, samples.get(name, ()), part) for name, part in scores.items() if name != SHOWN]
+
+
+def about_of(study: StudyRun, folder: Path, *judges: ModuleType) -> dict[str, Any]:
+    """What scores of the DiT of a stage depend on."""
+    return {
+        "checkpoint": checkpoint.digest(folder),
+        "sampler": config.to_dict(study.stages[folder.name])["sampler"],
+        "prompts": study.prompts,
+        "seed": study.seed,
+        "judges": code_of(*judges),
+    }
 
 
 @functools.cache

@@ -41,9 +41,9 @@ def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, 
     """Scores of stages by mode, and the videos of the last one; kept beside the checkpoints, in prompted.json and prompted.npz."""
     judges = reader, adherence, continuity, layouts, canvas, sys.modules[__name__]
 
-    def judged(made: Pipeline) -> list[report.Rung]:
+    def judged(made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
         with tempfile.TemporaryDirectory() as inputs:
-            return Prompting(made, made.run.sampler, study.prompts, study.seed, Path(inputs)).judge()
+            return Prompting(made, settings, study.prompts, study.seed, Path(inputs)).judge()
 
     found = {name: judgement.once(study, workdir / name, "prompted", judges, judged) for name in names}
     words = "Prompted with real held-out clips; what was given comes back, the rest is made."

@@ -173,7 +173,7 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sectio
         pairs=pairs,
         curves={name: progress.read_metrics(workdir / name, "train") for name in drawn},
         evaluations={name: progress.read_metrics(workdir / name, "eval") for name in drawn},
-        commands=[command, *sample_commands(workdir, names, samples)],
+        commands=[command, *sample_commands(study, workdir, names, samples)],
     )
 
 
@@ -202,15 +202,26 @@ def packing_totals(directory: Path) -> dict[str, float]:
     return totals | {"fill": totals["tokens"] / max(1.0, totals["row_tokens"])}
 
 
-def sample_commands(workdir: Path, names: dict[Any, str], samples: Sequence[report.Video]) -> list[str]:
+def sample_commands(
+    study: StudyRun, workdir: Path, names: dict[Any, str], samples: Sequence[report.Video]
+) -> list[str]:
     if DiTRun not in names or not samples:
         return []
-    first = samples[0]
+    first, folder = samples[0], workdir / names[DiTRun]
     height, width = first.frames_THWC.shape[1:3]
+    # A study may judge with another sampler than that of the training, which is the checkpoint's.
+    trained, judged = (
+        dataclasses.asdict(run.sampler) for run in (pipeline.load_run(folder), study.stages[folder.name])
+    )
+    flags = "".join(f"--{name}={_as_flag(value)} " for name, value in judged.items() if value != trained[name])
     return [
-        f'sora-jax sample --checkpoint={workdir / names[DiTRun]} --prompt="{first.prompt}" --seed={first.seed} '
-        f"--height={height} --width={width} --frames={len(first.frames_THWC)} --fps={first.fps:g} --out=sample.mp4"
+        f'sora-jax sample --checkpoint={folder} --prompt="{first.prompt}" --seed={first.seed} '
+        f"--height={height} --width={width} --frames={len(first.frames_THWC)} --fps={first.fps:g} {flags}--out=sample.mp4"
     ]
+
+
+def _as_flag(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def machine() -> dict[str, Any]:

@@ -322,6 +322,7 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "loop.rollbacks",
         "loader.patience",
         "loader.skip_quota",
+        "sampler.",
         "mesh.",
         "dit.attention",
     )
