@@ -1,28 +1,51 @@
 """Laws of scaling fitted to runs: the best model of a budget, the loss that a budget buys, and how sure both are.
 
-After Hoffmann et al. (arXiv:2203.15556), with their law of the loss in one term for compute, loss(C) = E + A C^-a. Their
-approach 2 finds the best size of every budget; what is left of a run's noise is then a budget's. Here all runs of all budgets
-fix the law, the frontier and the curvature of the budgets together (fit_surface). numpy and scipy alone.
+After Hoffmann et al. (arXiv:2203.15556): their approach 3 fits loss(N, D) to all runs of all budgets together, and with what a
+step costs the best size of every budget and the law loss(C) = E + A C^-a follow from it (their section 3.3 and equation 4). Their
+approach 2 finds the best size of every budget by itself. numpy and scipy alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 
 Numbers = Sequence[float] | np.ndarray
 
-# Fits start from each of these exponents, as the surface has more than one valley.
-STARTS = (0.05, 0.1, 0.2, 0.4, 0.8)
+# Fits start from each of these pairs of exponents, as the surface has more than one valley.
+STARTS = tuple((a, b) for a in (0.2, 0.4, 0.8) for b in (0.2, 0.4, 0.8, 1.2))
 # Width of the middle of Huber's loss, in logarithms of the loss: about the noise of a run.
 HUBER = 0.01
-# A parabola holds near the best size of a budget: models more than this many times larger or smaller are left out.
-NEAR = np.e
-CONSTANTS = 6
+CONSTANTS = 5
 FEWEST_RUNS = CONSTANTS + 2
+# Least and most of both exponents. At 0 a larger model, or a longer run, would be none the better, and no size the best.
+EXPONENTS = (1e-3, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """y(x) = scale * (x / unit) ** exponent."""
+
+    scale: float
+    exponent: float
+    unit: float
+
+    def __call__(self, x: float | Numbers) -> np.ndarray:
+        return np.asarray(self.scale * (np.asarray(x, float) / self.unit) ** self.exponent)
+
+
+def power(x: Numbers, y: Numbers) -> Power:
+    """The straight line in logarithms through points. Raises ValueError for fewer than two different x."""
+    if len(np.unique(np.round(np.log(np.asarray(x, float)), 6))) < 2:
+        raise ValueError("a power law needs points at two places at least")
+    logs = np.log(np.asarray(x, float))
+    exponent, level = np.polyfit(logs - logs.mean(), np.log(np.asarray(y, float)), 1)
+    return Power(float(np.exp(level)), float(exponent), float(np.exp(logs.mean())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,110 +57,142 @@ class Law:
     exponent: float
     unit: float
 
-    def __call__(self, flops: float | np.ndarray) -> np.ndarray:
+    def __call__(self, flops: float | Numbers) -> np.ndarray:
         return np.asarray(self.irreducible + self.scale * (np.asarray(flops, float) / self.unit) ** -self.exponent)
 
 
-@dataclasses.dataclass(frozen=True)
-class Frontier:
-    """N(C) = scale * (C / unit) ** exponent, parameters of the best model of a budget of C FLOPs."""
+class Runs(NamedTuple):
+    """What fits are made to, a value a run: parameters, steps of batches of one size, FLOPs of these, and the loss reached."""
 
-    scale: float
-    exponent: float
-    unit: float
-
-    def __call__(self, flops: float | np.ndarray) -> np.ndarray:
-        return np.asarray(self.scale * (np.asarray(flops, float) / self.unit) ** self.exponent)
+    parameters: Numbers
+    steps: Numbers
+    flops: Numbers
+    losses: Numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """loss(C, N) = law(C) exp(curvature log(N / frontier(C))^2) of models of N parameters trained with C FLOPs.
+    """loss(N, D) = irreducible + size(N) + data(D) of models of N parameters trained for D steps, each of cost(N) FLOPs.
 
-    The law is then that of the best model of every budget, and the frontier says which that is.
+    Equation 2 of arXiv:2203.15556, with steps of one size in place of tokens.
     """
 
-    law: Law
-    frontier: Frontier
-    curvature: float
+    irreducible: float
+    size: Power
+    data: Power
+    cost: Power
 
     def __call__(self, flops: float | Numbers, parameters: float | Numbers) -> np.ndarray:
-        C, N = np.asarray(flops, float), np.asarray(parameters, float)
-        return np.asarray(self.law(C) * np.exp(self.curvature * np.log(N / self.frontier(C)) ** 2))
+        """The loss of models of some sizes, trained with C FLOPs."""
+        N = np.asarray(parameters, float)
+        return self.after(N, np.asarray(flops, float) / self.cost(N))
+
+    def after(self, parameters: float | Numbers, steps: float | Numbers) -> np.ndarray:
+        """The loss of models of some sizes after some steps."""
+        return np.asarray(self.irreducible + self.size(parameters) + self.data(steps))
+
+    @property
+    def frontier(self) -> Power:
+        """N(C), parameters of the best model of a budget of C FLOPs: where the loss of C / cost(N) steps has no slope in N."""
+        a, b = -self.size.exponent, -self.data.exponent
+        # At the unit of FLOPs the steps are that of data times ratio ** -cost.exponent, for ratio times the size's unit.
+        growth = self.cost.exponent * b
+        ratio = (a * self.size.scale / (growth * self.data.scale)) ** (1 / (a + growth))
+        return Power(self.size.unit * ratio, b / (a + growth), self.unit)
+
+    @property
+    def law(self) -> Law:
+        """The loss that the frontier's models reach."""
+        best = float(self.frontier(self.unit))
+        reducible = float(self(self.unit, best)) - self.irreducible
+        return Law(self.irreducible, reducible, -self.size.exponent * self.frontier.exponent, self.unit)
+
+    @property
+    def unit(self) -> float:
+        """FLOPs of the middle of the runs: a model of its size for its steps."""
+        return float(self.cost(self.size.unit)) * self.data.unit
 
 
-def near(flops: Numbers, parameters: Numbers, frontier: Frontier) -> np.ndarray:
-    """Which runs are of models near enough to a first frontier to be fitted."""
-    off = np.log(np.asarray(parameters, float) / frontier(np.asarray(flops, float)))
-    return np.abs(off) < np.log(NEAR)
+def fit_surface(runs: Runs) -> Surface:
+    """The surface with the smallest Huber loss of log-residuals (equation 3 of arXiv:2203.15556).
 
-
-def fit_surface(flops: Numbers, parameters: Numbers, losses: Numbers) -> Surface:
-    """The surface with the smallest Huber loss of log-residuals; constants are not negative but for logarithms.
-
-    Raises ValueError for fewer than eight runs, three budgets or three sizes, or for numbers that are not positive.
+    Raises ValueError for fewer than seven runs, three sizes or three budgets, or for numbers that are not positive.
     """
-    C, N, loss = (np.asarray(values, float) for values in (flops, parameters, losses))
-    few = min(len(np.unique(np.round(np.log(values), 2))) for values in (C, N)) if len(C) else 0
-    if len(C) < FEWEST_RUNS or few < 3:
+    N, D, C, loss = (np.asarray(values, float) for values in runs)
+    if len(N) < FEWEST_RUNS or min(_different(N), _different(C)) < 3:
         raise ValueError(
-            f"{len(C)} runs cannot fix a law of {CONSTANTS} constants; give {FEWEST_RUNS} or more, of 3 budgets and 3 sizes"
+            f"{len(N)} runs cannot fix a law of {CONSTANTS} constants; give {FEWEST_RUNS} or more, of 3 sizes and 3 budgets"
         )
-    if min(C.min(), N.min(), loss.min()) <= 0 or not all(np.all(np.isfinite(values)) for values in (C, N, loss)):
-        raise ValueError("FLOPs, parameters and losses must be positive and finite")
+    if min(map(np.min, (N, D, C, loss))) <= 0 or not all(np.all(np.isfinite(values)) for values in (N, D, C, loss)):
+        raise ValueError("parameters, steps, FLOPs and losses must be positive and finite")
     # In units of their middles the constants are of the size of one, which the optimiser needs.
-    unit, middle = (float(np.exp(np.mean(np.log(values)))) for values in (C, N))
-    x, y = np.log(C / unit), np.log(N / middle)
-
-    low, high = [0, -20, 0, 0, -10, 0], [loss.min(), 20, 3, 5, 10, 2]
+    units = [float(np.exp(np.mean(np.log(values)))) for values in (N, D)]
+    x, y = np.log(N / units[0]), np.log(D / units[1])
+    guess = np.log(0.25 * loss.mean())
     fits = [
         optimize.least_squares(
             lambda constants: _log_loss(constants, x, y) - np.log(loss),
-            [0.5 * loss.min(), np.log(0.5 * loss.mean()), start, 0.1, 0.0, 0.5],
-            bounds=(low, high),
+            [0.5 * loss.min(), guess, a, guess, b],
+            bounds=([0, -20, EXPONENTS[0], -20, EXPONENTS[0]], [loss.min(), 20, EXPONENTS[1], 20, EXPONENTS[1]]),
             loss="huber",
             f_scale=HUBER,
             x_scale="jac",
         )
-        for start in STARTS
+        for a, b in STARTS
     ]
-    irreducible, log_scale, exponent, curvature, offset, slope = map(float, min(fits, key=lambda fit: fit.cost).x)
-    law = Law(irreducible, float(np.exp(log_scale)), exponent, unit)
-    return Surface(law, Frontier(middle * float(np.exp(offset)), slope, unit), curvature)
+    return _surface(min(fits, key=lambda fit: fit.cost).x, units, power(N, C / D))
+
+
+def _different(values: np.ndarray) -> int:
+    """How many values there are that differ by more than 2 %."""
+    return 1 + int(np.sum(np.diff(np.sort(np.log(values))) > 0.02))
+
+
+def _surface(constants: np.ndarray, units: Sequence[float], cost: Power) -> Surface:
+    irreducible, log_A, a, log_B, b = map(float, constants)
+    size, data = (
+        Power(math.exp(log_scale), -exponent, unit)
+        for log_scale, exponent, unit in zip((log_A, log_B), (a, b), units, strict=True)
+    )
+    return Surface(irreducible, size, data, cost)
 
 
 def _log_loss(constants: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A surface's logarithm, from logarithms of FLOPs and parameters in their units."""
-    irreducible, log_scale, exponent, curvature, offset, slope = constants
-    best = np.log(np.maximum(irreducible + np.exp(log_scale - exponent * x), 1e-12))
-    return best + curvature * (y - offset - slope * x) ** 2
+    """A surface's logarithm, from logarithms of parameters and steps in their units."""
+    irreducible, log_A, a, log_B, b = constants
+    return np.log(np.maximum(irreducible + np.exp(log_A - a * x) + np.exp(log_B - b * y), 1e-12))
 
 
-def band(
-    surface: Surface, flops: Numbers, parameters: Numbers, losses: Numbers, at: Numbers, level: float = 0.9
-) -> tuple[np.ndarray, np.ndarray]:
+def band(surface: Surface, runs: Runs, at: Numbers, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) of the law at some budgets, from a surface and the runs that it was fitted to.
 
     The law's logarithm is taken for linear in the constants near the fit, with Student's quantile of the residuals
     (Seber & Wild, Nonlinear Regression, section 5.1).
     """
-    law, line = surface.law, surface.frontier
+    units = [surface.size.unit, surface.data.unit]
     constants = np.array(
-        [law.irreducible, np.log(law.scale), law.exponent, surface.curvature, 0.0, line.exponent], dtype=float
+        [
+            surface.irreducible,
+            math.log(surface.size.scale),
+            -surface.size.exponent,
+            math.log(surface.data.scale),
+            -surface.data.exponent,
+        ]
     )
+    N, D, _, loss = (np.asarray(values, float) for values in runs)
+    wanted = np.asarray(at, float)
 
-    def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def slopes(of: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
         # Of one point scipy makes a vector.
-        return optimize.approx_fprime(constants, lambda values: _log_loss(values, x, y)).reshape(len(x), CONSTANTS)
+        return optimize.approx_fprime(constants, of).reshape(count, CONSTANTS)
 
-    C, N, loss, wanted = (np.asarray(values, float) for values in (flops, parameters, losses, at))
-    residuals = np.log(loss / surface(C, N))
-    free = len(C) - CONSTANTS
-    covariance = np.linalg.pinv((J := slopes(np.log(C / law.unit), np.log(N / line.scale))).T @ J)
-    covariance *= np.sum(residuals**2) / free
-    x = np.log(wanted / law.unit)
-    g = slopes(x, line.exponent * x)
+    J = slopes(lambda values: _log_loss(values, np.log(N / units[0]), np.log(D / units[1])), len(N))
+    g = slopes(lambda values: np.log(_surface(values, units, surface.cost).law(wanted)), len(wanted))
+    residuals = np.log(loss / surface.after(N, D))
+    free = len(N) - CONSTANTS
+    covariance = np.linalg.pinv(J.T @ J) * np.sum(residuals**2) / free
     width = stats.t.ppf((1 + level) / 2, free) * np.sqrt(np.einsum("na,ab,nb->n", g, covariance, g))
+    law = surface.law
     return law(wanted) * np.exp(-width), law(wanted) * np.exp(width)
 
 
@@ -184,10 +239,8 @@ def correlation(x: Numbers, y: Numbers) -> float:
     return float(np.corrcoef(np.asarray(x, float), np.asarray(y, float))[0, 1])
 
 
-def frontier(optima: Sequence[Optimum]) -> Frontier:
+def frontier(optima: Sequence[Optimum]) -> Power:
     """The line through the optima, in logarithms. Raises ValueError for fewer than two budgets."""
     if len({each.flops for each in optima}) < 2:
         raise ValueError("a frontier needs the optima of at least two budgets")
-    x = np.log([each.flops for each in optima])
-    exponent, level = np.polyfit(x - x.mean(), np.log([each.parameters for each in optima]), 1)
-    return Frontier(float(np.exp(level)), float(exponent), float(np.exp(x.mean())))
+    return power([each.flops for each in optima], [each.parameters for each in optima])

@@ -59,36 +59,24 @@ def findings(runs: Mapping[str, Mapping[str, Any]], study: StudyRun) -> dict[str
     return found
 
 
-def surface(runs: Mapping[str, Mapping[str, Any]]) -> tuple[laws.Surface, dict[str, Any]]:
-    """What isoflop runs say together, and those of them that are near enough to the frontier to say it.
-
-    Raises ValueError for too few runs.
-    """
-    C, N, _ = _columns(runs)
-    used = dict(itertools.compress(runs.items(), laws.near(C, N, laws.frontier(optima(runs)))))
-    return laws.fit_surface(*_columns(used)), used
-
-
-def frontier(runs: Mapping[str, Mapping[str, Any]]) -> laws.Frontier:
+def frontier(runs: Mapping[str, Mapping[str, Any]]) -> laws.Power:
     """That of the surface; of runs too few for one, the line through the optima. Raises ValueError for one budget."""
     line = laws.frontier(optima(runs))
     try:
-        return surface(runs)[0].frontier
+        return laws.fit_surface(_columns(runs)).frontier
     except ValueError:
         return line
 
 
-def _columns(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
-    """FLOPs, parameters and losses."""
-    C, N, losses = ([run[name] for run in runs.values()] for name in ("flops", "parameters", "val_loss"))
-    return C, N, losses
+def _columns(runs: Mapping[str, Mapping[str, Any]]) -> laws.Runs:
+    return laws.Runs(*([run[name] for run in runs.values()] for name in ("parameters", "steps", "flops", "val_loss")))
 
 
 def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
     """Numbers of the report: optima, frontier, law with its band, and the law's loss beside that of every rung.
 
-    runs maps a stage to its flops, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says of a
-    rung that cost more is foretold. Parts that the runs do not fix are left out.
+    runs maps a stage to its flops, steps, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says
+    of a rung that cost more is foretold. Parts that the runs do not fix are left out.
     """
     swept = {name: runs[name] for name in isoflop}
     best = optima(swept)
@@ -96,14 +84,14 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
     if len(best) >= 2:
         numbers["frontier"] = dataclasses.asdict(frontier(swept))
     try:
-        found, used = surface(swept)
+        found = laws.fit_surface(columns := _columns(swept))
     except ValueError:
         return numbers
-    law, up_to = found.law, max(run["flops"] for run in used.values())
+    law, up_to = found.law, max(columns.flops)
     at = [runs[name]["flops"] for name in ladder] or [up_to]
-    low, high = laws.band(found, *_columns(used), at=at, level=LEVEL)
-    numbers["law"] = dataclasses.asdict(law) | {"fitted_up_to": up_to, "runs": len(used), "band": LEVEL}
-    numbers["curvature"] = found.curvature
+    low, high = laws.band(found, columns, at=at, level=LEVEL)
+    numbers["law"] = dataclasses.asdict(law) | {"fitted_up_to": up_to, "runs": len(swept), "band": LEVEL}
+    numbers["surface"] = dataclasses.asdict(found)
     numbers["rungs"] = {
         name: {
             "flops": runs[name]["flops"],
@@ -226,11 +214,9 @@ def along_frontier(stage: DiTRun, runs: Mapping[str, Mapping[str, Any]]) -> DiTR
     if settings.multiplier == 1:
         return stage
     # What a step of a model of so many parameters costs: between the runs a power law.
-    sizes = np.log([run["parameters"] for run in runs.values()])
-    costs = np.log([run["flops"] / run["steps"] for run in runs.values()])
-    slope, level = np.polyfit(sizes, costs, 1)
+    cost = laws.power(*zip(*((run["parameters"], run["flops"] / run["steps"]) for run in runs.values()), strict=True))
     base = compute.dit_step(stage.dit, stage.pack).total
     budget = settings.multiplier * (settings.budget or stage.loop.steps * base)
-    growth = level + slope * math.log(float(line(budget))) - math.log(base)
+    growth = math.log(float(cost(float(line(budget)))) / base)
     exponent = round(min(max(growth / math.log(settings.multiplier), 0.0), 1.0), 3)
     return dataclasses.replace(stage, compute=dataclasses.replace(settings, exponent=exponent))
