@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,17 @@ def test_another_config_is_refused(trained_vae):
     changed = dataclasses.replace(tiny.vae_run(save_every=2), seed=1)
     with pytest.raises(config.ConfigError, match="seed: 0 -> 1"):
         loop.fit(vae.VAETask(changed), workdir)
+
+
+def test_where_the_vae_lies_is_no_part_of_a_run_but_which_it_is(trained_dit, trained_vae, tmp_path):
+    workdir, state = trained_dit
+    shutil.copytree(trained_vae[0], tmp_path / "moved")
+    moved = dit.DiTTask(tiny.dit_run(tmp_path / "moved", save_every=2), workdir)
+    assert same(loop.fit(moved, workdir), state)
+    loop.fit(vae.VAETask(dataclasses.replace(tiny.vae_run(save_every=2), seed=1)), tmp_path / "other")
+    other = dit.DiTTask(tiny.dit_run(tmp_path / "other", save_every=2), workdir)
+    with pytest.raises(config.ConfigError, match=r"another config \(vae_weights: .* undo the change"):
+        loop.fit(other, workdir)
 
 
 def test_what_a_run_leaves(trained_dit):

@@ -55,7 +55,7 @@ class CaptionerTask(OnLatents):
         )
 
     def meta(self) -> dict[str, Any]:
-        return {"vae": dataclasses.asdict(self.vae_config), "vocabulary": list(self.vocabulary.pieces)}
+        return super().meta() | {"vocabulary": list(self.vocabulary.pieces)}
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

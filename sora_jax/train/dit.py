@@ -150,9 +150,6 @@ class DiTTask(OnLatents):
         run = resolve(run)
         super().__init__(run, encoded, "dit", compute.dit_step(run.dit, run.pack).total, Objective(run))
 
-    def meta(self) -> dict[str, Any]:
-        return {"vae": dataclasses.asdict(self.vae_config)}
-
     # Data ------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property

@@ -26,13 +26,17 @@ AT_ONCE = 1024
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
+def fingerprint_of(params: Any) -> str:
+    """What tells the weights of one VAE from those of another, wherever they lie."""
+    prints = fingerprints({sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)})
+    return hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+
+
 def encode_all(
     folder: Path, data: DataConfig, config: VAEConfig, params: Any, rest: Any
 ) -> dict[Split, latents.LatentStore]:
     """The stores of both splits in folder, encoded by the VAE of these weights; of several processes the first does it."""
-    network = Codec(config, params, rest)
-    prints = fingerprints({sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)})
-    name = hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
+    network, name = Codec(config, params, rest), fingerprint_of(params)
 
     def of(split: Split) -> latents.LatentStore:
         return processes.first_then_all(lambda: encode_split(folder, data, split, network, name))

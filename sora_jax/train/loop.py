@@ -151,11 +151,11 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
         state = new_state(task, tx, mesh)
         source = task.batches(sharding.share(mesh, task.rows))
         state, past = _resume(task, workdir, state, source)
-        if processes.is_first():
-            _write_config(run, workdir / "config.json")
         if int(state.step) >= loop.steps and past.judged:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
+        if processes.is_first():
+            _write_config(run, workdir / "config.json")
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed, loop.spike_factor), donate_argnums=0)
         with progress.reporter(workdir, loop.steps, int(state.step), task.unit, task.units_per_step) as report:
             state = _run(task, workdir, state, source, step, report, past, watching)
@@ -311,7 +311,7 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
     stored = checkpoint.read_meta(workdir)
     changed = config.differences(config.to_dict(config.from_stored(stored.get("config"))), config.to_dict(task.run))
     # A longer or shorter run is another schedule: only what is written and shown may change.
-    free = (
+    free: tuple[str, ...] = (
         "loop.log_every",
         "loop.save_every",
         "loop.evaluate_every",
@@ -326,6 +326,11 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "mesh.",
         "dit.attention",
     )
+    weights = {"vae_weights": task.meta().get("vae_weights")}
+    if stored.get("vae_weights") is not None:
+        # Which VAE it is counts, not where it lies; older checkpoints say only that.
+        changed += config.differences({"vae_weights": stored["vae_weights"]}, weights)
+        free += ("vae_checkpoint",)
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
         raise config.ConfigError(

@@ -15,7 +15,7 @@ from sora_jax.data import latents, pack
 from sora_jax.data.worlds import world
 from sora_jax.generate import pipeline
 from sora_jax.structs import PackedBatch, TrainState
-from sora_jax.train.encode import encode_all
+from sora_jax.train.encode import encode_all, fingerprint_of
 
 
 class OnLatents:
@@ -37,6 +37,14 @@ class OnLatents:
         self.rows = run.pack.rows
         self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
         self.geometry = pack.Geometry(model.patch, self.vae_config.stride)
+
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoints hold of the VAE."""
+        return {"vae": dataclasses.asdict(self.vae_config), "vae_weights": self.vae_weights}
+
+    @functools.cached_property
+    def vae_weights(self) -> str:
+        return fingerprint_of(self.vae_params)
 
     @functools.cached_property
     def stores(self) -> dict[world.Split, latents.LatentStore]:
