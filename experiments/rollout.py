@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # What ends early is short, so that a row has more clips; a clip of which a part is known has two slots.
         run.pack.update(row_slots=24, row_text=160)
         run.flow.posterior, run.flow.emphasis = 0.0, 1.0
+        run.sampler.guidance = 3.0
     runs["together"].loader.known.first_frames = 0.5
     runs["one_by_one"].loader.known.next_frame = 1.0
     return parts.study(
