@@ -47,6 +47,8 @@ def test_laws_are_found_and_the_last_rung_is_foretold(runs):
     assert found["law"]["exponent"] == pytest.approx(0.3, rel=0.02)
     assert not found["rungs"]["x1"]["foretold"] and found["rungs"]["x32"]["foretold"]
     assert abs(found["rungs"]["x32"]["off_by"]) < 0.005
+    # Nor is the largest budget needed to foretell itself.
+    assert len(found["backtest"]["off_by"]) == len(SIZES) and found["backtest"]["mean_absolute"] < 0.005
     svgs = [curves.picture(plot, "a-") for _, plot in scaling_curves.plots(runs, found)]
     assert len(svgs) == 2 and all(svg.startswith("<svg") for svg in svgs)
 
@@ -68,6 +70,20 @@ def test_what_is_fitted_knows_nothing_of_the_ladder(runs):
     after = scaling.fitted(runs, ("x32",), group)
     assert after["law"] == before["law"] and after["frontier"] == before["frontier"]
     assert after["rungs"]["x32"]["off_by"] == pytest.approx(-0.5, abs=0.01)
+
+
+def test_the_backtest_knows_nothing_of_what_it_foretells(runs):
+    group = [name for name in runs if name.startswith("iso")]
+    runs["x8"] = run(8e12, 6e5)
+    for name in group:
+        if name.endswith("8e+12"):
+            runs[name]["val_loss"] *= 2
+    found = scaling.fitted(runs, ("x1", "x8", "x32"), group)["backtest"]["off_by"]
+    assert found.pop("x8") == pytest.approx(0, abs=0.005)
+    assert len(found) == len(SIZES) and all(off == pytest.approx(-0.5, abs=0.005) for off in found.values())
+    # Two of three budgets fix no law.
+    three = [name for name in group if not name.endswith("8e+12")]
+    assert "law" in (kept := scaling.fitted(runs, (), three)) and "backtest" not in kept
 
 
 def test_two_budgets_give_a_frontier_but_no_law(runs):

@@ -73,7 +73,7 @@ def _columns(runs: Mapping[str, Mapping[str, Any]]) -> laws.Runs:
 
 
 def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
-    """Numbers of the report: optima, frontier, law with its band, and the law's loss beside that of every rung.
+    """Numbers of the report: optima, frontier, law with its band, the law's loss beside that of every rung, and a backtest.
 
     runs maps a stage to its flops, steps, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says
     of a rung that cost more is foretold. Parts that the runs do not fix are left out.
@@ -105,7 +105,26 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
         }
         for number, name in enumerate(ladder)
     }
+    numbers |= backtest(runs, ladder, isoflop)
     return numbers
+
+
+def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
+    """How well the sweep without its largest budget foretells all runs of that budget: what a law of these runs is worth.
+
+    Nothing if the smaller budgets alone fix no law.
+    """
+    *smaller, largest = budgets({name: runs[name] for name in isoflop})
+    try:
+        found = laws.fit_surface(_columns({name: runs[name] for names in smaller for name in names}))
+    except ValueError:
+        return {}
+    cost = runs[largest[0]]["flops"]
+    foretold = [*largest, *(name for name in ladder if 1 / SAME_BUDGET < runs[name]["flops"] / cost < SAME_BUDGET)]
+    N, D, _, losses = _columns({name: runs[name] for name in foretold})
+    off = found.after(N, D) / np.asarray(losses) - 1
+    mean = float(np.abs(off).mean())
+    return {"backtest": {"off_by": dict(zip(foretold, off.tolist(), strict=True)), "mean_absolute": mean}}
 
 
 def repeats(study: StudyRun) -> dict[str, list[str]]:
