@@ -27,6 +27,11 @@ FEWEST_RUNS = CONSTANTS + 2
 EXPONENTS = (1e-3, 3.0)
 
 
+def _different(values: Numbers) -> int:
+    """How many values there are that differ by more than 2 %."""
+    return 1 + int(np.sum(np.diff(np.sort(np.log(np.asarray(values, float)))) > 0.02))
+
+
 @dataclasses.dataclass(frozen=True)
 class Power:
     """y(x) = scale * (x / unit) ** exponent."""
@@ -40,8 +45,8 @@ class Power:
 
 
 def power(x: Numbers, y: Numbers) -> Power:
-    """The straight line in logarithms through points. Raises ValueError for fewer than two different x."""
-    if len(np.unique(np.round(np.log(np.asarray(x, float)), 6))) < 2:
+    """The straight line in logarithms through points. Raises ValueError if all x are alike."""
+    if _different(x) < 2:
         raise ValueError("a power law needs points at two places at least")
     logs = np.log(np.asarray(x, float))
     exponent, level = np.polyfit(logs - logs.mean(), np.log(np.asarray(y, float)), 1)
@@ -141,11 +146,6 @@ def fit_surface(runs: Runs) -> Surface:
         for a, b in STARTS
     ]
     return _surface(min(fits, key=lambda fit: fit.cost).x, units, power(N, C / D))
-
-
-def _different(values: np.ndarray) -> int:
-    """How many values there are that differ by more than 2 %."""
-    return 1 + int(np.sum(np.diff(np.sort(np.log(values))) > 0.02))
 
 
 def _surface(constants: np.ndarray, units: Sequence[float], cost: Power) -> Surface:

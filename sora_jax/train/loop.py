@@ -326,10 +326,9 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         "mesh.",
         "dit.attention",
     )
-    weights = {"vae_weights": task.meta().get("vae_weights")}
-    if stored.get("vae_weights") is not None:
+    if (weights := stored.get("vae_weights")) is not None:
         # Which VAE it is counts, not where it lies; older checkpoints say only that.
-        changed += config.differences({"vae_weights": stored["vae_weights"]}, weights)
+        changed += config.differences({"vae_weights": weights}, {"vae_weights": task.meta()["vae_weights"]})
         free += ("vae_checkpoint",)
     changed = [change for change in changed if not change.startswith(free)]
     if changed:
