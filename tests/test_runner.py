@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import html
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import tiny
 import xla
 from weights import needs_mobilenet
 
+from sora_jax import main
 from sora_jax.evaluate import frechet
 from sora_jax.study import judgement, runner
 
@@ -109,12 +113,13 @@ def test_what_was_judged_is_not_judged_again(done, study, monkeypatch):
         runner.run(study, workdir, "sora-jax study")
 
 
-def test_another_sampler_is_judged_on_the_same_training(done, study, monkeypatch):
+def test_another_sampler_is_judged_on_the_same_training(done, study, monkeypatch, tmp_path):
     workdir, before = done
     monkeypatch.setattr(runner.loop, "make_step", None)
     stages = {
         name: dataclasses.replace(
-            stage, sampler=dataclasses.replace(stage.sampler, steps=1, guidance_interval=(0.0, 0.9))
+            stage,
+            sampler=dataclasses.replace(stage.sampler, steps=1, guidance_interval=(0.0, 0.9), known_guidance=4.0),
         )
         if name in LADDER
         else stage
@@ -126,9 +131,11 @@ def test_another_sampler_is_judged_on_the_same_training(done, study, monkeypatch
     for name in LADDER:
         assert after["runs"][name]["val_loss"] == before["runs"][name]["val_loss"]
         assert (workdir / name / "judged.npz").read_bytes() != judged[name]
-    # The page's command makes what the page shows, although the checkpoint is of another sampler.
-    page = (workdir / "report.html").read_text()
-    assert "--steps=1 --guidance_interval=0.0,0.9 --out=sample.mp4" in page
+    # The page's command makes a video by the sampler that the page is of, although the checkpoint is of another.
+    page = html.unescape((workdir / "report.html").read_text())
+    (command,) = re.findall(r"sora-jax (sample .* --steps=1 --guidance_interval=0.0,0.9 --out=)sample.mp4", page)
+    monkeypatch.undo()
+    assert main.run([*shlex.split(command)[:-1], f"--out={tmp_path / 'sample.mp4'}"]) == 0
 
 
 def start(workdir, cache):

@@ -209,11 +209,13 @@ def sample_commands(
         return []
     first, folder = samples[0], workdir / names[DiTRun]
     height, width = first.frames_THWC.shape[1:3]
-    # A study may judge with another sampler than that of the training, which is the checkpoint's.
+    # A study may judge with another sampler than that of the training, which is the checkpoint's. From text alone nothing is
+    # given to insist on.
     trained, judged = (
         dataclasses.asdict(run.sampler) for run in (pipeline.load_run(folder), study.stages[folder.name])
     )
-    flags = "".join(f"--{name}={_as_flag(value)} " for name, value in judged.items() if value != trained[name])
+    changed = [name for name in judged if judged[name] != trained[name] and name != "known_guidance"]
+    flags = "".join(f"--{name}={_as_flag(judged[name])} " for name in changed)
     return [
         f'sora-jax sample --checkpoint={folder} --prompt="{first.prompt}" --seed={first.seed} '
         f"--height={height} --width={width} --frames={len(first.frames_THWC)} --fps={first.fps:g} {flags}--out=sample.mp4"
