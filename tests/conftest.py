@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 install_import_hook("sora_jax", "typecheck.checked")
 
 import sys  # noqa: E402
+import unittest.mock  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -64,6 +65,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path):
+    """What a verb sets for its process must not outlive a test, nor touch the user's cache."""
+    with unittest.mock.patch.dict(os.environ, SORA_JAX_CACHE=str(tmp_path / "cache")):
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # the user's own comes first
+        yield
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """A trained captioner: what it says of a clip does not depend on the company, and is there again after loading."""
 
 import json
-import os
 import re
-from unittest import mock
 
 import jax
 import numpy as np
@@ -142,14 +140,7 @@ def test_weights_are_on_one_device_after_loading(made):
     assert isinstance(made.vocabulary, Vocabulary)
 
 
-@pytest.fixture
-def clean_environment(tmp_path):
-    """What a verb sets for its process must not outlive a test, nor touch the user's cache."""
-    with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(tmp_path / "cache")):
-        yield
-
-
-def test_captions_of_files_are_printed_and_written(trained, videos, tmp_path, capsys, clean_environment):
+def test_captions_of_files_are_printed_and_written(trained, videos, tmp_path, capsys):
     paths = [tmp_path / "a.png", tmp_path / "b.gif"]
     files.write_image(paths[0], next(each for each in videos if len(each) == 1)[0])
     files.write_video(paths[1], next(each for each in videos if len(each) == 5), 5.0)

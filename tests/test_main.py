@@ -101,13 +101,6 @@ def get_config(arg=""):
 """
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path):
-    """What a verb sets for its process must not outlive a test, nor touch the user's cache."""
-    with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(tmp_path / "cache")):
-        yield
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """The path of a tiny experiment."""
@@ -764,11 +757,9 @@ def test_the_environment_of_the_user_comes_first(tmp_path):
         main.prepare_jax()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
         assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "3"
-    with mock.patch.dict(os.environ):
-        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-        main.prepare_jax()
-        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
-        assert (tmp_path / "cache").is_dir()
+    main.prepare_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
 
 
 def test_jax_keeps_small_programs_in_our_cache(tmp_path):
