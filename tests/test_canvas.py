@@ -278,7 +278,7 @@ def test_loop_doubles_no_frame(clip, length, added):
 
 @pytest.mark.parametrize("frames", [2, 5, 16, 17, 40])
 def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
-    """The bridge sees the first pass's frames behind its end; then all is decoded once more, in groups that are the bridge's."""
+    """The bridge sees the first pass's frames behind its end; then all is decoded once more, in other groups."""
 
     def model(step):
         grey = 100 + np.arange(len(step.known.frames_THWC), dtype=np.uint8)
@@ -292,10 +292,14 @@ def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
     assert (bridge.known.frames_THWC[-1] == NEW).all() and known_latents(bridge.known)[[0, -1]].all()
     made = round_trip(video)
     assert (made[0] == NEW).all() and (made[-1] >= 100).all()
-    # Behind the loop's end the bridge saw so many frames of its beginning: those after them come first.
+    # It begins within a group of what the bridge saw of the loop's beginning, and closes in the middle of a group: of latent k
+    # frames 4 k - 3 .. 4 k.
     behind = int(np.argmin(bridge.known.given_THW.all((1, 2))[::-1]))
-    order = (behind + np.arange(len(again.known.frames_THWC))) % frames
+    orders = (behind + np.arange(4)[:, None] + np.arange(len(again.known.frames_THWC))) % frames
+    order = orders[int(np.argmax([(made[each] == again.known.frames_THWC).all() for each in orders]))]
     assert again.known.given_THW.all() and len(order) < frames + 4
+    last = int(np.argmax(order == frames - 1))
+    assert frames < 8 or (last % 4 == 2 and order[last + 1] == 0)
     np.testing.assert_array_equal(again.known.frames_THWC, made[order])
     with pytest.raises(RequestError, match="1 frame is too few for a loop; 2 is the least"):
         prepare(prompt="a", loop=True, frames=1)

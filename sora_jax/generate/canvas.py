@@ -257,9 +257,11 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
     if timeline.loop and not timeline.given_THW.any():
-        # The bridge met the round trip of both its ends, so all is shown as that, played from behind what the bridge saw.
-        total = len(frames_THWC)
-        shown = (timeline.windows[-1].stop + np.arange(_whole(total, job.stride))) % total
+        # The bridge met the round trip of both its ends, so all is shown as that. It begins behind what the bridge saw, where the
+        # loop closes in the middle of a group: the VAE joins what was made apart within a group, and not between two.
+        total, behind = len(frames_THWC), timeline.windows[-1].stop
+        middle = ((total - 1 - behind - np.arange(job.stride)) % total) % job.stride == job.stride // 2
+        shown = (behind + int(np.argmax(middle)) + np.arange(_whole(total, job.stride))) % total
         made_THWC = yield one(Known(frames_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
         frames_THWC[shown[:total]] = made_THWC[:total]
     return frames_THWC

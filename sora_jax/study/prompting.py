@@ -167,7 +167,10 @@ class Prompting:
             return np.array([continuity.loop_change(each) <= MOST_LOOP for each in frames])
 
         made = [video.frames_THWC for video in videos]
-        returns = np.array([scene.things[0].motion in ENDLESS for scene in self.scenes])
+        motions = np.array([scene.things[0].motion for scene in self.scenes])
+        returns, moves = np.isin(motions, ENDLESS), motions != "still"
+        # All the way round: one that jumps elsewhere closes, too.
+        smooth = np.array([continuity.worst_change(np.concatenate([each, each[:1]])) <= MOST_BRIDGE for each in made])
         changes = zip(
             *([continuity.changes(each).mean() for each in group] for group in (made, self.from_text)), strict=True
         )
@@ -175,6 +178,7 @@ class Prompting:
             "closed": float(closed(made).mean()),
             "closed_floor": float(closed(self.from_text).mean()),
             "closed_of_endless_motions": float(closed(made)[returns].mean()) if returns.any() else 0.0,
+            "smooth_of_moving": float(smooth[moves].mean()) if moves.any() else 0.0,
             # A loop of something at rest is none.
             "alive": float(np.mean([one >= other / 2 for one, other in changes])),
             "identity": _identity(made, self.scenes),
