@@ -448,7 +448,8 @@ def _add_modes(parser: Parser) -> None:
         nargs="?",
         const=True,
         metavar="FILE",
-        help="a video that is led back to its start; without FILE one that is made from the prompt (default: none)",
+        help="a video that is led back to its start; without FILE one that is made from the prompt, of which the way back knows "
+        "nothing (default: none)",
     )
     beside = parser.add_argument_group("beside these")
     beside.add_argument(

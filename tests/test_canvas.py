@@ -290,6 +290,7 @@ def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
     *_, bridge, again = seen
     assert seen[0].known is None and to_make(seen) == seen[:-1] and len(video) == frames
     assert (bridge.known.frames_THWC[-1] == NEW).all() and known_latents(bridge.known)[[0, -1]].all()
+    assert seen[0].prompt == "a" and bridge.prompt == ""  # which says where the thing goes, not that it comes back
     made = round_trip(video)
     assert (made[0] == NEW).all() and (made[-1] >= 100).all()
     # It begins within a group of what the bridge saw of the loop's beginning, and closes in the middle of a group: of latent k

@@ -226,16 +226,17 @@ def passes(job: Job) -> Passes:
 
 def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
     """Window after window; frames that were made are given to the windows after them, which insist on them only where they have
-    to meet something."""
+    to meet something. Where a loop is led back there is no prompt: it tells of the way there."""
     frames_THWC, given_THW = timeline.frames_THWC.copy(), timeline.given_THW.copy()
+    from_prompt = timeline.loop > 0 and not timeline.given_THW.any()
 
-    def one(known: Known, only_going_on: bool = False) -> Pass:
+    def one(known: Known, only_going_on: bool = False, prompt: str = job.order.prompt) -> Pass:
         length, height, width = known.given_THW.shape
         size = Size(height, width, length, job.size.fps)
         nothing = known.strength == 1 and not known.given_THW.any()
         seed = pass_seed(job.order.seed, number)
         insistence = ONLY_GOING_ON if only_going_on and job.order.known_guidance is None else job.order.known_guidance
-        return Pass(job.order.prompt, size, seed, None if nothing else known, insistence)
+        return Pass(prompt, size, seed, None if nothing else known, insistence)
 
     for window in timeline.windows:
         shown = _indices(window.start, window.stop, len(frames_THWC), timeline.loop)
@@ -244,7 +245,8 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
         leads = given[: window.first - window.start].any() and given[window.last - window.start :].any()
         users = timeline.given_THW[shown].any()
-        made_THWC = yield one(known, only_going_on=not (users or leads))
+        prompt = "" if from_prompt and leads else job.order.prompt
+        made_THWC = yield one(known, only_going_on=not (users or leads), prompt=prompt)
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1
@@ -256,7 +258,7 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
         made_THWC = yield one(known)
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
-    if timeline.loop and not timeline.given_THW.any():
+    if from_prompt:
         # The bridge met the round trip of both its ends, so all is shown as that. It begins behind what the bridge saw, where the
         # loop closes in the middle of a group: the VAE joins what was made apart within a group, and not between two.
         total, behind = len(frames_THWC), timeline.windows[-1].stop

@@ -53,7 +53,8 @@ class Order:
       image        the first frame
       extend       a video that goes on, forward or backward (direction)
       connect      two videos, and what happens between them
-      loop         a video that is led back to its start; true: one that is first made from the prompt
+      loop         a video that is led back to its start; true: one that is first made from the prompt, of which
+                   the way back knows nothing
       edit         a video that is made anew from noise of this strength, 0 (as it is) to 1 (nothing of it); with a mask, where
                    that is white
       inpaint      a video or image of which a mask's white part is made anew
