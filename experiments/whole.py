@@ -10,7 +10,7 @@ ARGUMENTS = ("", "vae", "dit")
 # Small frames teach much for few tokens: a size is drawn by the inverse square of its latent cells.
 CELLS_OF_SMALLEST = 16
 # Training FLOPs of the DiT.
-BUDGET = 6e13
+BUDGET = 9e13
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -34,8 +34,12 @@ def vae() -> ConfigDict:
     """On small scenes, half of them pairs: what a VAE loses first are things of a few pixels."""
     small = world()
     small.frame_sizes, small.two_things_fraction = ((32, 32), (48, 48)), 0.5
-    run = parts.vae_run(small, steps=2500)
-    run.data.train_clips, run.vae.widths, run.vae.channels, run.vae_train.batch = 8192, (192,), 32, 8
+    run = parts.vae_run(small, steps=4000)
+    run.data.train_clips, run.vae.channels, run.vae_train.batch = 8192, 32, 8
+    # Groups encoded by themselves and decoded at the full frame rate, as in prompting.py.
+    run.vae.encoder_frames = 1
+    run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (4, 2, 2)), (48, 160), (1, 2)
+    run.loop.save_every = 500
     return run
 
 
@@ -45,11 +49,12 @@ def dit() -> ConfigDict:
         (CELLS_OF_SMALLEST / (height // 8 * (width // 8))) ** 2 for height, width in run.data.world.frame_sizes
     )
     run.data.train_clips, run.data.heldout_clips = 16384, 512
-    run.dit.width, run.dit.channels = 112, 32
+    run.dit.width, run.dit.heads, run.dit.channels = 144, 3, 32
     # The longest clip: 17 frames of 96x64 are 5 x 12 x 8 tokens.
-    run.pack.update(rows=1, row_tokens=480, row_slots=24, row_text=240, window=512)
+    run.pack.update(rows=2, row_tokens=480, row_slots=24, row_text=240, window=512)
     run.flow.mean = 0.6
-    run.sampler.guidance, run.sampler.shift = 4.0, 3.0
+    run.flow.posterior, run.flow.emphasis = 0.0, 1.0
+    run.sampler.guidance, run.sampler.shift = 3.0, 3.0
     run.compute.budget = BUDGET
     run.loop.log_every, run.loop.save_every = 50, 500
     return run
