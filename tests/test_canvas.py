@@ -498,7 +498,12 @@ def test_a_window_insists_on_the_users_frames_and_where_it_has_to_meet_something
 def test_of_files_all_windows_have_the_prompt(clip):
     """Bridges too: what is asked for is what is to happen in them."""
     pair = clip(9, name="a.mp4"), clip(9, name="b.mp4")
-    for order in ({"loop": pair[0]}, {"connect": pair}, {"extend": pair[0]}, {"extend": pair[0], "direction": "backward"}):
+    for order in (
+        {"loop": pair[0]},
+        {"connect": pair},
+        {"extend": pair[0]},
+        {"extend": pair[0], "direction": "backward"},
+    ):
         made = to_make(play(prepare(prompt="a", frames=60, **order))[1])
         assert len(made) > 3 and {step.prompt for step in made} == {"a"}
 
