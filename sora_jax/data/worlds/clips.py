@@ -41,12 +41,12 @@ def clips(config: world.WorldConfig, split: world.Split, indices: Iterable[int])
 
 
 def _played(clip: structs.Clip, config: world.WorldConfig) -> structs.Clip:
-    """The clip, or by chance its frames to and fro, if there are enough of them to go, turn and come back."""
+    """The clip, or by chance its frames to and fro; a way is at most half of it, so that it comes back."""
     rng = np.random.default_rng((config.seed, TO_AND_FRO, clip.id))
     last = len(clip.frames_THWC) - 1
     if rng.random() >= config.to_and_fro or last < 2 * LEAST_WAY:
         return clip
-    way = int(rng.integers(LEAST_WAY, last + 1))
+    way = int(rng.integers(LEAST_WAY, last // 2 + 1))
     start, phase = int(rng.integers(last - way + 1)), int(rng.integers(2 * way))
     order_T = start + np.abs((np.arange(last + 1) + phase) % (2 * way) - way)
     return dataclasses.replace(clip, frames_THWC=clip.frames_THWC[order_T], scene=None, to_and_fro=True)

@@ -38,8 +38,8 @@ class WorldConfig:
     image; frame_count_weights is empty or one weight per count. two_things_fraction of the scenes hold two things.
     holdout_fraction of all combinations (colour, shape, motion) never occur in training. With square, clips are what the
     middle square of a frame shows, as data sets were cut before models took any size: things may be cut, too. to_and_fro is
-    the share of training videos whose frames are played to and fro, turning at a random place: a model that connects what
-    is given learns to lead back from them. Raises ValueError if a world cannot be drawn from these.
+    the share of training videos whose frames are played to and fro, turning at a random place and back within the clip: a
+    model that connects what is given learns to lead back from them. Raises ValueError if a world cannot be drawn from these.
     """
 
     colours: tuple[str, ...]
