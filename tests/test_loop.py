@@ -70,11 +70,20 @@ def test_resumed_with_loader_workers_equals_uninterrupted_without_dit(trained_di
     assert same(loop.fit(dit.DiTTask(run, tmp_path), tmp_path), trained_dit[1])
 
 
-def test_a_finished_run_is_left_alone(trained_vae):
+def test_a_finished_run_is_left_alone_and_its_state_is_not_made_anew(trained_vae, monkeypatch):
     workdir, state = trained_vae
+    monkeypatch.delattr(loop, "new_state")
     before = (workdir / "metrics.jsonl").read_text()
     assert same(loop.fit(vae.VAETask(tiny.vae_run(save_every=2)), workdir), state)
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_from_before_there_was_a_guard_is_resumed_with_a_fresh_one(trained_vae, tmp_path):
+    workdir, state = trained_vae
+    items = {name: item for name, item in state._asdict().items() if name not in ("step", "guard")}
+    checkpoint.save(tmp_path, int(state.step), items, checkpoint.read_meta(workdir), keep=1)
+    resumed = loop.fit(vae.VAETask(tiny.vae_run(save_every=2)), tmp_path)
+    assert same(resumed, state._replace(guard=guard.fresh())) and not same(resumed, state)
 
 
 def test_another_config_is_refused(trained_vae):

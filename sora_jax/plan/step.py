@@ -49,7 +49,7 @@ def compile_step(run: DiTRun, mesh: Mesh) -> Compiled:
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
-        state = _placed(shapes, loop.state_shardings(shapes, mesh))
+        state = sharding.abstract(shapes, loop.state_shardings(shapes, mesh))
         batch = _batch(run, run.pack, sharding.rows(mesh))
         step = loop.make_step(objective, tx, run.loop.ema, run.seed, run.loop.spike_factor)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -62,7 +62,7 @@ def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compil
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: _params(run))
-        params = _placed(shapes, sharding.parameter_shardings(shapes, mesh))
+        params = sharding.abstract(shapes, sharding.parameter_shardings(shapes, mesh))
         batch = _batch(run, packing, sharding.replicated(mesh))
         denoise = jax.jit(pipeline.denoiser(run.dit), static_argnames="settings")
         inputs = params, batch, batch.layout, batch.clip_BS, batch.ceiling_BS
@@ -72,10 +72,6 @@ def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compil
 
 def _params(run: DiTRun) -> Any:
     return nnx.to_pure_dict(nnx.state(dit_model.DiT(run.dit, nnx.Rngs(0)), nnx.Param))
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _batch(run: DiTRun, packing: pack.PackConfig, placed: NamedSharding) -> PackedBatch:

@@ -108,12 +108,19 @@ def make_step(
 
 def new_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """The state of step 0, created on the mesh as the sharding table says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, tx, mesh))
+    return jax.jit(lambda: _initial(task, tx), out_shardings=shardings)()
 
-    def init() -> TrainState:
-        params, rest = task.init(jax.random.key(task.run.seed))
-        return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
 
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))()
+def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of new_state, and no arrays."""
+    shapes = jax.eval_shape(lambda: _initial(task, tx))
+    return sharding.abstract(shapes, state_shardings(shapes, mesh))
+
+
+def _initial(task: Task, tx: optax.GradientTransformation) -> TrainState:
+    params, rest = task.init(jax.random.key(task.run.seed))
+    return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -148,9 +155,12 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
     mesh = sharding.make_mesh(run.mesh)
     tx = optimizer.make(run.optimizer, loop.steps)
     with lock.locked(workdir), watch.watched(workdir, options) as watching, jax.set_mesh(mesh):
-        state = new_state(task, tx, mesh)
         source = task.batches(sharding.share(mesh, task.rows))
-        state, past = _resume(task, workdir, state, source)
+        if checkpoint.latest_step(workdir) is None:
+            state, past = new_state(task, tx, mesh), Past()
+        else:
+            # Without arrays, which would lie in memory twice while the checkpoint's are read.
+            state, past = _resume(task, workdir, abstract_state(task, tx, mesh), source)
         if int(state.step) >= loop.steps and past.judged:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
@@ -304,10 +314,8 @@ def _save(task: Task, workdir: Path, state: TrainState, source: Any, past: Past)
     checkpoint.save(workdir, number, _items(state), meta, keep=task.run.loop.keep)
 
 
-def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[TrainState, Past]:
-    """The state and the past of the newest checkpoint, its batches wound on to where it stopped; else what came in."""
-    if checkpoint.latest_step(workdir) is None:
-        return state, Past()
+def _resume(task: Task, workdir: Path, like: TrainState, source: Any) -> tuple[TrainState, Past]:
+    """The state and the past of the newest checkpoint, its batches wound on to where it stopped."""
     stored = checkpoint.read_meta(workdir)
     changed = config.differences(config.to_dict(config.from_stored(stored.get("config"))), config.to_dict(task.run))
     # A longer or shorter run is another schedule: only what is written and shown may change.
@@ -335,9 +343,10 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         raise config.ConfigError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}); choose another --workdir or undo the change"
         )
-    items = _items(state)
+    items = _items(like)
     if "guard" not in checkpoint.held_items(workdir):  # a checkpoint from before there was one
         del items["guard"]
+        like = like._replace(guard=guard.fresh())
     restored = checkpoint.restore(workdir, items)
     try:
         source.set_state(restored.meta["loader"])
@@ -352,4 +361,4 @@ def _resume(task: Task, workdir: Path, state: TrainState, source: Any) -> tuple[
         restored.meta.get("judged") is not False,
         int(config.stored_number(restored.meta, "rollbacks", workdir)) if "rollbacks" in restored.meta else 0,
     )
-    return state._replace(step=jnp.int32(restored.step), **restored.items), past
+    return like._replace(step=jnp.int32(restored.step), **restored.items), past
