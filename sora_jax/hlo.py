@@ -182,6 +182,22 @@ class Program:
             total += times * sum(self._traffic(each, computation) for each in computation.instructions.values())
         return total
 
+    def host_traffic(self) -> int:
+        """Bytes that a device and its host's memory, S(5), send each other."""
+        total = 0
+        for name, times in self.runs.items():
+            instructions = self.computations[name].instructions
+            for each in instructions.values():
+                if each.kind in STILL or each.kind.endswith(("-done", "-update")):
+                    continue
+                inputs = [instructions[operand].type for operand in each.operands if operand in instructions]
+                if "S(5)" not in "".join((each.type, *inputs)):
+                    continue
+                # What is written into a stack there is the second operand; what is read is the result, without the stack itself.
+                part = inputs[1] if each.kind.startswith("dynamic-update-slice") else each.type
+                total += times * size_of(part)
+        return total
+
     def _traffic(self, each: Instruction, computation: Computation) -> int:
         if each.kind in STILL or each.kind.endswith(("-done", "-update")):
             return 0

@@ -7,14 +7,16 @@ parameter without a row, a mesh axis used twice, or a dimension that does not di
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.structs import Share
@@ -40,9 +42,9 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(bias|scale|count|shift|stretch)$", ("none",)),
     (r"embedding$", ("none", "embed")),
     (r"conv\w*/kernel$", ("none", "none", "embed", "wide")),
-    # Pixels and latent channels are few and need not divide.
-    (r"(ins/\d+|into)/kernel$", ("none", "wide")),
-    (r"outs/\d+/kernel$", ("embed", "none")),
+    # Pixels, latent channels, words and features of times and places are few and need not divide.
+    (r"(patch_in|position_in|extent_in|time_in|ins/\d+|into)/kernel$", ("none", "wide")),
+    (r"(patch_out|word_out|encoder/out|outs/\d+)/kernel$", ("embed", "none")),
     (r"(out|down)/kernel$", ("wide", "embed")),
     (r"kernel$", ("embed", "wide")),
 )
@@ -76,11 +78,26 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
     return data, config.fsdp, config.tensor, config.sequence
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the axes AXES over the given devices (all by default). Raises ValueError if the sizes do not fit."""
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes AXES over the given devices (all by default), laid as their network lies: an axis of the mesh may be a
+    part of one of the network's. The devices need not be there. Raises ValueError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shapes(count: int) -> Iterator[MeshConfig]:
+    """Every mesh over `count` devices."""
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    for sizes in itertools.product(divisors, repeat=len(AXES)):
+        if math.prod(sizes) == count:
+            yield MeshConfig(*sizes)
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """A mesh of devices of which nothing is known. Raises ValueError if the sizes do not fit."""
+    return AbstractMesh(mesh_shape(config, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(logical: tuple[str, ...], where: str) -> P:
@@ -115,9 +132,9 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def shards(logical: str) -> int:
-    """Over how many devices of the mesh of the context a logical axis is split."""
-    mesh = jax.sharding.get_abstract_mesh()
+def shards(logical: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Over how many devices of a mesh, by default that of the context, a logical axis is split."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical] or ())
 
 
@@ -166,8 +183,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array of params (arrays or ShapeDtypeStructs), from the table."""
+def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A NamedSharding for every array of params (arrays or ShapeDtypeStructs), from the table. Raises ValueError for a parameter
+    without a row or with a dimension that does not divide."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)

@@ -85,7 +85,7 @@ def test_collectives_are_those_of_the_mesh(network, target, numbers):
 def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
     """In the compiled step no stacked weight of all blocks is whole on a device: only one block's at a time."""
     run = resolved()
-    mesh = topology.mesh_on(target.devices, run.mesh)
+    mesh = sharding.make_mesh(run.mesh, target.devices)
     made = roofline.compile_step(run, mesh)
     program = hlo.Program(made.program.as_text())
     stacked = {
@@ -145,7 +145,9 @@ def test_times_follow_from_peaks(network, target):
     run = resolved()
     slow, fast = (
         roofline.plan(
-            run, network, dataclasses.replace(target, chip=topology.Chip(16, *(times * x for x in (1e12, 1e11, 1e10))))
+            run,
+            network,
+            dataclasses.replace(target, chip=topology.Chip(16, *(times * x for x in (1e12, 1e11, 1e10, 1e9)))),
         )
         for times in (1, 2)
     )
@@ -173,7 +175,7 @@ def test_a_sampler_keeps_weights_and_its_batch_alone(network, target, numbers):
 
 
 def test_what_sampling_costs_follows_from_peaks_and_evaluations(network, target):
-    where = dataclasses.replace(target, chip=topology.Chip(16, 1e12, 1e15, 1e15))
+    where = dataclasses.replace(target, chip=topology.Chip(16, 1e12, 1e15, 1e15, 1e15))
     run = resolved()
 
     def made(**changes):
@@ -202,19 +204,29 @@ def test_a_sampler_that_is_too_large_is_a_verdict(network, target, monkeypatch):
     assert "DOES NOT FIT" in text.table(made) and "Does not fit" in page.page(made, "sora-jax plan")
 
 
-def test_candidates_cover_the_chips():
+def test_candidates_cover_the_chips_and_none_is_refused_for_its_sizes(network):
     run = resolved()
-    run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=1024))
-    shapes = search.mesh_shapes(8, run)
-    assert all(math.prod(shape) == 8 for shape in shapes) and len(set(shapes)) == len(shapes)
-    # Two heads do not divide over four.
+    run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=512))
+    found = list(search.candidates(run, network, 8))
+    shapes = {dataclasses.astuple(each.mesh) for each in found}
+    assert all(math.prod(shape) == 8 for shape in shapes)
+    # Two heads do not divide over four, and eight rows leave no room for more lanes than that.
     assert {shape[2] for shape in shapes} == {1, 2} and {shape[3] for shape in shapes} == {1, 2, 4, 8}
+    assert {each.pack.rows for each in found} == {4, 8, 16}
+    # The longest clip has 120 tokens; blocks of attention have 128.
+    assert {each.pack.row_tokens for each in found} == {256, 512, 1024}
+    assert all(each.pack.row_slots * 512 >= run.pack.row_slots * each.pack.row_tokens for each in found)
+    narrow = dataclasses.replace(run, dit=dataclasses.replace(run.dit, width=36, heads=2))
+    assert {each.mesh.fsdp for each in search.candidates(narrow, network, 8)} == {1, 2, 4}
 
 
 def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
-    tried = []
+    tried, refused = [], []
 
     def fake(run, network, where):
+        if run.dit.remat == "dots":
+            refused.append(run)
+            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: not on this chip")
         tried.append(run)
         fits = run.dit.remat != "none"
         return {
@@ -222,14 +234,16 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
             "tokens_per_second": [float(run.pack.rows), 0.0],
             "mesh": dataclasses.asdict(run.mesh),
             "model": {"remat": run.dit.remat},
-            "step": {"rows": run.pack.rows},
+            "step": {"rows": run.pack.rows, "row_tokens": run.pack.row_tokens},
         }
 
     monkeypatch.setattr(roofline, "plan", fake)
     run = resolved()
     run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=256))
     ranked = search.search(run, network, target, tries=12)
-    assert len(tried) == 12 and len({(r.mesh, r.dit.remat, r.pack.rows) for r in tried}) == 12
+    # What is refused is none of those that were asked for.
+    assert len(tried) == 12 and refused
+    assert len({(r.mesh, r.dit.remat, r.pack.rows, r.pack.row_tokens) for r in tried}) == 12
     speeds = [(each["verdict"]["fits"], each["tokens_per_second"][0]) for each in ranked]
     assert speeds == sorted(speeds, reverse=True)
     assert len(text.ranking(ranked).splitlines()) == 13
@@ -240,3 +254,28 @@ def test_an_estimate_prefers_what_fits():
     where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
     assert search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="none")), where) == math.inf
     assert search.estimate(run, where) < math.inf and set(dit_model.REMAT) == {"none", "dots", "full", "offload"}
+
+
+def test_an_estimate_counts_the_way_to_the_host():
+    run = config.from_config_dict(dit_experiment.get_config("0.7b"))
+    where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
+    offload, full = (
+        search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat=remat)), where)
+        for remat in ("offload", "full")
+    )
+    near = dataclasses.replace(where, chip=dataclasses.replace(where.chip, host=1e15))
+    assert full < offload < math.inf
+    assert search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="offload")), near) < full
+
+
+def test_what_jax_does_not_take_of_a_chip_does_not_fit(network, target):
+    """The same step on chips with more and with less memory than it needs, of which three quarters are taken."""
+    need = roofline.plan(resolved(), network, target)["memory"]["total"] / topology.GIB
+    why = {}
+    for times in (1.5, 1.2, 0.9):
+        chip = topology.Chip(need * times, 1e12, 1e11, 1e10, 1e9, usable=0.75)
+        verdict = roofline.plan(resolved(), network, dataclasses.replace(target, chip=chip))["verdict"]
+        assert verdict["fits"] == (times == 1.5)
+        why[times] = "; ".join(verdict["why"])
+    assert "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.88" in why[1.2]
+    assert "XLA_PYTHON" not in why[1.5] + why[0.9]

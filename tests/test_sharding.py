@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import dit as dit_experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,25 @@ def test_every_parameter_has_a_row(name):
     shardings = sharding.parameter_shardings(parameters(MODELS[name]), mesh(fsdp=8))
     split = [leaf for leaf in jax.tree.leaves(shardings) if leaf.spec and any(leaf.spec)]
     assert split, "nothing is sharded"
+
+
+@pytest.mark.parametrize(("name", "fsdp"), [("0.7b", 128), ("7b", 512), ("30b", 1024)])
+def test_weights_of_large_models_are_spread_over_many_chips(name, fsdp):
+    """What has few inputs or outputs of its own, such as 48 features of a place, does not keep the rest from it."""
+    run = config.from_config_dict(dit_experiment.get_config(name))
+    shape = dataclasses.replace(run.dit, text_width=4096)  # of the text encoder that such a model would have
+    shapes = parameters(lambda: dit.DiT(shape, nnx.Rngs(0)))
+    over = sharding.abstract_mesh(sharding.MeshConfig(fsdp=fsdp), fsdp)
+    shardings = jax.tree.leaves(sharding.parameter_shardings(shapes, over))
+    sizes = [x.size for x in jax.tree.leaves(shapes)]
+    spread = sum(size for size, each in zip(sizes, shardings, strict=True) if any(each.spec))
+    assert spread > 0.99 * sum(sizes)
+
+
+def test_every_mesh_of_so_many_devices_is_found_once():
+    found = list(sharding.mesh_shapes(8))
+    assert len(set(found)) == len(found) == 20  # 2^3 in four boxes
+    assert all(sharding.mesh_shape(each, 8) == dataclasses.astuple(each) for each in found)
 
 
 def test_an_unknown_parameter_is_told():

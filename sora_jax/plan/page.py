@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from sora_jax.plan.roofline import PARTS
 from sora_jax.plan.text import asked, outcome, size_of
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
@@ -69,11 +70,11 @@ def _memory(numbers: Mapping[str, Any]) -> str:
 
 def _time(numbers: Mapping[str, Any]) -> str:
     seconds = numbers["seconds"]
-    longest = max(seconds[name] for name in ("compute", "memory", "interconnect"))
+    longest = max(seconds[name] for name in PARTS)
     rows = "".join(
         f"<tr><td>{name}</td><td style='width:60%'><div class=bar><div style='width:{100 * seconds[name] / longest:.1f}%;"
         f"background:{colour}'></div></div></td><td>{seconds[name]:.3f} s</td></tr>"
-        for name, colour in zip(("compute", "memory", "interconnect"), COLOURS, strict=False)
+        for name, colour in zip(PARTS, COLOURS, strict=False)
     )
     (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
     fast, slow = seconds["whole"]
@@ -106,5 +107,6 @@ def _once(numbers: Mapping[str, Any]) -> str:
 def _peaks(peaks: Mapping[str, Any]) -> str:
     return (
         f"{peaks['memory']:g} GiB, {peaks['flops'] / 1e12:g} TFLOP/s in bfloat16, {peaks['bandwidth'] / 1e12:g} TB/s of memory, "
-        f"{peaks['link'] / 1e9:g} GB/s along an axis of the interconnect. {peaks['source']}."
+        f"{peaks['link'] / 1e9:g} GB/s along an axis of the interconnect, "
+        f"{peaks['host'] / 1e9:g} GB/s to the host. {peaks['source']}."
     )

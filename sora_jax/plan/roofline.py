@@ -20,11 +20,13 @@ from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan.packing import packed
 from sora_jax.plan.step import Compiled, compile_sampler, compile_step, memory, traffic
-from sora_jax.plan.topology import GIB, SOURCE, Chip, Target, mesh_on
+from sora_jax.plan.topology import GIB, SOURCE, Chip, Target
 from sora_jax.train import dit
 
 # What large matrix products reach of the peak at best in practice, for the low end of a prediction.
 MATMUL_SHARE = 0.8
+# What a program is bound by.
+PARTS = ("compute", "memory", "interconnect", "host")
 
 
 def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     Raises ConfigError or ValueError for what cannot work on any hardware.
     """
     packing = packed(run, network)
-    mesh = mesh_on(where.devices, run.mesh)
+    mesh = sharding.make_mesh(run.mesh, where.devices)
     sharding.share(mesh, run.pack.rows)
     count = compute.dit_step(run.dit, run.pack)
     useful = compute.dit_step(run.dit, run.pack, packing["pairs"], packing["text_pairs"])
@@ -57,7 +59,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
 
     Text encoder and VAE are not counted. Raises as plan does.
     """
-    mesh = mesh_on(where.devices, run.mesh)
+    mesh = sharding.make_mesh(run.mesh, where.devices)
     tokens, (frames, height, width) = dit.longest_clip(run, network)
     many = 2 * len(where.devices) * max(1, pipeline.BATCH_TOKENS // tokens)
     with jax.set_mesh(mesh):
@@ -125,13 +127,14 @@ def times(numbers: dict[str, Any], flops: float, program: hlo.Program, chip: Chi
     """Seconds of a program by roofline.
 
     The fast end of whole does everything at its peak and at the same time; the slow end computes at MATMUL_SHARE of the peak and
-    waits for the interconnect, one thing after the other.
+    waits for the interconnect and the host, one thing after the other.
     """
     compute_s = flops / numbers["chips"] / chip.flops
     memory_s = program.memory_traffic() / chip.bandwidth
     link_s = sum(each["bytes"] for each in numbers["collectives"]) / chip.link
-    whole = [max(compute_s, memory_s, link_s), max(compute_s / MATMUL_SHARE, memory_s) + link_s]
-    return {"compute": compute_s, "memory": memory_s, "interconnect": link_s, "whole": whole}
+    host_s = program.host_traffic() / chip.host
+    parts = dict(zip(PARTS, (compute_s, memory_s, link_s, host_s), strict=True))
+    return parts | {"whole": [max(parts.values()), max(compute_s / MATMUL_SHARE, memory_s) + link_s + host_s]}
 
 
 def shares(numbers: dict[str, Any], work: dict[str, float], seconds: Sequence[float], chip: Chip) -> dict[str, Any]:
@@ -180,18 +183,24 @@ def verdict(numbers: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
     share = numbers["memory"]["total"] / (chip.memory * GIB)
     why.append(f"{share:.0%} of {chip.memory:g} GiB a chip")
     seconds = numbers["seconds"]
-    slowest = max(("compute", "memory", "interconnect"), key=lambda name: seconds[name])
+    slowest = max(PARTS, key=lambda name: seconds[name])
     why.append(f"bound by {slowest}")
     if slowest == "interconnect":
         more = "give a chip more tokens (pack.row_tokens, pack.rows) or " if "step" in numbers else ""
         why.append(f"{more}spread weights over fewer chips (mesh.fsdp)")
+    if slowest == "host":
+        why.append("what is kept for the backward pass waits at the host; recompute it (dit.remat=full or dots)")
     if slowest == "memory":
         why.append("longer rows or wider models use memory's bandwidth better")
     if "packing" in numbers and numbers["packing"]["fill"] < 0.9:
         why.append(
             f"only {numbers['packing']['fill']:.0%} of the tokens are filled; raise pack.row_tokens, row_text or window"
         )
-    return {"fits": share <= 1, "why": why}
+    if chip.usable < share <= 1:
+        why.insert(
+            1, f"jax takes {chip.usable:.0%} of it; set XLA_PYTHON_CLIENT_MEM_FRACTION={min(0.95, share + 0.05):.2f}"
+        )
+    return {"fits": share <= chip.usable, "why": why}
 
 
 def _too_large(message: str, run: DiTRun, training: bool) -> list[str]:

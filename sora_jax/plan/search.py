@@ -1,87 +1,119 @@
-"""The most promising meshes, remat policies and batch sizes for a target, compiled and ranked."""
+"""The most promising meshes, remat policies and rows for a target, compiled and ranked."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
 
 from sora_jax import compute, sharding
 from sora_jax.config import DiTRun
+from sora_jax.data.pack import PackConfig
 from sora_jax.models import dit as dit_model
 from sora_jax.models.vae import VAEConfig
-from sora_jax.plan import roofline
+from sora_jax.plan import roofline, step
 from sora_jax.plan.topology import CHIPS, GIB, Target
+from sora_jax.train import dit
 
-# For estimates: weights of a block over its width squared, and what it keeps for the backward pass, in residual streams.
+# For estimates: weights of a block over its width squared, and what it keeps on its chip for the backward pass, in
+# residual streams.
 WEIGHTS = 22
 KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
+# The kernel of TPUs takes tokens of a device in such blocks.
+TOKENS_OF_A_BLOCK = 128
 
 
 def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[dict[str, Any]]:
-    """The most promising meshes, remat policies and rows a batch for a target, compiled, the best first.
+    """The most promising meshes, remat policies, batches and lengths of rows for a target, compiled, the best first.
 
-    Candidates are ranked by an estimate, and as many as `tries` of the best are compiled. Those that fit come first, by the
-    speed that is foretold at the slow end.
+    Candidates are ranked by an estimate, and as many as `tries` of the best are compiled; what is refused without that is none
+    of them. Those that fit come first, by the speed that is foretold at the slow end.
     """
-    chips = len(where.devices)
-    candidates = sorted(
-        (
-            dataclasses.replace(
-                run,
-                mesh=sharding.MeshConfig(*shape),
-                dit=dataclasses.replace(run.dit, remat=remat),
-                pack=dataclasses.replace(run.pack, rows=rows),
-            )
-            for shape in mesh_shapes(chips, run)
-            for remat in dit_model.REMAT
-            for rows in {run.pack.rows, 2 * run.pack.rows, max(1, run.pack.rows // 2)}
-            if rows % (shape[0] * shape[1]) == 0 and rows % run.loader.lanes == 0
-        ),
-        key=lambda candidate: estimate(candidate, where),
-    )
-    found = []
-    for candidate in candidates[:tries]:
+    found: list[dict[str, Any]] = []
+    for candidate in sorted(candidates(run, network, len(where.devices)), key=lambda each: estimate(each, where)):
+        if len(found) == tries:
+            break
         try:
             found.append(roofline.plan(candidate, network, where))
-        except ValueError as error:
-            logging.info("%s, remat %s: %s", dataclasses.astuple(candidate.mesh), candidate.dit.remat, error)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            logging.info("%s: %s", _told(candidate), str(error).splitlines()[0])
     return sorted(found, key=lambda each: (not each["verdict"]["fits"], -each.get("tokens_per_second", [0])[0]))
 
 
-def mesh_shapes(chips: int, run: DiTRun) -> list[tuple[int, int, int, int]]:
-    """All (data, fsdp, tensor, sequence) over so many chips that the run's heads, width and tokens divide over."""
-    found = []
-    divisors = [size for size in range(1, chips + 1) if chips % size == 0]
-    for tensor in divisors:
-        for sequence in divisors:
-            for fsdp in divisors:
-                rest, over = divmod(chips, tensor * sequence * fsdp)
-                fits = (
-                    run.dit.heads % tensor == 0 == run.dit.width % fsdp and run.pack.row_tokens % (128 * sequence) == 0
-                )
-                if not over and rest and fits:
-                    found.append((rest, fsdp, tensor, sequence))
-    return found
+def candidates(run: DiTRun, network: VAEConfig, chips: int) -> Iterator[DiTRun]:
+    """The run on every mesh that its parameters, heads, rows and tokens divide over, with every remat policy, with its rows and
+    with half and twice as many or as long ones."""
+    least, _ = dit.longest_clip(run, network)
+    rows = [each for each in rows_like(run.pack) if each.row_tokens >= least and each.rows % run.loader.lanes == 0]
+    shapes = step.parameter_shapes(run)
+    for config in sharding.mesh_shapes(chips):
+        mesh = sharding.abstract_mesh(config, chips)
+        if not _fits(run, shapes, mesh):
+            continue
+        for packing in rows:
+            whole = packing.row_tokens % (TOKENS_OF_A_BLOCK * sharding.shards("tokens", mesh)) == 0
+            if whole and packing.rows % sharding.shards("rows", mesh) == 0:
+                for remat in dit_model.REMAT:
+                    yield dataclasses.replace(
+                        run, mesh=config, dit=dataclasses.replace(run.dit, remat=remat), pack=packing
+                    )
+
+
+def rows_like(packing: PackConfig) -> list[PackConfig]:
+    """Half, once and twice as many rows of half, once and twice the length; the longer, the more clips they hold."""
+    budgets = ("row_tokens", "row_slots", "row_text")
+    return [
+        dataclasses.replace(
+            packing,
+            rows=int(packing.rows * many),
+            **{name: math.ceil(getattr(packing, name) * long) for name in budgets},
+        )
+        for many in (0.5, 1, 2)
+        for long in (0.5, 1, 2)
+        if packing.rows * many >= 1
+    ]
+
+
+def _fits(run: DiTRun, shapes: Any, mesh: AbstractMesh) -> bool:
+    try:
+        sharding.parameter_shardings(shapes, mesh)
+    except ValueError:
+        return False
+    return run.dit.heads % sharding.shards("heads", mesh) == 0
 
 
 def estimate(run: DiTRun, where: Target) -> float:
     """About the seconds that a token takes, for ranking candidates before they are compiled; more than memory is infinite."""
     chip = where.chip or CHIPS["v5e"]
-    chips, mesh, model = len(where.devices), run.mesh, run.dit
-    tokens = run.pack.rows * run.pack.row_tokens
+    chips, model = len(where.devices), run.dit
+    mesh = sharding.abstract_mesh(run.mesh, chips)
+    rows, embed, heads, tokens = (sharding.shards(name, mesh) for name in ("rows", "embed", "heads", "tokens"))
+    replicas = rows / embed
+    count = run.pack.rows * run.pack.row_tokens
     weights = WEIGHTS * model.width**2 * model.blocks
-    stream = 4 * model.width * tokens / (mesh.data * mesh.fsdp * mesh.sequence)
+    stream = 4 * model.width * count / (rows * tokens)
     # Weights, average and two moments; of the blocks what is kept, and of one of them all while it runs backward.
-    state = 16 * weights / (mesh.fsdp * mesh.tensor)
-    activations = stream * (KEPT[model.remat] * model.blocks + KEPT["none"]) / mesh.tensor
-    if state + activations > chip.memory * GIB:
+    state = 16 * weights / (embed * heads)
+    activations = stream * (KEPT[model.remat] * model.blocks + KEPT["none"]) / heads
+    if state + activations > chip.usable * chip.memory * GIB:
         return math.inf
     # Weights in bfloat16 forward, again and backward, and their gradients in float32.
-    gathered = (3 * 2 + 4) * weights / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp
-    reduced = 2 * 4 * weights / (mesh.fsdp * mesh.tensor) * (mesh.data - 1) / mesh.data
-    # The stream is summed over tensor twice a block, both ways; keys and values go round the sequence, three times.
-    over = 8 * (mesh.tensor - 1) / mesh.tensor + 6 * (mesh.sequence - 1) / mesh.sequence
+    gathered = (3 * 2 + 4) * weights / heads * (embed - 1) / embed
+    reduced = 2 * 4 * weights / (embed * heads) * (replicas - 1) / replicas
+    # The stream is summed over heads twice a block, both ways; keys and values go round the tokens, three times.
+    over = 8 * (heads - 1) / heads + 6 * (tokens - 1) / tokens
     seconds = compute.dit_step(model, run.pack).executed / chips / chip.flops / roofline.MATMUL_SHARE
-    return (seconds + (gathered + reduced + stream * model.blocks * over) / chip.link) / tokens
+    # To the host and back.
+    hosted = 2 * KEPT["dots"] * stream * model.blocks / heads if model.remat == "offload" else 0
+    sent = (gathered + reduced + stream * model.blocks * over) / chip.link
+    return (seconds + sent + hosted / chip.host) / count
+
+
+def _told(run: DiTRun) -> str:
+    mesh = " ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(run.mesh).items())
+    return f"{mesh}, remat {run.dit.remat}, {run.pack.rows} rows of {run.pack.row_tokens} tokens"

@@ -61,13 +61,18 @@ def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compil
     """The sampler of a resolved run for rows of requests. Raises jax's own error if it does not fit the memory."""
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: _params(run))
+        shapes = parameter_shapes(run)
         params = sharding.abstract(shapes, sharding.parameter_shardings(shapes, mesh))
         batch = _batch(run, packing, sharding.replicated(mesh))
         denoise = jax.jit(pipeline.denoiser(run.dit), static_argnames="settings")
         inputs = params, batch, batch.layout, batch.clip_BS, batch.ceiling_BS
         compiled = denoise.lower(*inputs, settings=run.sampler).compile()
     return _compiled(compiled, {"parameters": params, "batch": inputs[1:]}, params, began)
+
+
+def parameter_shapes(run: DiTRun) -> Any:
+    """Shapes of a resolved run's parameters."""
+    return jax.eval_shape(lambda: _params(run))
 
 
 def _params(run: DiTRun) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sora_jax.plan.roofline import PARTS
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -36,8 +37,7 @@ def table(numbers: dict[str, Any]) -> str:
         seconds = numbers["seconds"]
         fast, slow = seconds["whole"]
         lines += [
-            f"roofline: compute {seconds['compute']:.3f} s, memory {seconds['memory']:.3f} s, "
-            f"interconnect {seconds['interconnect']:.3f} s; in all {fast:.3f} to {slow:.3f} s",
+            f"roofline: {', '.join(f'{name} {seconds[name]:.3f} s' for name in PARTS)}; in all {fast:.3f} to {slow:.3f} s",
             f"MFU {numbers['mfu'][0]:.0%} to {numbers['mfu'][1]:.0%} (within clips {numbers['useful_mfu'][0]:.0%} to "
             f"{numbers['useful_mfu'][1]:.0%})",
             outcome(numbers),
@@ -82,13 +82,15 @@ def _range(values: Sequence[float]) -> str:
 
 def ranking(plans: Sequence[dict[str, Any]]) -> str:
     """Plans of a search as lines, the best first."""
-    lines = [f"{'data':>5}{'fsdp':>5}{'tensor':>7}{'sequence':>9}{'remat':>9}{'rows':>6}{'GiB':>8}{'MFU':>12}"]
+    lines = [
+        f"{'data':>5}{'fsdp':>5}{'tensor':>7}{'sequence':>9}{'remat':>9}{'rows':>6}{'tokens':>8}{'GiB':>8}{'MFU':>12}"
+    ]
     for each in plans:
         mesh, model = each["mesh"], each["model"]
         size = f"{each['memory']['total'] / GIB:.1f}" if "memory" in each else "over"
         speed = " - ".join(f"{value:.0%}" for value in each["mfu"]) if "mfu" in each else ""
         lines.append(
             f"{mesh['data']:>5}{mesh['fsdp']:>5}{mesh['tensor']:>7}{mesh['sequence']:>9}{model['remat']:>9}"
-            f"{each['step']['rows']:>6}{size:>8}{speed:>12}"
+            f"{each['step']['rows']:>6}{each['step']['row_tokens']:>8}{size:>8}{speed:>12}"
         )
     return "\n".join(lines)

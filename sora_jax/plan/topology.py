@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
 
-from sora_jax import sharding
 from sora_jax.config import ConfigError
 
 GIB = 2**30
@@ -22,25 +20,28 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip: GiB of main memory, bfloat16 FLOP/s, bytes/s of main memory, and bytes/s that it sends along one axis
-    of its interconnect, both ways of a ring together."""
+    """Peaks of one chip: GiB of main memory, bfloat16 FLOP/s, bytes/s of main memory, bytes/s that it sends along one axis
+    of its interconnect, both ways of a ring together, and bytes/s to or from its host's memory. usable is the share of its memory
+    that jax takes unless told otherwise."""
 
     memory: float
     flops: float
     bandwidth: float
     link: float
+    host: float
+    usable: float = 1.0
 
 
 SOURCE = (
     "Google Cloud documentation of TPU versions; Austin et al., How to Scale Your Model (jax-ml.github.io/scaling-book), "
-    "chapter 2; NVIDIA H100 data sheet (SXM, dense bfloat16, NVLink)"
+    "chapter 2; NVIDIA H100 data sheet (SXM, dense bfloat16, NVLink, PCIe)"
 )
 CHIPS = {
-    "v4": Chip(32, 275e12, 1.23e12, 9.0e10),
-    "v5e": Chip(16, 197e12, 0.82e12, 9.0e10),
-    "v5p": Chip(95, 459e12, 2.77e12, 1.8e11),
-    "v6e": Chip(32, 918e12, 1.64e12, 1.8e11),
-    "h100": Chip(80, 989e12, 3.35e12, 4.5e11),
+    "v4": Chip(32, 275e12, 1.23e12, 9.0e10, 1.5e10),
+    "v5e": Chip(16, 197e12, 0.82e12, 9.0e10, 1.5e10),
+    "v5p": Chip(95, 459e12, 2.77e12, 1.8e11, 1.5e10),
+    "v6e": Chip(32, 918e12, 1.64e12, 1.8e11, 1.5e10),
+    "h100": Chip(80, 989e12, 3.35e12, 4.5e11, 6.4e10, usable=0.75),
 }
 # Several nodes of GPUs are joined by 400 Gb/s a GPU. That all that is sent goes through there is the cautious assumption.
 BETWEEN_NODES = 5.0e10
@@ -126,12 +127,3 @@ def _described(name: str, package: str, extra: str, **description: Any) -> Seque
         missing = importlib.util.find_spec(package) is None
         remedy = f"its compiler is not installed: pip install -e '.[{extra}]'; " if missing else ""
         raise ConfigError(f"topology {name}: {remedy}{str(error).splitlines()[0]}") from error
-
-
-def mesh_on(devices: Sequence[Any], config: sharding.MeshConfig) -> Mesh:
-    """The config's mesh laid over devices as their network lies. Raises ValueError if the sizes do not fit."""
-    shape = sharding.mesh_shape(config, len(devices))
-    if devices[0].platform != "tpu":
-        return sharding.make_mesh(config, list(devices))
-    laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return Mesh(laid, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
