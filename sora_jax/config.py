@@ -213,6 +213,11 @@ class DiTRun:
 
     def __post_init__(self) -> None:
         _check_vae(self.vae_checkpoint)
+        if max(self.data.world.frame_counts) < 2:
+            raise ValueError(
+                f"data.world.frame_counts {self.data.world.frame_counts} are images alone; what is sampled is judged by how it "
+                "moves, too: add a count of 5 or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +304,14 @@ class StudyRun:
                 raise ValueError(f"groups.{name} must name DiT stages, not {', '.join(strangers) or 'nothing'}")
         if self.prompts < 1 or not 0 <= self.shown <= self.prompts:
             raise ValueError(f"prompts {self.prompts} must be positive and shown {self.shown} no more than that")
+        if self.prompts < 2 and {"ladder", "models"} & set(self.groups):
+            raise ValueError(
+                "prompts is 1; a ladder and models are also judged as sets of videos, which have 2 or more"
+            )
+        if len({self.stages[name].data.world for name in self.groups.get("ladder", ())}) > 1:
+            raise ValueError(
+                "stages of groups.ladder show the same prompts side by side: their data.world must be the same"
+            )
 
 
 RUNS = {"vae": VAERun, "dit": DiTRun, "captioner": CaptionerRun, "study": StudyRun}

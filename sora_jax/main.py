@@ -498,12 +498,15 @@ def _add_plan(verbs: Any) -> None:
         """examples:
   sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video
   sora-jax plan --config=experiments/dit.py:0.7b --topology=v5e:2x4 --vae=experiments/vae.py:video --search=6
-  sora-jax plan --config=experiments/dit.py:7b --topology=v5e:2x4 --vae=experiments/vae.py:video --config.mesh.tensor=8 --sampler
-  sora-jax plan --config=experiments/dit.py:compact --topology=cpu:8 --vae=experiments/vae.py:compact""",
+  sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video --sampler
+  sora-jax plan --config=experiments/dit.py:compact --topology=cpu:8 --vae=experiments/vae.py:compact --config.pack.rows=8""",
     )
     _add_config_flag(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="v4, v5e, v5p or v6e with a shape, or cpu:N (required)"
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="v4, v5e, v5p, v6e with a shape, h100:NODESxGPUS or cpu:N (required)",
     )
     parser.add_argument(
         "--vae",
@@ -515,7 +518,7 @@ def _add_plan(verbs: Any) -> None:
         "--search",
         type=_count,
         metavar="N",
-        help="compile the N most promising meshes, remat policies and batch sizes and rank them (default: the config's alone)",
+        help="compile and rank the N most promising meshes, remat policies, batches and rows (default: the config's alone)",
     )
     what.add_argument(
         "--sampler",
@@ -778,12 +781,19 @@ def _logging_to_stderr() -> Iterator[None]:
 def _errors_for_users(*kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions whose messages are written for users into a Failure.
 
-    These are ConfigError, a checkpoint that is damaged, of another model or cannot be read, another file that is none, a missing
-    one, and `kinds`. ValueError may be one of them only around code that validates what the user gave: anywhere else it is a bug.
+    These are ConfigError, MeshError, a checkpoint that is damaged, of another model or cannot be read, another file that is
+    none, a missing one, and `kinds`. ValueError may be one of them only around code that validates what the user gave: anywhere
+    else it is a bug.
     """
-    from sora_jax import checkpoint, config, disk
+    from sora_jax import checkpoint, config, disk, sharding
 
-    refused: tuple[type[Exception], ...] = (config.ConfigError, disk.FileError, checkpoint.MismatchError, *kinds)
+    refused: tuple[type[Exception], ...] = (
+        config.ConfigError,
+        sharding.MeshError,
+        disk.FileError,
+        checkpoint.MismatchError,
+        *kinds,
+    )
 
     try:
         yield
@@ -998,8 +1008,9 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
     from sora_jax import checkpoint, config, sharding
     from sora_jax.train import captioner, dit, vae
 
-    with _errors_for_users(ValueError):
+    with _errors_for_users():
         sharding.make_mesh(run.mesh)
+    with _errors_for_users(ValueError):
         if not isinstance(run, config.VAERun):
             _refuse_file(run.vae_checkpoint)
             checkpoint.read_meta(run.vae_checkpoint)
@@ -1016,15 +1027,12 @@ def _variants(name: str, stages: Iterable[str]) -> str:
 def study(arguments: argparse.Namespace) -> None:
     """Trains the stages of --config in --workdir, or goes on with them, and writes the report."""
     run = load_run(arguments.config, arguments.overrides)
-    from sora_jax import checkpoint, config, sharding, signals
+    from sora_jax import checkpoint, config, signals
     from sora_jax.data import loader
     from sora_jax.train import loop
 
     if not isinstance(run, config.StudyRun):
         raise Failure(f"{arguments.config} is a single stage, not a study; use sora-jax train")
-    with _errors_for_users(ValueError):
-        for stage in run.stages.values():
-            sharding.make_mesh(stage.mesh)
     from sora_jax.study import dry_run, runner
 
     with _errors_for_users():
@@ -1498,8 +1506,9 @@ def _load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, tuple[Path, in
 def _tell_mesh(pipeline: Pipeline) -> None:
     """Which devices work, where there are several."""
     if pipeline.mesh is not None and pipeline.mesh.size > 1:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in pipeline.mesh.shape.items())
-        logging.info("on %d devices: %s", pipeline.mesh.size, sizes)
+        from sora_jax import sharding
+
+        logging.info("on %d devices: %s", pipeline.mesh.size, sharding.in_words(pipeline.mesh))
 
 
 def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:

@@ -50,6 +50,10 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+class MeshError(ValueError):
+    """What cannot lie on a mesh; the message says what to change."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes; data = 0 takes all devices that the other axes leave."""
@@ -67,11 +71,11 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
-    """Sizes of the axes over `count` devices. Raises ValueError if they do not fit."""
+    """Sizes of the axes over `count` devices. Raises MeshError if they do not fit."""
     others = config.fsdp * config.tensor * config.sequence
     data = config.data or count // others
     if data * others != count:
-        raise ValueError(
+        raise MeshError(
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} sequence={config.sequence} does not cover "
             f"{count} devices; choose sizes whose product is {count}"
         )
@@ -80,10 +84,13 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes AXES over the given devices (all by default), laid as their network lies: an axis of the mesh may be a
-    part of one of the network's. The devices need not be there. Raises ValueError if the sizes do not fit."""
+    part of one of the network's. The devices need not be there. Raises MeshError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    try:
+        laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        raise MeshError(f"mesh {shape} cannot be laid over these devices; choose other sizes: {error}") from error
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -96,8 +103,13 @@ def mesh_shapes(count: int) -> Iterator[MeshConfig]:
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """A mesh of devices of which nothing is known. Raises ValueError if the sizes do not fit."""
+    """A mesh of devices of which nothing is known. Raises MeshError if the sizes do not fit."""
     return AbstractMesh(mesh_shape(config, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def in_words(mesh: Mesh) -> str:
+    """'data 2 x fsdp 4 x tensor 1 x sequence 1'."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def spec(logical: tuple[str, ...], where: str) -> P:
@@ -122,6 +134,8 @@ def constrain(x: jax.Array, *logical: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    for size, name in zip(x.shape, logical, strict=True):
+        check(mesh, **{name: size})
     return jax.lax.with_sharding_constraint(x, spec(logical, "constrain"))
 
 
@@ -138,6 +152,16 @@ def shards(logical: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical] or ())
 
 
+def check(mesh: Mesh | AbstractMesh, **sizes: int) -> None:
+    """Raises MeshError if one of the sizes, which are by logical axis, does not divide over the mesh."""
+    for name, size in sizes.items():
+        if size % shards(name, mesh):
+            raise MeshError(
+                f"{size} {name} do not divide over {shards(name, mesh)} devices of mesh axes {RULES[name]}; "
+                "change the model, its rows or the mesh"
+            )
+
+
 def mesh_axis(logical: str) -> str:
     """The one mesh axis that a logical axis is split over, as collectives name it."""
     (axis,) = RULES[logical] or ()
@@ -149,7 +173,7 @@ def on_each_device(
 ) -> Any:
     """function as each device of the mesh of the context does it with its own part of the arrays, of these logical axes.
 
-    It raises ValueError for an axis that does not divide over its devices.
+    It raises MeshError for an axis that does not divide over its devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -160,11 +184,7 @@ def on_each_device(
     def checked(*arrays: jax.Array) -> jax.Array:
         for x, axes in zip(arrays, inputs, strict=True):
             for size, name in zip(x.shape, axes, strict=True):
-                if size % shards(name):
-                    raise ValueError(
-                        f"{size} {name} do not divide over {shards(name)} devices of mesh axes {RULES[name]}; "
-                        "change the model, its rows or the mesh"
-                    )
+                check(mesh, **{name: size})
         return parted(*arrays)
 
     return checked
@@ -184,8 +204,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A NamedSharding for every array of params (arrays or ShapeDtypeStructs), from the table. Raises ValueError for a parameter
-    without a row or with a dimension that does not divide."""
+    """A NamedSharding for every array of params (arrays or ShapeDtypeStructs), from the table. Raises MeshError for a dimension
+    that does not divide, ValueError for a parameter without a row."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
@@ -193,7 +213,7 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
         for size, axes in zip(leaf.shape, partition, strict=True):
             shards = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
             if size % shards:
-                raise ValueError(
+                raise MeshError(
                     f"{name} {leaf.shape}: {size} does not divide over {shards} devices of mesh axes {axes}; "
                     f"change the model's width or the mesh"
                 )
@@ -240,11 +260,9 @@ def share(mesh: Mesh, count: int) -> Share:
     """Which of a batch's rows lie on devices of this process.
 
     They need not be next to each other: meshes follow the network of the devices, not their processes. Where an axis that does
-    not split rows spans processes, several have the same row. Raises ValueError if rows do not divide over the devices.
+    not split rows spans processes, several have the same row. Raises MeshError if rows do not divide over the devices.
     """
-    over = math.prod(mesh.shape[axis] for axis in RULES["rows"] or ())
-    if count % over:
-        raise ValueError(f"{count} rows do not divide over {over} devices of mesh axes {RULES['rows']}; change either")
+    check(mesh, rows=count)
     here, holders = jax.process_index(), [set[int]() for _ in range(count)]
     places: Any = rows(mesh).devices_indices_map((count,))
     for device, place in places.items():

@@ -47,6 +47,7 @@ def test_config_dicts_and_dicts_are_the_same():
         ({"task": "gan"}, "config.task is 'gan'"),
         ({"vae_checkpoint": ""}, "vae_checkpoint is empty"),
         ({"optimizer__name": "lion"}, "optimizer.name 'lion'"),
+        ({"data__world__frame_counts": (1,), "data__world__frame_count_weights": ()}, "(1,) are images alone"),
     ],
 )
 def test_what_is_wrong_is_named(changes, words):

@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
 import pytest
 import quickstart
 
-from sora_jax import compute, config
+from sora_jax import compute, config, sharding
 from sora_jax.study import dry_run
+
+
+def plan(study, count=1):
+    return dry_run.plan(study, jax.devices()[:count])
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def with_dit(study, **changes):
 
 
 def test_stages_cost_what_they_train_for(study):
-    vae, dit = dry_run.plan(study)
+    vae, dit = plan(study)
     run = study.stages["vae"]
     assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
     assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
@@ -32,14 +37,14 @@ def test_stages_cost_what_they_train_for(study):
 
 def test_a_multiplied_budget_shows(study):
     settings = dataclasses.replace(study.stages["dit"].compute, multiplier=4.0)
-    dit, larger = dry_run.plan(study)[1], dry_run.plan(with_dit(study, compute=settings))[1]
+    dit, larger = plan(study)[1], plan(with_dit(study, compute=settings))[1]
     assert larger.flops == pytest.approx(4 * dit.flops, rel=0.01) and larger.steps == 4 * dit.steps
 
 
 def test_the_table_has_a_line_a_stage(study):
-    lines = dry_run.table(dry_run.plan(study), speed=160e9).splitlines()
+    lines = dry_run.table(plan(study), speed=160e9).splitlines()
     assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
-    total = sum(stage.flops for stage in dry_run.plan(study))
+    total = sum(stage.flops for stage in plan(study))
     assert f"{total:.3g}" in lines[3] and dry_run.progress.clock(total / 40e9) in lines[3]
 
 
@@ -54,9 +59,9 @@ def test_what_cannot_work_is_refused(study):
     }
     for message, changes in cases.items():
         with pytest.raises(config.ConfigError, match=message):
-            dry_run.plan(with_dit(study, **changes))
+            plan(with_dit(study, **changes))
     with pytest.raises(config.ConfigError, match="put vae before it in order"):
-        dry_run.plan(dataclasses.replace(study, order=("dit", "vae")))
+        plan(dataclasses.replace(study, order=("dit", "vae")))
 
 
 def test_a_frontier_is_found_before_it_is_followed(study):
@@ -76,10 +81,22 @@ def test_a_frontier_is_found_before_it_is_followed(study):
     def planned(*parts, isoflop=tuple(sweep)):
         stages = {name: stage for part in parts for name, stage in part.items()}
         groups = {"isoflop": isoflop, "ladder": ("4x",)}
-        return dry_run.plan(dataclasses.replace(study, order=tuple(stages), stages=stages, groups=groups))
+        return plan(dataclasses.replace(study, order=tuple(stages), stages=stages, groups=groups))
 
     assert planned(vae, sweep, rung)[-1].flops == pytest.approx(4e13, rel=0.01)
     with pytest.raises(config.ConfigError, match="before it in order"):
         planned(vae, rung, sweep)
     with pytest.raises(config.ConfigError, match="two budgets with three sizes"):
         planned(vae, sweep, rung, isoflop=("48_0", "96_0", "144_0", "96_1"))
+
+
+def test_what_does_not_divide_over_the_devices_is_refused(study):
+    with pytest.raises(sharding.MeshError, match="stage dit: 10 rows do not divide over 4 devices"):
+        plan(study, count=4)
+    split = dataclasses.replace(study.stages["dit"].mesh, tensor=4)
+    with pytest.raises(sharding.MeshError, match="stage dit: 2 heads do not divide over 4 devices"):
+        plan(with_dit(study, mesh=split), count=4)
+    many = dataclasses.replace(study.stages["dit"].mesh, data=3)
+    with pytest.raises(sharding.MeshError, match=r"stage dit: mesh data=3 .* does not cover 2 devices"):
+        plan(with_dit(study, mesh=many), count=2)
+    assert len(plan(study, count=2)) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sora_jax import checkpoint, config
+from sora_jax import checkpoint, config, sharding
 from sora_jax.diffusion import flow
 from sora_jax.generate import pipeline
 from sora_jax.structs import Share, TrainState
@@ -91,6 +91,18 @@ def test_another_config_is_refused(trained_vae):
     changed = dataclasses.replace(tiny.vae_run(save_every=2), seed=1)
     with pytest.raises(config.ConfigError, match="seed: 0 -> 1"):
         loop.fit(vae.VAETask(changed), workdir)
+
+
+def test_a_model_that_does_not_divide_over_the_devices_is_told_before_clips_are_encoded(trained_vae, tmp_path):
+    run = tiny.dit_run(trained_vae[0])
+    six = dataclasses.replace(run.pack, rows=6)
+    for changes, words in (
+        ({"mesh": sharding.MeshConfig(1, 1, 8, 1)}, "heads do not divide over 8"),
+        ({"mesh": sharding.MeshConfig(1, 8, 1, 1), "pack": six}, "6 rows do not divide over 8"),
+    ):
+        with pytest.raises(sharding.MeshError, match=words):
+            loop.fit(dit.DiTTask(dataclasses.replace(run, **changes), tmp_path / "encoded"), tmp_path / "dit")
+    assert not (tmp_path / "encoded").exists()
 
 
 def test_where_the_vae_lies_is_no_part_of_a_run_but_which_it_is(trained_dit, trained_vae, tmp_path):

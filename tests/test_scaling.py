@@ -125,6 +125,13 @@ def test_groups_name_dit_stages():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(study, groups=groups)
+    with pytest.raises(ValueError, match="sets of videos, which have 2 or more"):
+        dataclasses.replace(study, groups={"models": ("dit",)}, prompts=1, shown=1)
+    dit = study.stages["dit"]
+    elsewhere = dataclasses.replace(dit.data, world=dataclasses.replace(dit.data.world, seed=1))
+    stages = study.stages | {"other": dataclasses.replace(dit, data=elsewhere)}
+    with pytest.raises(ValueError, match=r"their data\.world must be the same"):
+        dataclasses.replace(study, order=(*study.order, "other"), stages=stages, groups={"ladder": ("dit", "other")})
 
 
 def rung(seed, loss, everything):

@@ -91,6 +91,12 @@ def test_dimensions_that_do_not_divide_are_told():
         sharding.parameter_shardings(params, mesh(fsdp=8))
 
 
+def test_activations_that_do_not_divide_are_told():
+    x = jax.ShapeDtypeStruct((8, 16, 2, 4), jnp.float32)
+    with jax.set_mesh(mesh(tensor=8)), pytest.raises(sharding.MeshError, match="2 heads do not divide over 8 devices"):
+        jax.eval_shape(lambda x: sharding.constrain(x, "rows", "tokens", "heads", "none"), x)
+
+
 def test_a_mesh_must_cover_the_devices():
     with pytest.raises(ValueError, match="choose sizes whose product is 8"):
         mesh(data=3)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from sora_jax import checkpoint, compute
+from sora_jax import checkpoint, compute, sharding
 from sora_jax.config import ConfigError, DiTRun, StudyRun, VAERun
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
@@ -40,8 +41,9 @@ class StagePlan:
     flops: float
 
 
-def plan(study: StudyRun) -> list[StagePlan]:
-    """The stages in order. Raises ConfigError for what cannot work: budgets, sizes, stages that need a later one.
+def plan(study: StudyRun, devices: Sequence[Any] | None = None) -> list[StagePlan]:
+    """The stages in order, on these devices (all by default). Raises ConfigError for what cannot work: budgets, sizes, stages that
+    need a later one, what could not be judged, and MeshError for stages that do not divide over the devices.
 
     A stage along a frontier that is yet to be found is planned with the config's exponent.
     """
@@ -49,6 +51,10 @@ def plan(study: StudyRun) -> list[StagePlan]:
     vaes: dict[str, Any] = {}
     for name in study.order:
         stage = study.stages[name]
+        try:
+            mesh = sharding.make_mesh(stage.mesh, devices)
+        except sharding.MeshError as error:
+            raise sharding.MeshError(f"stage {name}: {error}") from error
         late = set(study.groups.get("isoflop", ())) - {each.name for each in plans}
         if isinstance(stage, DiTRun) and stage.compute.along == "frontier" and late:
             raise ConfigError(
@@ -56,9 +62,9 @@ def plan(study: StudyRun) -> list[StagePlan]:
             )
         if isinstance(stage, VAERun):
             vaes[name] = stage.vae
-            plans.append(_vae_plan(name, stage))
+            plans.append(_vae_plan(name, stage, mesh))
         else:
-            plans.append(_dit_plan(name, stage, vaes, study))
+            plans.append(_dit_plan(name, stage, vaes, study, mesh))
     along = [
         name for name, stage in study.stages.items() if isinstance(stage, DiTRun) and stage.compute.along == "frontier"
     ]
@@ -75,13 +81,14 @@ def _check_sweep(swept: dict[str, StagePlan], name: str) -> None:
         )
 
 
-def _vae_plan(name: str, run: VAERun) -> StagePlan:
+def _vae_plan(name: str, run: VAERun, mesh: Mesh) -> StagePlan:
     shapes = nnx.eval_shape(lambda: vae_model.VAE(run.vae, nnx.Rngs(0)))
+    _check_mesh(name, mesh, shapes, rows=run.vae_train.batch)
     flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
     return StagePlan(name, _size(shapes), run.loop.steps, run.loop.steps * run.vae_train.batch, "clips", flops)
 
 
-def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun) -> StagePlan:
+def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, mesh: Mesh) -> StagePlan:
     source = stage.vae_checkpoint
     if source in study.stages and source not in vaes:
         raise ConfigError(f"stage {name} works with the VAE of stage {source}; put {source} before it in order")
@@ -100,8 +107,17 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun) -
         raise ConfigError(f"stage {name}: {error}") from error
     tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens
     shapes = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
+    _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops)
+
+
+def _check_mesh(name: str, mesh: Mesh, model: nnx.Module, **sizes: int) -> None:
+    try:
+        sharding.check(mesh, **sizes)
+        sharding.parameter_shardings(nnx.to_pure_dict(nnx.state(model, nnx.Param)), mesh)
+    except sharding.MeshError as error:
+        raise sharding.MeshError(f"stage {name}: {error}") from error
 
 
 def _size(model: nnx.Module) -> int:

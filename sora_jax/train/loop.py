@@ -35,6 +35,7 @@ class Task(Protocol):
     unit: str  # what a step consumes: 'tokens' or 'clips'
     units_per_step: float
     rows: int  # of a batch, over all processes
+    sizes: dict[str, int]  # of logical axes of activations that a mesh may split, beside rows
     flops_per_step: float
     flops_before: float  # spent on what this run builds on, such as the VAE of a DiT
 
@@ -146,24 +147,29 @@ def versions() -> dict[str, str]:
 def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> TrainState:
     """Train to the end of the run, from the newest checkpoint in workdir if there is one; returns the last state.
 
-    Raises ConfigError if the work dir holds a run of another config or another process writes there, checkpoint.SaveError if
-    more saves in a row fail than loop.max_failed_saves, DivergedError if too many steps in a row are skipped, and, inside
-    signals.handled, Stopped once the state is saved.
+    Raises ConfigError if the work dir holds a run of another config or another process writes there, sharding.MeshError if the run
+    does not divide over the devices, checkpoint.SaveError if more saves in a row fail than loop.max_failed_saves, DivergedError if
+    too many steps in a row are skipped, and, inside signals.handled, Stopped once the state is saved.
     """
     run, loop = task.run, task.run.loop
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.mesh)
     tx = optimizer.make(run.optimizer, loop.steps)
     with lock.locked(workdir), watch.watched(workdir, options) as watching, jax.set_mesh(mesh):
-        source = task.batches(sharding.share(mesh, task.rows))
+        # Before clips are encoded: what does not divide over the mesh is told at once.
+        share, shapes = sharding.share(mesh, task.rows), abstract_state(task, tx, mesh)
+        sharding.check(mesh, **task.sizes)
+        source = task.batches(share)
         if checkpoint.latest_step(workdir) is None:
             state, past = new_state(task, tx, mesh), Past()
         else:
             # Without arrays, which would lie in memory twice while the checkpoint's are read.
-            state, past = _resume(task, workdir, abstract_state(task, tx, mesh), source)
+            state, past = _resume(task, workdir, shapes, source)
         if int(state.step) >= loop.steps and past.judged:
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
+        if mesh.size > 1:
+            logging.info("on %d devices: %s", mesh.size, sharding.in_words(mesh))
         if processes.is_first():
             _write_config(run, workdir / "config.json")
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed, loop.spike_factor), donate_argnums=0)

@@ -35,6 +35,7 @@ class OnLatents:
         self.unit = "tokens"
         self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
         self.rows = run.pack.rows
+        self.sizes = {"tokens": run.pack.row_tokens, "heads": model.heads}
         self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
         self.geometry = pack.Geometry(model.patch, self.vae_config.stride)
 
