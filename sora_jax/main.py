@@ -188,7 +188,7 @@ def _add_run_flags(parser: Parser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder for checkpoints, metrics and samples (required); resumed from if it holds a checkpoint",
     )
@@ -214,7 +214,7 @@ def _add_checkpoint(parser: Parser, instead: str = "") -> None:
     parser.add_argument(
         "--checkpoint",
         required=not instead,
-        type=Path,
+        type=_path,
         metavar="DIR",
         help=f"work dir of a trained diffusion transformer, or one step in it (required{instead})",
     )
@@ -351,34 +351,34 @@ def _add_sample(verbs: Any) -> None:
     asked = parser.add_argument_group("what to make")
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeatable (default: none)")
     asked.add_argument(
-        "--prompts_file", type=Path, metavar="FILE", help="file with one prompt per line (default: none)"
+        "--prompts_file", type=_path, metavar="FILE", help="file with one prompt per line (default: none)"
     )
     asked.add_argument(
         "--requests",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="JSON, JSON lines or YAML file of requests, whose keys are the names of these flags (default: none)",
     )
     asked.add_argument(
-        "--manifest", type=Path, metavar="FILE", help="a manifest, whose files are made again (default: none)"
+        "--manifest", type=_path, metavar="FILE", help="a manifest, whose files are made again (default: none)"
     )
     out = parser.add_mutually_exclusive_group(required=True)
     out.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="file to write (required, or --outdir or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
         "or .png, frames side by side, all videos on one sheet",
     )
     out.add_argument(
         "--outdir",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder to write to, for --requests and --manifest: 000.mp4, 001.png, ... and manifest.json (required, or --out)",
     )
     out.add_argument(
         "--vbench",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="new folder for five videos of every prompt as VBench reads them (required, or --out)",
     )
@@ -525,8 +525,8 @@ def _add_plan(verbs: Any) -> None:
         action="store_true",
         help="plan the sampling of the config's longest clips, without text encoder and VAE (default: plan training)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON (default: only print)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page of HTML (default: none)")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="write the numbers as JSON (default: only print)")
+    parser.add_argument("--page", type=_path, metavar="FILE", help="write a page of HTML (default: none)")
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -553,7 +553,7 @@ def _add_evaluate(verbs: Any) -> None:
     _add_sampler(parser)
     parser.add_argument(
         "--i3d_weights",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="I3D of Kinetics-400 as .pt, .pth, .safetensors or .npz with the names of its PyTorch port (default: no FVD)",
     )
@@ -563,7 +563,7 @@ def _add_evaluate(verbs: Any) -> None:
         metavar="N",
         help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: only print)")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="JSON file to write (default: only print)")
 
 
 def _add_caption(verbs: Any) -> None:
@@ -579,15 +579,15 @@ def _add_caption(verbs: Any) -> None:
   sora-jax caption clip.mp4 picture.png --checkpoint=runs/captioner
   sora-jax caption clips/*.mp4 --checkpoint=runs/captioner --out=captions.json""",
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="videos or images (required)")
+    parser.add_argument("files", type=_path, nargs="+", metavar="FILE", help="videos or images (required)")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=_path,
         required=True,
         metavar="DIR",
         help="work dir of a trained captioner, or one step in it (required)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file of captions by file (default: only print)")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="JSON file of captions by file (default: only print)")
 
 
 def _add_export(verbs: Any) -> None:
@@ -602,7 +602,7 @@ def _add_export(verbs: Any) -> None:
   sora-jax import red-circles --workdir=runs/red-circles""",
     )
     parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make (required)")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder to make (required)")
 
 
 def _add_import(verbs: Any) -> None:
@@ -616,9 +616,9 @@ def _add_import(verbs: Any) -> None:
         """examples:
   sora-jax import red-circles --workdir=runs/red-circles""",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that export made (required)")
+    parser.add_argument("folder", type=_path, metavar="DIR", help="folder that export made (required)")
     parser.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes (required)"
+        "--workdir", type=_path, required=True, metavar="DIR", help="where the checkpoint goes (required)"
     )
 
 
@@ -659,6 +659,15 @@ def _add_inspect(verbs: Any) -> None:
         metavar="OTHER",
         help="show what changed from PATH to OTHER: meta, and arrays by norm (default: show PATH)",
     )
+
+
+def _path(text: str) -> Path:
+    # A Path of gs://bucket would be a folder of this machine by the name of gs:.
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address; mount what is there (gcsfuse, NFS) and give a path, for a work dir one that all processes see"
+        )
+    return Path(text)
 
 
 def _count(text: str) -> int:

@@ -188,6 +188,10 @@ def test_unknown_verbs_and_flags_are_refused(tiny, capsys):
     assert "--config" in refusal(capsys, "train", f"--conf={tiny}:vae", "--workdir=x")
     assert "--config.a=1" in refusal(capsys, "inspect", "x", "--config.a=1")
     assert "stray" in refusal(capsys, "train", f"--config={tiny}:vae", "--workdir=x", "--config.seed=1", "stray")
+    # It would become a folder by the name of gs: beside the user.
+    assert "'gs://bucket/x' is an address" in refusal(
+        capsys, "train", f"--config={tiny}:vae", "--workdir=gs://bucket/x"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """A plan tells what the compiled step needs, and refuses what could never work before anything is compiled."""
 
+import argparse
 import dataclasses
 import functools
 import math
+import shlex
+from pathlib import Path
 
 import dit as dit_experiment
 import jax
 import pytest
 import quickstart
 
-from sora_jax import config, hlo, sharding
+from sora_jax import config, hlo, main, sharding
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.plan import page, roofline, search, step, text, topology
@@ -157,7 +160,10 @@ def test_times_follow_from_peaks(network, target):
     assert slow["mfu"] == pytest.approx(fast["mfu"]) and 0 < slow["mfu"][0] <= slow["mfu"][1] <= 1
     assert slow["run"]["flops"] == pytest.approx(run.loop.steps * slow["step"]["flops"])
     told = text.table(slow)
-    assert "MFU" in told and "chip-hours" in told
+    assert "MFU" in told and "chip-hours" in told and "unknown length" not in told
+    dynamic = slow | {"unknown_loops": ["while.1", "while.2"]}
+    for words in (text.table(dynamic), page.page(dynamic, "sora-jax plan")):
+        assert "2 loops of unknown length are counted once" in words
     shown = page.page(slow, "sora-jax plan --topology=<x>")
     assert "&lt;x&gt;" in shown and "fsdp 4" in shown
 
@@ -279,3 +285,22 @@ def test_what_jax_does_not_take_of_a_chip_does_not_fit(network, target):
         why[times] = "; ".join(verdict["why"])
     assert "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.88" in why[1.2]
     assert "XLA_PYTHON" not in why[1.5] + why[0.9]
+
+
+def examples():
+    (verbs,) = [each for each in main.make_parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    lines = verbs.choices["plan"].epilog.splitlines()
+    return [line.strip() for line in lines if line.strip().startswith("sora-jax plan")]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_plans_divide_over_their_chips(line, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    words = shlex.split(line)[2:]
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+    run = main.load_run(flags["config"], [word for word in words if word.startswith("--config.")])
+    run = dit.resolve(dataclasses.replace(run, text=dataclasses.replace(run.text, encoder="scratch")))
+    mesh = sharding.abstract_mesh(run.mesh, math.prod(map(int, flags["topology"].split(":")[1].split("x"))))
+    sharding.check(mesh, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
+    sharding.parameter_shardings(step.parameter_shapes(run), mesh)
+    dit.longest_clip(run, main.load_run(flags["vae"], []).vae)

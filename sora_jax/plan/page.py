@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.plan.roofline import PARTS
-from sora_jax.plan.text import asked, outcome, size_of
+from sora_jax.plan.text import asked, outcome, size_of, uncounted
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -78,10 +78,11 @@ def _time(numbers: Mapping[str, Any]) -> str:
     )
     (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
     fast, slow = seconds["whole"]
+    short = f" {_sentence(loops)}." if (loops := uncounted(numbers)) else ""
     return (
         f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
         f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
-        f"{_sentence(outcome(numbers))}.</p>"
+        f"{_sentence(outcome(numbers))}.{short}</p>"
     )
 
 

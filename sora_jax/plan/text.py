@@ -42,6 +42,8 @@ def table(numbers: dict[str, Any]) -> str:
             f"{numbers['useful_mfu'][1]:.0%})",
             outcome(numbers),
         ]
+    if loops := uncounted(numbers):
+        lines.append(loops)
     verdict = numbers["verdict"]
     lines.append(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {'; '.join(verdict['why'])}")
     return "\n".join(lines)
@@ -61,6 +63,12 @@ def asked(numbers: Mapping[str, Any]) -> str:
         f"batch: {made['videos']} videos of {made['frames']}x{made['height']}x{made['width']} ({made['tokens']:,} tokens), "
         f"{made['steps']} steps of {made['method']}, guidance {made['guidance']:g}, {progress.si(made['flops'])}FLOP"
     )
+
+
+def uncounted(numbers: Mapping[str, Any]) -> str:
+    """What the times leave out, if they do."""
+    count = len(numbers.get("unknown_loops", ()))
+    return f"{count} loops of unknown length are counted once: times are too short by the rest of them" if count else ""
 
 
 def outcome(numbers: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Training on one machine with one or more GPUs. UNTESTED: no GPU was at hand. The same command runs, tested, on the CPU.
 #
-#   tools/launch/gpu.sh experiments/dit.py:B/2 runs/dit-b --config.mesh.fsdp=8
+#   tools/launch/gpu.sh experiments/dit.py:B/2 runs/dit-b --config.vae_checkpoint=runs/vae --config.mesh.fsdp=8
 set -eu
 cd "$(dirname "$0")/../.."
 config=$1 workdir=$2
