@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sora_jax import sharding
 from sora_jax.config import OptimizerConfig
 from sora_jax.models import dit
 from sora_jax.structs import Layout
@@ -61,17 +62,20 @@ def test_every_layer_of_a_stack_moves_by_the_rate_in_every_direction(rng):
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_text_encoder_moves_slower(rng, name):
-    twice = {"blocks": PARAMS["blocks"], "text": {"blocks": PARAMS["blocks"]}}
+    twice = {place: {"blocks": PARAMS["blocks"]} for place in ("other", "text")}
     tx = optimizer.make(dataclasses.replace(MUON, name=name, warmup_steps=0), steps=10)
     grad = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), PARAMS["blocks"])
-    update, _ = tx.update({"blocks": grad, "text": {"blocks": grad}}, tx.init(twice), twice)
-    for own, text in zip(jax.tree.leaves(update["blocks"]), jax.tree.leaves(update["text"]), strict=True):
-        assert np.allclose(text, optimizer.TEXT_ENCODER_RATE * own, rtol=1e-5)
+    update, _ = tx.update({place: {"blocks": grad} for place in twice}, tx.init(twice), twice)
+    for other, text in zip(jax.tree.leaves(update["other"]), jax.tree.leaves(update["text"]), strict=True):
+        assert np.allclose(text, optimizer.TEXT_ENCODER_RATE * other, rtol=1e-5)
 
 
-def change_of_output(width, steps=4):
+def model(width):
+    return dit.DiT(dit.DiTConfig(width, blocks=2, heads=width // 16, channels=8, text_width=24), nnx.Rngs(1))
+
+
+def change_of_output(width, settings, steps=4):
     """How much training steps move the output of a DiT of this width, by part of the network (root mean square)."""
-    shape = dit.DiTConfig(width=width, blocks=2, heads=width // 16, channels=8, text_width=24)
     rng = np.random.default_rng(0)
     B, N, S, L = 2, 24, 2, 6
     segment = np.repeat([[1, 2]], N // 2, axis=1).repeat(B, axis=0)
@@ -83,9 +87,9 @@ def change_of_output(width, steps=4):
     layout = jax.tree.map(jnp.asarray, layout)
     noisy, target = (jnp.asarray(rng.standard_normal((B, N, 8)), jnp.float32) for _ in range(2))
     time = jnp.asarray(rng.uniform(0, 1, (B, S)), jnp.float32)
-    graphdef, params = nnx.split(dit.DiT(shape, nnx.Rngs(1)), nnx.Param)
+    graphdef, params = nnx.split(model(width), nnx.Param)
     params = nnx.to_pure_dict(params)
-    tx = optimizer.make(dataclasses.replace(MUON, warmup_steps=0, decay="constant"), steps=10)
+    tx = optimizer.make(dataclasses.replace(settings, warmup_steps=0, decay="constant"), steps=10)
 
     def out(p):
         return nnx.merge(graphdef, p)(noisy, time, layout)
@@ -101,15 +105,40 @@ def change_of_output(width, steps=4):
     return float(jnp.sqrt(jnp.mean(jnp.square(jax.jit(out)(params)))))
 
 
-def slope_of_change():
+def slope_of_change(settings):
     """Of log(change of the output) over log(width)."""
     widths = [32, 96, 288]
-    return np.polyfit(np.log(widths), np.log([change_of_output(width) for width in widths]), 1)[0]
+    return np.polyfit(np.log(widths), np.log([change_of_output(width, settings) for width in widths]), 1)[0]
 
 
-def test_a_step_moves_wide_and_narrow_models_alike(monkeypatch):
+ADAMW = dataclasses.replace(MUON, name="adamw", rate=3e-3)
+
+
+@pytest.mark.parametrize("settings", [MUON, ADAMW], ids=["muon", "adamw"])
+def test_a_step_moves_wide_and_narrow_models_alike(settings, monkeypatch):
     # The coordinate check of muP: at one rate the output, which starts at zero, moves as far at every width.
-    assert abs(slope_of_change()) < 0.15
+    assert abs(slope_of_change(settings)) < 0.15
     # And it sees what it is for: without the rule wide models move farther, nearly in proportion.
-    monkeypatch.setattr(optimizer, "WIDE_INPUTS", ())
-    assert slope_of_change() > 0.6
+    monkeypatch.setattr(optimizer, "rate_factors", lambda params, name: jax.tree.map(lambda _: 1.0, params))
+    assert slope_of_change(settings) > 0.6
+
+
+def test_every_wide_map_moves_less_in_a_wider_model():
+    """Of each leaf of a DiT: what Adam moves and has the width as its fan-in goes with 1 / width, all else does not."""
+    trees = [
+        nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda width=width: model(width)), nnx.Param)) for width in (96, 192)
+    ]
+    for name in ("adamw", "muon"):
+        narrow, wide = (optimizer.rate_factors(tree, name) for tree in trees)
+        halved = {
+            sharding.path_name(path)
+            for (path, one), other in zip(
+                jax.tree_util.tree_leaves_with_path(narrow), jax.tree.leaves(wide), strict=True
+            )
+            if other == one / 2
+        }
+        blocks = {
+            f"blocks/{part}/kernel"
+            for part in ("attention/qkv", "attention/out", "cross/q", "cross/kv", "cross/out", "mlp/up", "mlp/down")
+        } | {"blocks/modulation/kernel"}
+        assert halved == set(optimizer.WIDE_INPUTS) | (blocks if name == "adamw" else set())

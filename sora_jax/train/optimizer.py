@@ -15,8 +15,8 @@ from sora_jax.config import OptimizerConfig
 # the DiT learns to act on it. At the full rate the words of motion were not told apart (experiments/README.md).
 TEXT_ENCODER_RATE = 0.1
 # Adam's step has the same size whatever the fan-in, so what it adds to the output of a map grows with the fan-in: hidden and
-# output maps that Muon does not take move by the rate times BASE_WIDTH / fan-in (muP, arXiv:2203.03466, table 3). Muon's
-# step has a fixed spectral norm and needs no such factor (arXiv:2310.17813).
+# output maps that Adam moves do so by the rate times BASE_WIDTH / width (muP, arXiv:2203.03466, table 3). Muon's step has a
+# fixed spectral norm and needs no such factor (arXiv:2310.17813).
 BASE_WIDTH = 96
 WIDE_INPUTS = ("time_out/kernel", "modulation/kernel", "patch_out/kernel")
 
@@ -55,14 +55,18 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def rate_factors(params: Any) -> Any:
-    """By how much each leaf's step is multiplied, so that one rate serves every width of the DiT."""
+def rate_factors(params: Any, name: str) -> Any:
+    """By how much each leaf's step of this optimizer is multiplied, so that one rate serves every width of the DiT."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> float:
-        name = sharding.path_name(path)
-        if name.startswith("text/"):
+        where = sharding.path_name(path)
+        if where.startswith("text/"):
             return TEXT_ENCODER_RATE
-        return BASE_WIDTH / leaf.shape[0] if name in WIDE_INPUTS else 1.0
+        if where in WIDE_INPUTS:
+            return BASE_WIDTH / leaf.shape[0]
+        # In maps of a block, which have the width on one side and a multiple of it on the other, all fans grow with it.
+        block = where.startswith("blocks/") and where.endswith("/kernel") and leaf.ndim == 3
+        return BASE_WIDTH / min(leaf.shape[1:]) if block and name == "adamw" else 1.0
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -79,5 +83,7 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=matrix_axes,
         )
-    scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, rate_factors(updates)))
+    scale = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, rate_factors(updates, config.name))
+    )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step, scale)
