@@ -15,7 +15,7 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.diffusion import flow
 from sora_jax.generate import pipeline
 from sora_jax.structs import Share, TrainState
-from sora_jax.train import dit, guard, loop, optimizer, vae
+from sora_jax.train import dit, guard, loop, optimizer, progress, vae
 
 
 def leaves(state):
@@ -68,6 +68,45 @@ def test_resumed_with_loader_workers_equals_uninterrupted_without_dit(trained_di
         with pytest.raises(KeyboardInterrupt):
             loop.fit(dit.DiTTask(run, tmp_path), tmp_path)
     assert same(loop.fit(dit.DiTTask(run, tmp_path), tmp_path), trained_dit[1])
+
+
+def test_the_lines_of_a_resumed_run_are_those_of_an_uninterrupted_one(trained_dit, trained_vae, tmp_path, monkeypatch):
+    """Also where it stopped between two of them: what was counted since the last one is in the checkpoint."""
+    task = dit.DiTTask(tiny.dit_run(trained_vae[0], save_every=1, log_every=3), trained_dit[0])
+    loop.fit(task, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(task, tmp_path / "stopped")
+    loop.fit(task, tmp_path / "stopped")
+    same = (
+        "step",
+        "loss",
+        "grad_norm",
+        "weight",
+        "steps",
+        "bad_steps",
+        "spike_steps",
+        "skipped_in_a_row",
+        "total_flops",
+    )
+    whole, stopped = (
+        [
+            {name: value for name, value in line.items() if name in same or name.startswith("packing/")}
+            for line in progress.read_metrics(tmp_path / name, "train")
+        ]
+        for name in ("whole", "stopped")
+    )
+    assert [line["steps"] for line in whole] == [3, 1] and whole[0]["packing/tokens"] > 0
+    assert stopped == whole and set(same) <= set(whole[0])
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"steps": 3, "host": {}, "seconds": 0}, {"steps": [{}], "host": {}, "seconds": 0}, []]
+)
+def test_metrics_that_are_none_are_refused(state):
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        progress.Window(1.0, 1.0).restore(state)
 
 
 def test_a_finished_run_is_left_alone_and_its_state_is_not_made_anew(trained_vae, monkeypatch):

@@ -55,12 +55,13 @@ class Task(Protocol):
 
 
 class Past(NamedTuple):
-    """Of a run that is resumed: seconds spent, whether what was due after its last step was evaluated and sampled, and how
-    often it went back to an older checkpoint."""
+    """Of a run that is resumed: seconds spent, whether what was due after its last step was evaluated and sampled, how often it
+    went back to an older checkpoint, and the metrics since its last line, as progress.Window.state has them."""
 
     seconds: float = 0.0
     judged: bool = True
     rollbacks: int = 0
+    window: dict[str, Any] | None = None
 
 
 class DivergedError(RuntimeError):
@@ -198,10 +199,17 @@ def _run(
     number, saved, failed = int(state.step), int(state.step), 0
     owed = False  # a save that was due
     began, window = time.perf_counter(), progress.Window(task.flops_per_step, task.units_per_step)
+    if past.window is not None:
+        try:
+            window.restore(past.window)
+        except (LookupError, TypeError, ValueError) as error:
+            raise config.ConfigError(
+                f"the metrics kept in the checkpoint in {workdir} are none ({error!r:.200}); start in another --workdir"
+            ) from error
 
     def save(judged: bool = True) -> None:
         with watching.of("save"):
-            now = Past(past.seconds + time.perf_counter() - began, judged, past.rollbacks)
+            now = Past(past.seconds + time.perf_counter() - began, judged, past.rollbacks, window.state())
             _save(task, workdir, state, source, now)
 
     with signals.held(number):
@@ -366,5 +374,6 @@ def _resume(task: Task, workdir: Path, like: TrainState, source: Any) -> tuple[T
         config.stored_number(restored.meta, "seconds", workdir) if "seconds" in restored.meta else 0.0,
         restored.meta.get("judged") is not False,
         int(config.stored_number(restored.meta, "rollbacks", workdir)) if "rollbacks" in restored.meta else 0,
+        restored.meta.get("window"),
     )
     return like._replace(step=jnp.int32(restored.step), **restored.items), past

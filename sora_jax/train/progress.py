@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,12 +56,38 @@ class Window:
         for name, value in host.items():
             self._host[name] = self._host.get(name, 0.0) + value
 
+    def state(self) -> dict[str, Any]:
+        """What it holds so far, of all processes, as JSON: a run that is resumed goes on with it (restored), so that its lines are
+        those of one that was never stopped."""
+        return {
+            "steps": [
+                # JSON has no NaN.
+                {name: float(value) if np.isfinite(value) else None for name, value in step.items()}
+                for step in jax.device_get(self._device)
+            ],
+            "host": processes.summed(self._host),
+            "seconds": time.perf_counter() - self._since,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what another held. Raises LookupError, TypeError or ValueError if it is none."""
+        steps = [
+            {name: math.nan if value is None else float(value) for name, value in dict(step).items()}
+            for step in state["steps"]
+        ]
+        if any({"bad", "spike", "skipped"} - set(step) or set(step) != set(steps[0]) for step in steps):
+            raise ValueError("the metrics of its steps are not alike")
+        # Counts are summed over the processes once more when the window closes.
+        host = {str(name): float(value) for name, value in dict(state["host"]).items()} if processes.is_first() else {}
+        self._device, self._host, self._since = steps, host, time.perf_counter() - float(state["seconds"])
+
     def close(self) -> dict[str, float]:
         """Means over the steps that counted, sums of host counts, speed; then the window starts anew."""
         steps = jax.device_get(self._device)
         good = [step for step in steps if not step["skipped"]]
         means = [name for name in steps[0] if name not in ("bad", "spike", "skipped")]
-        line = {name: float(np.mean([step[name] for step in good])) for name in means} if good else {}
+        # As float64, which a window that went through JSON has too.
+        line = {name: float(np.mean([float(step[name]) for step in good])) for name in means} if good else {}
         seconds = time.perf_counter() - self._since
         self._host = processes.summed(self._host)
         line |= self._host | {
