@@ -142,7 +142,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_rung():
     dit = config.from_config_dict(quickstart.get_config("dit"))
     longer = dataclasses.replace(dit, compute=dataclasses.replace(dit.compute, multiplier=4.0))
     stages = {"1x": dit, "4x": longer, "4x_1": dataclasses.replace(longer, seed=1)}
-    study = config.StudyRun("", tuple(stages), stages, {"ladder": tuple(stages)}, prompts=1, shown=0, seed=0)
+    study = config.StudyRun("", tuple(stages), stages, {"ladder": tuple(stages)}, prompts=2, shown=0, seed=0)
     assert scaling.repeats(study) == {"1x": ["1x"], "4x": ["4x", "4x_1"]}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.generate import files
-from sora_jax.study import curves, scaling, scaling_curves
+from sora_jax.study import curves, scaling, scaling_curves, scaling_text
 from sora_jax.train import progress
 
 STRIP_FRAMES = 13  # of a section's picture
@@ -31,7 +31,7 @@ MOST_BYTES = 60_000  # of a video or picture: 32 of them make a page of less tha
 SHARP_SIDE = 192  # pixels; what is smaller would look blurred when the browser enlarges it
 DIVIDER = 2  # pixels, even, between an original and its reconstruction
 # Keys of numbers that have a place of their own, beside the tables.
-_ELSEWHERE = ("title", "created", "machine", "versions", "runs", "scaling")
+_ELSEWHERE = ("title", "created", "machine", "versions", "commands", "runs", "scaling")
 _TITLES = {
     "adherence": "Does the video show its prompt?",
     "dit": "Diffusion transformer",
@@ -128,7 +128,7 @@ def write(workdir: str | os.PathLike[str], page: Page) -> Path:
     of different shapes, both before anything is written.
     """
     workdir = Path(workdir)
-    numbers = plain(page.numbers)
+    numbers = plain(dict(page.numbers) | {"commands": list(page.commands)})
     content = {
         "report.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n",
         "report.html": render(dataclasses.replace(page, numbers=numbers)),
@@ -289,6 +289,8 @@ def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:
         title = f'{html.escape(prompt)} <span class="quiet">seed {seed}</span>'
         parts.append(f'<h3 class="prompt">{title}</h3><div class="rungs">{figures}</div>')
     words = "The same prompt and seed, with more and more compute from left to right."
+    if _is_number(cost := scaling.value_at(numbers, "vae.flops")):
+        words += f" Costs are of the transformers; the video autoencoder that they share took {progress.si(float(cost))}FLOP more."
     button = '<button id="toggle" type="button" hidden>Pause</button>'
     style = f' style="--rungs:{len(rungs)}"'
     return _section("More compute, better videos", f"<div{style}>" + "\n".join(parts) + "</div>", words, button)
@@ -306,6 +308,25 @@ def _cost(numbers: Mapping[str, Any], name: str) -> str:
 
 
 def _scaling(numbers: Mapping[str, Any]) -> str:
+    """What the runs say together: in words, as a table, and drawn."""
+    found = numbers.get("scaling")
+    if not isinstance(found, Mapping):
+        return ""
+    words = "".join(f"<p>{html.escape(each)}</p>" for each in scaling_text.sentences(found))
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in scaling_text.rungs(found)
+    )
+    titles = ("", "FLOP", "law", "measured", "law is off by", "")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    table = (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>' if rows else ""
+    )
+    body = words + table + _drawn(numbers)
+    return _section("Laws", body) if body else ""
+
+
+def _drawn(numbers: Mapping[str, Any]) -> str:
     try:
         drawn = [
             (title, curves.picture(plot, f"scaling-{number}-"))
@@ -314,7 +335,7 @@ def _scaling(numbers: Mapping[str, Any]) -> str:
     except ImportError:  # _curves says so
         return ""
     figures = "".join(f'<figure><p class="quiet">{title}</p>{svg}</figure>' for title, svg in drawn)
-    return _section("Laws", f'<div class="curves">{figures}</div>') if figures else ""
+    return f'<div class="curves">{figures}</div>' if figures else ""
 
 
 def _gains(numbers: Mapping[str, Any]) -> str:

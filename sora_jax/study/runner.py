@@ -149,7 +149,8 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sectio
     if VAERun in names:
         scores = last_evaluation(workdir / names[VAERun])
         read = {name: scores[f"attributes/{name}"] for name in ("colour", "shape", "motion")}
-        numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun])
+        cost = {"flops": own_flops(workdir / names[VAERun])}
+        numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun]) | cost
     if scored:
         runs = {name: run_numbers(workdir / name) for name in study.order if isinstance(study.stages[name], DiTRun)}
         # The headline is of the largest rung, or of the last run that was judged.

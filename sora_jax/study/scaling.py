@@ -207,7 +207,8 @@ def compared(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The best rate of every width of which three rates were run, and how far the best ones lie apart as a ratio."""
+    """The best rate of every width of which three rates were run, and how far the best ones lie apart as a ratio; None where a best
+    one is the smallest or largest that was tried, and so perhaps not the best of all."""
     losses: dict[int, dict[float, float]] = {}
     for run in runs.values():
         losses.setdefault(run["width"], {})[run["rate"]] = run["val_loss"]
@@ -217,7 +218,8 @@ def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             rate, _, inside = laws.lowest(list(sweep), list(sweep.values()))
             found["best"][str(width)], found["inside"][str(width)] = rate, inside
     if found["best"]:
-        found["apart"] = max(found["best"].values()) / min(found["best"].values())
+        apart = max(found["best"].values()) / min(found["best"].values())
+        found["apart"] = apart if all(found["inside"].values()) else None
     return found
 
 

@@ -139,7 +139,7 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy")
     return {"sora_jax": sora_jax.__version__, "python": platform.python_version()} | {
         name: metadata.version(name) for name in packages
     }

@@ -1,0 +1,89 @@
+"""What the runs of a study say together, in words: the law and what it foretold, the frontier, rates, the DiT paper's claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sora_jax.train.progress import si
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """One for each finding (scaling.findings) that there is, with what it leaves unsure."""
+    said = (_law, _frontier, _backtest, _rates, _models)
+    return [words for each in said if (words := each(found))]
+
+
+def rungs(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of every rung: name, FLOPs, what the law says with its band, what was measured, by how much the law is off, and whether it
+    was foretold."""
+    return [
+        (
+            name,
+            f"{si(rung['flops'])}FLOP",
+            f"{rung['law']:.3f} [{rung['low']:.3f}, {rung['high']:.3f}]",
+            f"{rung['val_loss']:.3f}",
+            f"{100 * rung['off_by']:+.1f} %".replace("-", "\u2212"),
+            "foretold" if rung["foretold"] else "within the sweep",
+        )
+        for name, rung in found.get("rungs", {}).items()
+    ]
+
+
+def _law(found: Mapping[str, Any]) -> str:
+    if not (law := found.get("law")):
+        return ""
+    return (
+        f"loss(C) = {law['irreducible']:.3f} + {law['scale']:.3f} (C / {si(law['unit'])}FLOP)^-{law['exponent']:.3f}, fitted to "
+        f"{law['runs']} runs of up to {si(law['fitted_up_to'])}FLOP; in brackets is where the law itself is with {law['band']:.0%} "
+        "confidence, of which single runs differ more."
+    )
+
+
+def _frontier(found: Mapping[str, Any]) -> str:
+    if not (line := found.get("frontier")):
+        return ""
+    optima = found["optima"]
+    ends = sum(not each["inside"] for each in optima)
+    unsure = (
+        f" At {ends} of {len(optima)} budgets the best of the sizes that were run is the smallest or largest of them, "
+        "so the best of all may lie beyond."
+        if ends
+        else ""
+    )
+    power = f"(C / {si(line['unit'])}FLOP)^{line['exponent']:.2f}"
+    return f"The best model for C FLOPs has {si(line['scale'])}parameters times {power}.{unsure}"
+
+
+def _backtest(found: Mapping[str, Any]) -> str:
+    if not (test := found.get("backtest")):
+        return ""
+    worst = max(abs(each) for each in test["off_by"].values())
+    return (
+        f"Fitted without its largest budget, the sweep foretells that budget's {len(test['off_by'])} runs with an error of "
+        f"{100 * test['mean_absolute']:.1f} % on average and {100 * worst:.1f} % at worst."
+    )
+
+
+def _rates(found: Mapping[str, Any]) -> str:
+    rates = found.get("rates") or {}
+    if not (best := rates.get("best")):
+        return ""
+    words = ", ".join(f"{rate:.3g} at width {width}" for width, rate in best.items())
+    ends = [width for width, inside in rates["inside"].items() if not inside]
+    apart = rates.get("apart")
+    told = f"apart by a factor of {apart:.2f}" if apart else ""
+    if ends:
+        told = f"at width {' and '.join(ends)} the smallest or largest that was tried, so how far they lie apart is not known"
+    return f"Best rates are {words}, {told}."
+
+
+def _models(found: Mapping[str, Any]) -> str:
+    models = found.get("models") or {}
+    if "correlation" not in models:
+        return ""
+    return (
+        f"Over {models['count']} models the logarithm of FLOPs and the Frechet distance correlate by "
+        f"{models['correlation_latent']:.3f} from real clips through the VAE and by {models['correlation']:.3f} from real clips "
+        "(the DiT paper has -0.93 from its data)."
+    ).replace("-", "\u2212")
