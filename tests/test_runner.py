@@ -39,7 +39,9 @@ def study():
 def but_timings(numbers):
     """The numbers of a report without what the clock says, and the commands, which name the work dir."""
     if isinstance(numbers, dict):
-        return {key: but_timings(value) for key, value in numbers.items() if key not in ("created", "seconds", "commands")}
+        return {
+            key: but_timings(value) for key, value in numbers.items() if key not in ("created", "seconds", "commands")
+        }
     return numbers
 
 

@@ -312,6 +312,34 @@ def test_twenty_steps_have_the_same_losses_on_1_2_4_and_8_devices(curve):
 
 
 @pytest.fixture(scope="module")
+def autoencoded():
+    """Gradients and loss of a VAE on a mesh over the first devices."""
+    settings = tiny.vae_run()
+    task = train_vae.VAETask(settings)
+    params, rest = jax.device_get(task.init(jax.random.key(0)))
+    frames = np.random.default_rng(0).integers(0, 256, (8, *settings.vae_train.crop, 3), np.uint8)
+
+    @functools.cache
+    def on(*sizes):
+        here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+        with jax.set_mesh(here):
+            placed = jax.device_put(params, sharding.parameter_shardings(params, here))
+            step = jax.jit(jax.value_and_grad(lambda p, x: task.loss(p, rest, x, jax.random.key(1))[0]))
+            loss, grads = step(placed, sharding.place_rows(frames, here, 8))
+            return float(loss), jax.device_get(grads)
+
+    return on
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 1, 4)])
+def test_a_vae_is_the_same_on_every_mesh(autoencoded, sizes):
+    (one, grads), (other, sharded) = autoencoded(1, 1, 1, 1), autoencoded(*sizes)
+    assert other == pytest.approx(one, abs=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded), strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * max(np.abs(a).max(), 1e-2)
+
+
+@pytest.fixture(scope="module")
 def sampled(run):
     """Samples on a mesh."""
     settings, params, vae_config, vae_weights = run
