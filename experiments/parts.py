@@ -141,6 +141,7 @@ def sampler() -> ConfigDict:
             guidance_rescale=0.0,
             known_guidance=1.0,
             guidance_going_on=2.0,
+            restart=0.0,
         )
     )
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
 # Many times the quickstart's: a VAE that is stopped early shows one place in all frames of a group, and then jumps.
-VAE_STEPS, DIT_STEPS = 6000, 9000
+VAE_STEPS, DIT_STEPS = 6000, 12000
 # Motions that can go on for ever are among them, to be extended and looped.
 MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
@@ -63,6 +63,8 @@ def dit() -> ConfigDict:
     # Frames are asked for that are longer than those of training.
     run.loader.squeezed = 0.15
     run.sampler.guidance, run.sampler.known_guidance = 3.0, 2.0
+    # What is made meets what is given more exactly.
+    run.sampler.restart = 0.5
     # A clip of which a part is known has two slots.
     run.pack.row_slots = 14
     run.loop.save_every = 500

@@ -358,7 +358,8 @@ ADDED: dict[str, dict[str, Any]] = {
     | {"loader.patience": 0.0, "loader.skip_quota": 0.0, "loader.known.next_frame": 0.0}
     | {"loader.squeezed": 0.0, "flow.posterior": 1.0, "flow.emphasis": 0.0}
     | {"flow.known_noise": 0.0, "sampler.base_tokens": 0, "sampler.guidance_interval": (0.0, 1.0)}
-    | {"sampler.guidance_rescale": 0.0, "sampler.known_guidance": 1.0, "sampler.guidance_going_on": 2.0},
+    | {"sampler.guidance_rescale": 0.0, "sampler.known_guidance": 1.0, "sampler.guidance_going_on": 2.0}
+    | {"sampler.restart": 0.0},
 }
 NOTHING_KNOWN = dataclasses.asdict(KnownConfig())
 

@@ -244,6 +244,7 @@ def _add_sampler(parser: Parser) -> None:
         ("guidance_interval", _interval, "LOW,HIGH", "times, 0 (data) to 1 (noise), at which there is guidance"),
         ("guidance_rescale", float, "X", "how much of the contrast that guidance adds is taken back, 0 to 1"),
         ("shift", float, "X", "above 1 spends more of the steps near noise, as larger videos need"),
+        ("restart", float, "X", "share of the steps that is taken once more, from what was made and new noise"),
         ("base_tokens", int, "N", "tokens of the clip that shift is for; larger ones are shifted more, 0 = all alike"),
     ):
         parser.add_argument(
@@ -1218,6 +1219,7 @@ _SAMPLER_FLAGS = (
     "guidance_interval",
     "guidance_rescale",
     "shift",
+    "restart",
     "base_tokens",
 )
 

@@ -77,14 +77,14 @@ def dit():
         flow=dict(mean=0.0, std=1.0, shift=1.0, known_noise=0.0, posterior=1.0, emphasis=0.0),
         sampler=dict(
             steps=2, method="euler", guidance=3.0, shift=1.0, base_tokens=0, guidance_interval=(0.0, 1.0),
-            guidance_rescale=0.0, known_guidance=1.0, guidance_going_on=2.0,
+            guidance_rescale=0.0, known_guidance=1.0, guidance_going_on=2.0, restart=0.0,
         ),
     ))
 """
 # Of PARTS, as JSON.
 SAMPLER = {
     "steps": 2, "method": "euler", "guidance": 3.0, "shift": 1.0, "base_tokens": 0, "guidance_interval": [0.0, 1.0],
-    "guidance_rescale": 0.0, "known_guidance": 1.0, "guidance_going_on": 2.0,
+    "guidance_rescale": 0.0, "known_guidance": 1.0, "guidance_going_on": 2.0, "restart": 0.0,
 }  # fmt: skip
 TINY = """
 import parts

@@ -212,10 +212,27 @@ def test_guidance_outside_of_its_interval_and_full_rescaling(sampler):
 
 def test_requests_of_all_kinds_in_one_batch_are_as_alone(sampler, rng):
     settings = dataclasses.replace(sampler.run.sampler, guidance_rescale=0.5, known_guidance=2.0, base_tokens=32)
+    settings = dataclasses.replace(settings, restart=0.5)
     asked = [prompted(where, rng) for where in GIVEN] + [request("a blue star", seed=1, frames=1)]
     together = sampler.sample_latents(asked, settings)
     for each, found in zip(asked, together, strict=True):
         assert np.allclose(sampler.sample_latents([each], settings)[0], found, atol=1e-4)
+
+
+def test_steps_taken_once_more_make_all_but_what_is_given_anew(sampler, rng):
+    asked = prompted("box", rng)
+    once, again = (
+        sampler.sample_latents([asked], dataclasses.replace(sampler.run.sampler, restart=restart))[0]
+        for restart in (0.0, 0.5)
+    )
+    known = sampler.starts([asked])[0].known_N.reshape(3, 4, 4)
+    assert np.array_equal(once[known], again[known])
+    assert np.abs(once[~known] - again[~known]).max() > 0.1
+    # Of a video that is given and keeps its noise down, the second start has no more noise than the first.
+    whole = Known(asked.known.frames_THWC, np.zeros_like(asked.known.given_THW), 0.0)
+    canvas = dataclasses.replace(asked, known=whole)
+    kept = sampler.sample_latents([canvas], dataclasses.replace(sampler.run.sampler, restart=0.5))[0]
+    assert np.allclose(kept, sampler.starts([canvas])[0].clean_thwc, atol=1e-5)
 
 
 def test_sizes_that_cannot_be_made_are_told(sampler):

@@ -52,6 +52,16 @@ def test_time_dependence_is_seen():
     assert float(sample(slope, start, config(steps=4))[0, 0, 0]) == pytest.approx(1 - 1.25, abs=1e-6)
 
 
+def test_what_is_taken_once_more_is_paid_for():
+    usual = config(steps=8, guidance=3.0)
+    assert usual.steps_again == 0 and usual.evaluations == 16
+    again = config(steps=8, guidance=3.0, restart=0.5)
+    assert again.steps_again == 4 and again.evaluations == 24
+    assert config(steps=1, restart=0.1).steps_again == 1
+    with pytest.raises(ValueError, match=r"sampler\.restart is 1"):
+        config(restart=1.0)
+
+
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_known_tokens_stay_to_the_bit_and_the_others_do_not_care(rng, method):
     start = jnp.asarray(rng.standard_normal((1, 4, 2)), jnp.float32)

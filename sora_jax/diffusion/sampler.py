@@ -8,6 +8,7 @@ between 0 and 1 starts from a clip with some noise on it (SDEdit, arXiv:2108.010
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,8 @@ class SamplerConfig:
     Larger clips are shifted more (flow.resolution_shift); with base_tokens 0 all are shifted alike. guidance is how much to
     insist on the prompt, 1 = none, at times in guidance_interval (arXiv:2404.07724), and guidance_going_on the most of it for a
     clip of which more than the first frame is given; guidance_rescale in [0, 1] takes back what it adds to the deviation
-    (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none.
+    (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none. restart is the share of
+    the steps that is taken once more, from what was made with as much new noise as there was before them (arXiv:2306.14878).
     """
 
     steps: int = 20
@@ -44,6 +46,7 @@ class SamplerConfig:
     guidance_rescale: float = 0.0
     known_guidance: float = 1.0
     guidance_going_on: float = 2.0
+    restart: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MOST_STEPS:
@@ -59,6 +62,8 @@ class SamplerConfig:
                 f"sampler: guidance {self.guidance}, guidance_going_on {self.guidance_going_on}, known_guidance "
                 f"{self.known_guidance} and base_tokens {self.base_tokens} must not be negative and shift {self.shift} be positive"
             )
+        if not 0 <= self.restart < 1:
+            raise ValueError(f"sampler.restart is {self.restart}; it is a share of the steps in [0, 1)")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1 or not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
@@ -74,9 +79,14 @@ class SamplerConfig:
         return 1 if self.guidance == 1 else 2
 
     @property
+    def steps_again(self) -> int:
+        """How many of the last steps are taken once more."""
+        return math.ceil(self.steps * self.restart)
+
+    @property
     def evaluations(self) -> int:
         """How often velocities of all tokens are asked for."""
-        return self.steps * {"euler": 1, "heun": 2}[self.method] * self.branches
+        return (self.steps + self.steps_again) * {"euler": 1, "heun": 2}[self.method] * self.branches
 
 
 def schedule(

@@ -352,9 +352,12 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
         model = nnx.merge(graphdef, params)
         layout = batch.layout
         seed_BN, ceiling_BN = (flow.spread(x_BS, layout.slot_BN) for x_BS in (seed_BS, batch.ceiling_BS))
-        noise_BNP = flow.token_noise(
-            jax.random.key(NOISE_KEY), seed_BN, jnp.zeros_like(seed_BN), batch.index_BN, batch.mean_BNP.shape[-1]
-        )
+
+        def noise(draw: int) -> jax.Array:
+            draw_BN, width = jnp.full_like(seed_BN, draw), batch.mean_BNP.shape[-1]
+            return flow.token_noise(jax.random.key(NOISE_KEY), seed_BN, draw_BN, batch.index_BN, width)
+
+        noise_BNP = noise(0)
         mine_BSS = layout.slot_segment_BS[:, :, None] == layout.slot_segment_BS[:, None, :]
         slots_BNS = jax.nn.one_hot(layout.slot_BN, seed_BS.shape[1]) * (layout.segment_BN > 0)[..., None]
         tokens_BS = jnp.einsum("bst,bt->bs", mine_BSS.astype(jnp.float32), slots_BNS.sum(1))
@@ -391,7 +394,12 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 
         times_KBS = sampler.schedule(settings, batch.ceiling_BS, tokens_BS)
         start_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, ceiling_BN)
-        return sharding.everywhere(sampler.sample(velocity, start_BNP, layout.slot_BN, times_KBS, settings.method))
+        made_BNP = sampler.sample(velocity, start_BNP, layout.slot_BN, times_KBS, settings.method)
+        if settings.steps_again:
+            again_KBS = times_KBS[-1 - settings.steps_again :]
+            start_BNP = flow.corrupt(made_BNP, noise(1), flow.spread(again_KBS[0], layout.slot_BN))
+            made_BNP = sampler.sample(velocity, start_BNP, layout.slot_BN, again_KBS, settings.method)
+        return sharding.everywhere(made_BNP)
 
     return denoise
 

@@ -57,7 +57,8 @@ class VAETask:
         settings = self.run.vae_train
         self.unit = "clips"
         self.units_per_step = float(settings.batch)
-        self.rows, self.sizes = settings.batch, {}
+        self.rows = settings.batch
+        self.sizes: dict[str, int] = {}
         self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop).total
         self.flops_before = 0.0
         self.graphdef = vae.split(nnx.eval_shape(lambda: vae.VAE(self.run.vae, nnx.Rngs(0))))[0]
