@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 import quickstart
+import scaling as scaling_experiment
 
 from sora_jax import compute, config, sharding
 from sora_jax.study import dry_run
@@ -46,6 +47,13 @@ def test_the_table_has_a_line_a_stage(study):
     assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
     total = sum(stage.flops for stage in plan(study))
     assert f"{total:.3g}" in lines[3] and dry_run.progress.clock(total / 40e9) in lines[3]
+
+
+def test_what_the_sweep_will_decide_is_said_to_be_provisional():
+    study = config.from_config_dict(scaling_experiment.get_config())
+    plans = plan(study)
+    assert [each.name for each in plans if each.provisional] == ["4x", "32x"]
+    assert "Sizes and steps of 4x, 32x follow the frontier" in dry_run.table(plans, speed=1e11)
 
 
 def test_what_cannot_work_is_refused(study):

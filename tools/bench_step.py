@@ -6,7 +6,7 @@ python tools/bench_step.py --shapes=2x1024 --rounds=9
 
 Each contender has a process of its own that waits for its turn; a turn is two steps, of which the second counts. Medians are shown,
 as tokens/s and as the share of the fastest matrix product that its own library makes here. PyTorch gets its fused attention
-with a mask of which tokens share a clip, autocast, and torch.compile where a C++ compiler is found (--compile). Needs torch:
+with a mask of which tokens share a clip, autocast, and with --compile torch.compile, which needs a C++ compiler. Needs torch:
 pip install torch==2.13.0.
 """
 

@@ -31,7 +31,8 @@ MATMUL_SIZE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One stage: units are clips for a VAE and tokens, padding included, for a DiT."""
+    """One stage: units are clips for a VAE and tokens, padding included, for a DiT. Of one that follows a frontier which is yet to
+    be found, parameters and steps are provisional."""
 
     name: str
     parameters: int
@@ -39,6 +40,7 @@ class StagePlan:
     units: float
     unit: str
     flops: float
+    provisional: bool = False
 
 
 def plan(study: StudyRun, devices: Sequence[Any] | None = None) -> list[StagePlan]:
@@ -109,7 +111,8 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
     shapes = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
     _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
-    return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops)
+    follows = stage.compute.along == "frontier" and stage.compute.multiplier != 1 and "isoflop" in study.groups
+    return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops, provisional=follows)
 
 
 def _check_mesh(name: str, mesh: Mesh, model: nnx.Module, **sizes: int) -> None:
@@ -160,4 +163,9 @@ def table(plans: Sequence[StagePlan], speed: float) -> str:
         f"Times: training alone, at {SHARE_OF_MATMUL:.0%} of a large matrix product's speed here, "
         f"{progress.si(speed)}FLOP/s; encoding and judging come on top."
     )
+    if names := [each.name for each in plans if each.provisional]:
+        note += (
+            f"\nSizes and steps of {', '.join(names)} follow the frontier that the sweep will find; those here are of "
+            "compute.exponent. FLOPs stay."
+        )
     return "\n".join([*lines, note])
