@@ -323,6 +323,21 @@ def test_the_average_follows_the_parameters(toy_step):
     assert np.all(np.abs(state.ema["w"]) < 0.5) and not np.array_equal(state.ema["w"], state.params["w"])
 
 
+def test_a_run_whose_last_judging_fails_is_kept_and_judged_when_it_comes_back(tmp_path, monkeypatch):
+    run = tiny.vae_run(steps=2, save_every=0, sample_every=0)
+
+    def sample(task, state, path):
+        raise ValueError("no such font")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.VAETask, "sample", sample)
+        with pytest.raises(ValueError, match="no such font"):
+            loop.fit(vae.VAETask(run), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2 and not list(tmp_path.glob("samples/*.png"))
+    loop.fit(vae.VAETask(run), tmp_path)
+    assert list(tmp_path.glob("samples/*.png")) and len(progress.read_metrics(tmp_path, "eval")) == 1
+
+
 def test_a_run_that_stays_bad_stops(tmp_path, monkeypatch):
     task = vae.VAETask(tiny.vae_run(steps=6, log_every=1, max_bad_steps=2))
     monkeypatch.setattr(task, "loss", lambda *_: (jnp.float32(jnp.nan), {}))

@@ -241,8 +241,10 @@ def _run(
                     state = task.finish(state)
             try:
                 _judge(task, workdir, state, number, report, watching)
-            except signals.Stopped:
-                save(judged=False)
+            except BaseException as error:
+                # What was trained is kept, whatever judging raises; of several processes another may not have come here.
+                if isinstance(error, signals.Stopped) or (last and jax.process_count() == 1):
+                    save(judged=False)
                 raise
             owed |= _due(number, loop.save_every, last)
             # What were saved while steps are skipped could push out what the run would go back to.
