@@ -341,7 +341,14 @@ def test_train_fits_the_task_of_the_config_in_the_workdir(tiny, tmp_path, capsys
     assert capsys.readouterr().out == f"trained: {workdir}\n"
 
 
-def test_study_runs_the_config_in_the_workdir_and_knows_its_command(tiny, tmp_path):
+@pytest.fixture
+def one_device(monkeypatch):
+    """Its rows are too few for eight."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+
+
+def test_study_runs_the_config_in_the_workdir_and_knows_its_command(tiny, tmp_path, one_device):
     command = ["study", f"--config={tiny}", f"--workdir={tmp_path / 'a b'}", "--config.prompts", "3"]
     with mock.patch.object(runner, "run") as start:
         assert main.run(command) == 0
@@ -350,7 +357,12 @@ def test_study_runs_the_config_in_the_workdir_and_knows_its_command(tiny, tmp_pa
     assert shlex.split(words) == ["sora-jax", *command]
 
 
-def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path, capsys):
+def test_a_study_that_does_not_divide_over_the_devices_is_refused(tiny, tmp_path, capsys):
+    sentence = refusal(capsys, "study", f"--config={tiny}", f"--workdir={tmp_path / 'new'}")
+    assert "stage vae: 2 rows do not divide over 8 devices" in sentence and not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path, capsys, one_device):
     command = ["study", f"--config={tiny}", f"--workdir={tmp_path / 'new'}", "--dry_run"]
     assert main.run(command) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:4] == ["stage", "vae", "dit", "all"]
