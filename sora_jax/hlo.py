@@ -40,6 +40,11 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str  # attributes, and a constant's or parameter's number
 
+    @property
+    def is_still(self) -> bool:
+        """Whether it moves nothing by itself; what goes on beside other work does so at its start."""
+        return self.kind in STILL or self.kind.endswith(("-done", "-update"))
+
     def calls(self, role: str) -> list[str]:
         """Names of the computations that it calls in a role, such as 'body'."""
         return [
@@ -188,18 +193,18 @@ class Program:
         for name, times in self.runs.items():
             instructions = self.computations[name].instructions
             for each in instructions.values():
-                if each.kind in STILL or each.kind.endswith(("-done", "-update")):
+                if each.is_still:
                     continue
                 inputs = [instructions[operand].type for operand in each.operands if operand in instructions]
                 if "S(5)" not in "".join((each.type, *inputs)):
                     continue
                 # What is written into a stack there is the second operand; what is read is the result, without the stack itself.
                 part = inputs[1] if each.kind.startswith("dynamic-update-slice") else each.type
-                total += times * size_of(part)
+                total += times * size_of(part, fast=True)
         return total
 
     def _traffic(self, each: Instruction, computation: Computation) -> int:
-        if each.kind in STILL or each.kind.endswith(("-done", "-update")):
+        if each.is_still:
             return 0
         inputs = [computation.instructions[name].type for name in each.operands if name in computation.instructions]
         if each.kind == "dynamic-slice":
@@ -237,10 +242,12 @@ class Program:
 
 
 def size_of(type_: str, fast: bool = False) -> int:
-    """Bytes of an array or tuple type; arrays that the layout puts into fast memory, S(1), only if asked."""
+    """Bytes of an array or tuple type on its device; arrays that the layout puts into fast memory, such as S(1), only if asked, and
+    those in the host's, S(5), never."""
     total = 0
     for dtype, dimensions, layout in _ARRAY.findall(type_):
-        if fast or not re.search(r"S\([1-9]\d*\)", layout):
+        space = int(found[1]) if (found := re.search(r"S\((\d+)\)", layout)) else 0
+        if space == 0 or (fast and space != 5):
             count = math.prod(int(size) for size in dimensions.split(",")) if dimensions else 1
             total += count * BYTES.get(dtype, 1)
     return total

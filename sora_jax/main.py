@@ -1519,7 +1519,7 @@ def _tell_mesh(pipeline: Pipeline) -> None:
     if pipeline.mesh is not None and pipeline.mesh.size > 1:
         from sora_jax import sharding
 
-        logging.info("on %d devices: %s", pipeline.mesh.size, sharding.in_words(pipeline.mesh))
+        logging.info("on %d devices: %s", pipeline.mesh.size, sharding.in_words(pipeline.mesh.shape))
 
 
 def _settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:

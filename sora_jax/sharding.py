@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,10 +87,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     part of one of the network's. The devices need not be there. Raises MeshError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    try:
-        laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    except NotImplementedError as error:
-        raise MeshError(f"mesh {shape} cannot be laid over these devices; choose other sizes: {error}") from error
+    laid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -107,9 +104,9 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
     return AbstractMesh(mesh_shape(config, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def in_words(mesh: Mesh) -> str:
-    """'data 2 x fsdp 4 x tensor 1 x sequence 1'."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+def in_words(sizes: Mapping[str, int]) -> str:
+    """'data 2 x fsdp 4 x tensor 1 x sequence 1', of sizes by mesh axis."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def spec(logical: tuple[str, ...], where: str) -> P:

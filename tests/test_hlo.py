@@ -110,6 +110,43 @@ def test_sizes_of_types():
     assert hlo.size_of("(bf16[2,3]{1,0:T(8,128)}, f32[], /*index=2*/s32[4]{0})") == 12 + 4 + 16
     # What the compiler keeps in fast memory moves nothing through the main memory.
     assert hlo.size_of("f32[8]{0:S(1)}") == 0 and hlo.size_of("f32[8]{0:S(1)}", fast=True) == 32
+    assert hlo.size_of("f32[8]{0:T(128)S(5)}", fast=True) == 0  # the host's
+
+
+HOSTED = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%body (state: (s32[], f32[4,16], f32[16])) -> (s32[], f32[4,16], f32[16]) {
+  %state = (s32[], f32[4,16]{1,0:S(5)}, f32[16]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %s = f32[4,16]{1,0:S(5)} get-tuple-element(%state), index=1
+  %x = f32[16]{0} get-tuple-element(%state), index=2
+  %r = f32[1,16]{1,0} bitcast(%x)
+  %put = ((f32[4,16]{1,0:S(5)}, f32[1,16]{1,0}, s32[]), f32[4,16]{1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%s, %r, %i)
+  %kept = f32[4,16]{1,0:S(5)} dynamic-update-slice-done(%put)
+  %take = ((f32[4,16]{1,0:S(5)}, s32[]), f32[1,16]{1,0:S(1)}, u32[]{:S(2)}) dynamic-slice-start(%kept, %i)
+  %taken = f32[1,16]{1,0:S(1)} dynamic-slice-done(%take)
+  ROOT %next = (s32[], f32[4,16]{1,0:S(5)}, f32[16]{0}) tuple(%i, %kept, %x)
+}
+
+%condition (state.1: (s32[], f32[4,16], f32[16])) -> pred[] {
+  %state.1 = (s32[], f32[4,16]{1,0:S(5)}, f32[16]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(4)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: (s32[], f32[4,16], f32[16])) -> f32[16] {
+  %p = (s32[], f32[4,16]{1,0:S(5)}, f32[16]{0}) parameter(0)
+  %loop = (s32[], f32[4,16]{1,0:S(5)}, f32[16]{0}) while(%p), condition=%condition, body=%body
+  ROOT %x.2 = f32[16]{0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_what_goes_to_the_host_and_back_is_counted_as_often_as_it_goes(program):
+    assert program.host_traffic() == 0
+    row, indices = 16 * 4, 4 + 4  # a slice's own index, and a counter
+    assert hlo.Program(HOSTED).host_traffic() == 4 * (row + row + indices)
 
 
 def compiled(function, *arguments):

@@ -304,3 +304,17 @@ def test_examples_of_plans_divide_over_their_chips(line, monkeypatch):
     sharding.check(mesh, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     sharding.parameter_shardings(step.parameter_shapes(run), mesh)
     dit.longest_clip(run, main.load_run(flags["vae"], []).vae)
+
+
+def test_what_waits_for_the_host_is_in_the_time_and_in_the_verdict(network, target, monkeypatch):
+    chip = topology.Chip(16, 1e12, 1e11, 1e10, 1e9)
+    where = dataclasses.replace(target, chip=chip)
+    before = roofline.plan(resolved(), network, where)
+    assert before["seconds"]["host"] == 0
+    monkeypatch.setattr(hlo.Program, "host_traffic", lambda _: 10**12)
+    after = roofline.plan(resolved(), network, where)
+    assert after["seconds"]["host"] == 1000 == after["seconds"]["whole"][0]
+    assert after["seconds"]["whole"][1] == pytest.approx(before["seconds"]["whole"][1] + 1000)
+    assert "bound by host" in after["verdict"]["why"] and any(
+        "recompute it" in each for each in after["verdict"]["why"]
+    )

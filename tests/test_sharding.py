@@ -67,6 +67,29 @@ def test_weights_of_large_models_are_spread_over_many_chips(name, fsdp):
     assert spread > 0.99 * sum(sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As jax tells of one of a TPU that need not be there."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def chips(*shape):
+    return [Chip(number, place[::-1]) for number, place in enumerate(np.ndindex(*shape[::-1]))]
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((8, 8, 16), (16, 16, 1, 4)), ((4, 4, 8), (4, 16, 1, 2))])
+def test_an_axis_of_a_mesh_may_be_a_part_of_one_of_the_network(shape, sizes):
+    found = sharding.make_mesh(sharding.MeshConfig(*sizes), chips(*shape))
+    assert found.devices.shape == sizes and len(set(found.devices.ravel())) == np.prod(shape)
+
+
 def test_every_mesh_of_so_many_devices_is_found_once():
     found = list(sharding.mesh_shapes(8))
     assert len(set(found)) == len(found) == 20  # 2^3 in four boxes

@@ -81,10 +81,11 @@ def rows_like(packing: PackConfig) -> list[PackConfig]:
 
 def _fits(run: DiTRun, shapes: Any, mesh: AbstractMesh) -> bool:
     try:
+        sharding.check(mesh, heads=run.dit.heads)
         sharding.parameter_shardings(shapes, mesh)
-    except ValueError:
+    except sharding.MeshError:
         return False
-    return run.dit.heads % sharding.shards("heads", mesh) == 0
+    return True
 
 
 def estimate(run: DiTRun, where: Target) -> float:
@@ -115,5 +116,5 @@ def estimate(run: DiTRun, where: Target) -> float:
 
 
 def _told(run: DiTRun) -> str:
-    mesh = " ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(run.mesh).items())
+    mesh = sharding.in_words(dataclasses.asdict(run.mesh))
     return f"{mesh}, remat {run.dit.remat}, {run.pack.rows} rows of {run.pack.row_tokens} tokens"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sora_jax import sharding
 from sora_jax.plan.roofline import PARTS
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
@@ -17,7 +18,7 @@ def size_of(count: float) -> str:
 
 def table(numbers: dict[str, Any]) -> str:
     """A plan for a terminal."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in numbers["mesh"].items())
+    mesh = sharding.in_words(numbers["mesh"])
     model = numbers["model"]
     lines = [
         f"{numbers['topology']}: {numbers['chips']} chips as {mesh}",

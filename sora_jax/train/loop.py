@@ -170,7 +170,7 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
             logging.info("%s: already trained for %d steps", workdir, int(state.step))
             return state
         if mesh.size > 1:
-            logging.info("on %d devices: %s", mesh.size, sharding.in_words(mesh))
+            logging.info("on %d devices: %s", mesh.size, sharding.in_words(mesh.shape))
         if processes.is_first():
             _write_config(run, workdir / "config.json")
         step = jax.jit(make_step(task.loss, tx, loop.ema, run.seed, loop.spike_factor), donate_argnums=0)
