@@ -221,13 +221,15 @@ def test_requests_of_all_kinds_in_one_batch_are_as_alone(sampler, rng):
 
 def test_steps_taken_once_more_make_all_but_what_is_given_anew(sampler, rng):
     asked = prompted("box", rng)
-    once, again = (
+    once, again, anew = (
         sampler.sample_latents([asked], dataclasses.replace(sampler.run.sampler, restart=restart))[0]
-        for restart in (0.0, 0.5)
+        for restart in (0.0, 0.5, 0.99)
     )
     known = sampler.starts([asked])[0].known_N.reshape(3, 4, 4)
     assert np.array_equal(once[known], again[known])
     assert np.abs(once[~known] - again[~known]).max() > 0.1
+    # All steps once more are another sample: the noise is another.
+    assert np.abs(once[~known] - anew[~known]).max() > 0.1
     # Of a video that is given and keeps its noise down, the second start has no more noise than the first.
     whole = Known(asked.known.frames_THWC, np.zeros_like(asked.known.given_THW), 0.0)
     canvas = dataclasses.replace(asked, known=whole)

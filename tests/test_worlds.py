@@ -207,7 +207,8 @@ def test_frames_are_played_to_and_fro_in_training_alone_and_words_and_numbers_st
             steps_T = np.diff(order_T)
             assert (np.abs(steps_T) == 1).all()  # none is left out or held
             turns = np.flatnonzero(np.diff(steps_T))
-            assert len(turns) and (np.diff(turns) >= clips.LEAST_WAY).all()  # it comes back, and not at once
+            assert len(turns) and (np.diff(turns) >= clips.LEAST_WAY).all()  # it turns, and not at once
+            assert np.ptp(order_T) <= (len(order_T) - 1) // 2  # and there is time to come back
     assert 0.35 < turned / videos < 0.65
     for index in range(20):
         assert not clips.clip(played, "heldout", index).to_and_fro
