@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import shlex
 from pathlib import Path
@@ -25,6 +26,7 @@ def network():
 
 
 FSDP = sharding.MeshConfig(data=2, fsdp=4)
+PLANS = Path(__file__).parent.parent / "experiments" / "results" / "plans"
 
 
 def resolved(mesh=FSDP, **changes):
@@ -247,8 +249,8 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
     run = resolved()
     run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=256))
     ranked = search.search(run, network, target, tries=12)
-    # What is refused is none of those that were asked for.
-    assert len(tried) == 12 and refused
+    # The run as it is comes first; what is refused is none of those that were asked for.
+    assert len(tried) == 12 and tried[0] == run and refused
     assert len({(r.mesh, r.dit.remat, r.pack.rows, r.pack.row_tokens) for r in tried}) == 12
     speeds = [(each["verdict"]["fits"], each["tokens_per_second"][0]) for each in ranked]
     assert speeds == sorted(speeds, reverse=True)
@@ -260,6 +262,18 @@ def test_an_estimate_prefers_what_fits():
     where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
     assert search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="none")), where) == math.inf
     assert search.estimate(run, where) < math.inf and set(dit_model.REMAT) == {"none", "dots", "full", "offload"}
+
+
+@pytest.mark.parametrize(("name", "topology_"), [("0.7b", "v5e:2x4"), ("7b", "v5p:4x4x8"), ("30b", "v5p:8x8x16")])
+def test_an_estimate_of_memory_is_near_what_was_compiled(name, topology_):
+    """A chip a fifth smaller than the plan's total does not hold it, one a fifth larger does."""
+    run = config.from_config_dict(dit_experiment.get_config(name))
+    total = json.loads((PLANS / f"{name}.json").read_text())["memory"]["total"] / topology.GIB
+    chips = math.prod(map(int, topology_.split(":")[1].split("x")))
+    for times in (0.8, 1.2):
+        chip = dataclasses.replace(topology.CHIPS["v5p"], memory=times * total)
+        estimate = search.estimate(run, topology.Target(topology_, [None] * chips, chip))
+        assert (estimate == math.inf) == (times < 1)
 
 
 def test_an_estimate_counts_the_way_to_the_host():

@@ -20,10 +20,11 @@ from sora_jax.plan import roofline, step
 from sora_jax.plan.topology import CHIPS, GIB, Target
 from sora_jax.train import dit
 
-# For estimates: weights of a block over its width squared, and what it keeps on its chip for the backward pass, in
-# residual streams.
+# For estimates: weights of a block over its width squared; what it keeps on its chip for the backward pass, and what is there while
+# one runs backward, in residual streams. The last is such that the three plans of experiments/README.md come out within an eighth.
 WEIGHTS = 22
 KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
+RUNNING = 70
 # The kernel of TPUs takes tokens of a device in such blocks.
 TOKENS_OF_A_BLOCK = 128
 
@@ -31,11 +32,13 @@ TOKENS_OF_A_BLOCK = 128
 def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[dict[str, Any]]:
     """The most promising meshes, remat policies, batches and lengths of rows for a target, compiled, the best first.
 
-    Candidates are ranked by an estimate, and as many as `tries` of the best are compiled; what is refused without that is none
-    of them. Those that fit come first, by the speed that is foretold at the slow end.
+    Candidates are ranked by an estimate, and as many as `tries` of the best are compiled, the run as it is among them; what is
+    refused without that is none of them. Those that fit come first, by the speed that is foretold at the slow end.
     """
-    found: list[dict[str, Any]] = []
-    for candidate in sorted(candidates(run, network, len(where.devices)), key=lambda each: estimate(each, where)):
+    chips, found = len(where.devices), list[dict[str, Any]]()
+    own = _filled(run, chips)
+    ranked = sorted(candidates(run, network, chips), key=lambda each: (each != own, estimate(each, where)))
+    for candidate in ranked:
         if len(found) == tries:
             break
         try:
@@ -43,6 +46,14 @@ def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[d
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             logging.info("%s: %s", _told(candidate), str(error).splitlines()[0])
     return sorted(found, key=lambda each: (not each["verdict"]["fits"], -each.get("tokens_per_second", [0])[0]))
+
+
+def _filled(run: DiTRun, chips: int) -> DiTRun:
+    """The run with the sizes of its mesh over so many chips, if it has one over them."""
+    try:
+        return dataclasses.replace(run, mesh=sharding.MeshConfig(*sharding.mesh_shape(run.mesh, chips)))
+    except sharding.MeshError:
+        return run
 
 
 def candidates(run: DiTRun, network: VAEConfig, chips: int) -> Iterator[DiTRun]:
@@ -98,9 +109,9 @@ def estimate(run: DiTRun, where: Target) -> float:
     count = run.pack.rows * run.pack.row_tokens
     weights = WEIGHTS * model.width**2 * model.blocks
     stream = 4 * model.width * count / (rows * tokens)
-    # Weights, average and two moments; of the blocks what is kept, and of one of them all while it runs backward.
-    state = 16 * weights / (embed * heads)
-    activations = stream * (KEPT[model.remat] * model.blocks + KEPT["none"]) / heads
+    # Weights, average, two moments and gradients; of the blocks what is kept, and what one needs to run backward.
+    state = 20 * weights / (embed * heads)
+    activations = stream * (KEPT[model.remat] * model.blocks + RUNNING) / heads
     if state + activations > chip.usable * chip.memory * GIB:
         return math.inf
     # Weights in bfloat16 forward, again and backward, and their gradients in float32.
