@@ -102,3 +102,25 @@ def test_bad_times_are_refused():
         flow.TimeConfig(known_noise=-0.1)
     with pytest.raises(ValueError, match="posterior"):
         flow.TimeConfig(posterior=1.1)
+
+
+def test_a_gaussian_is_known_as_far_as_its_deviation(rng):
+    shape = (4, 4000, 3)
+    mean, noise, spread = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(3))
+    for std in (0.0, 0.3, 1.0):
+        clean = mean + std * spread
+        for at in (0.1, 0.5, 0.9):
+            time = jnp.full(shape[:2], at)
+            predicted = flow.velocity_of_gaussian(flow.corrupt(clean, noise, time), mean, std, time)
+            off = np.asarray(predicted - flow.velocity(clean, noise))
+            # What is left of a sum of two normals when the sum is known.
+            left = std**2 / ((1 - at) ** 2 * std**2 + at**2)
+            assert np.square(off).mean() == pytest.approx(left, rel=0.05, abs=1e-6)
+            # Nothing more can be had from what was seen.
+            seen = np.asarray(flow.corrupt(clean, noise, time) - (1 - at) * mean)
+            assert abs((off * seen).mean()) < 0.02
+
+
+def test_a_gaussian_at_time_0_is_seen(rng):
+    clean = jnp.asarray(rng.standard_normal((1, 5, 2)), jnp.float32)
+    assert np.isfinite(flow.velocity_of_gaussian(clean, clean, 0.0, jnp.zeros((1, 5)))).all()

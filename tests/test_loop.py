@@ -249,6 +249,23 @@ def test_clips_are_the_posteriors_means_with_a_share_of_its_deviation(trained_di
     assert np.std(samples[inside] / batch.std_BNP[inside]) == pytest.approx(1, abs=0.1)
 
 
+def test_who_knows_the_clip_errs_by_the_posteriors_noise_alone(trained_dit, trained_vae):
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0])
+    task = dit.DiTTask(run, workdir)
+    batch, _ = next(task.batches(Share.whole(task.rows)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    time_BS = jnp.full(batch.clip_BS.shape, 0.4)
+    found = {}
+    for share in (0.0, 1.0):
+        objective = dit.Objective(dataclasses.replace(task.run, flow=dataclasses.replace(run.flow, posterior=share)))
+        asked = objective.asked(batch, time_BS, jax.random.key(0))
+        bounds = objective.bounds(batch, asked)
+        found[share] = {name: float(error_BN.sum() / asked.weight_BN.sum()) for name, error_BN in bounds.items()}
+        assert not np.asarray(bounds["ceiling"])[asked.weight_BN == 0].any()
+    assert found[0.0]["floor"] < 1e-9 < 1e-4 < found[1.0]["floor"] < found[1.0]["ceiling"]
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_an_error_counts_by_the_deviation_along_its_axis(trained_dit, trained_vae, monkeypatch, power):
     workdir, state = trained_dit

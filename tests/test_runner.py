@@ -65,7 +65,10 @@ def test_every_rung_is_told_with_its_cost(done):
     assert (one["steps"], four["steps"]) == (4, 16) and four["flops"] == 4 * one["flops"]
     assert 0 < one["useful_flops"] < one["flops"]
     for run in (one, four):
-        assert run["val_loss"] > 0 and any(name.startswith("val_loss_time/") for name in run)
+        assert 0 < run["val_loss_floor"] < run["val_loss"] and any(name.startswith("val_loss_time/") for name in run)
+        # The same noise on the same clips, whatever the model.
+        for bound in ("val_loss_floor", "val_loss_ceiling"):
+            assert run[bound] == one[bound]
         assert set(run["adherence"]) >= {"colour", "shape", "motion", "all"} and run["adherence"]["count"] == 4
     assert numbers["adherence"] == four["adherence"]
     assert sum(four["flops_by_part"].values()) == pytest.approx(four["flops"])

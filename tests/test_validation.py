@@ -21,6 +21,18 @@ def test_parts_make_the_whole(rng):
     assert whole / tokens.sum() == pytest.approx(found["val_loss"])
 
 
+def test_every_loss_has_its_bounds_beside_it(rng):
+    count = 20
+    tokens, times = rng.integers(1, 30, count), rng.uniform(0, 1, count)
+    sizes = [(1, 32, 32)] * count
+    bounds = {name: rng.uniform(0, 1, count) * tokens for name in validation.BOUNDS}
+    found = validation.scores(validation.Errors(tokens * 0.5, tokens, times, sizes, bounds))
+    for name, error in bounds.items():
+        held = validation.scores(validation.Errors(error, tokens, times, sizes))
+        for loss, value in held.items():
+            assert found[f"{loss}_{name}"] == pytest.approx(value)
+
+
 def test_what_no_clip_has_is_left_out():
     errors = validation.Errors(np.array([2.0]), np.array([4]), np.array([0.9]), [(1, 32, 32)])
     assert validation.scores(errors) == {

@@ -96,6 +96,14 @@ def velocity_from_noise(noisy: Array, noise: Array, time: Float[Array, "B N"]) -
     return (noise - noisy) / (1 - time[..., None])
 
 
+def velocity_of_gaussian(noisy: Array, mean: Any, std: Any, time: Float[Array, "B N"]) -> Array:
+    """The best prediction of the velocity for who knows of the clean value only that it is normal: its mean given noisy."""
+    time = time[..., None]
+    variance = jnp.square((1 - time) * std) + jnp.square(time)
+    slope = (time - (1 - time) * jnp.square(std)) / jnp.maximum(variance, 1e-12)
+    return slope * (noisy - (1 - time) * mean) - mean
+
+
 def loss(
     predicted: Float[Array, "B N P"], target: Float[Array, "B N P"], weight: Float[Array, "B N"]
 ) -> tuple[Float[Array, ""], Float[Array, "B N"]]:

@@ -457,7 +457,7 @@ def _cards(numbers: Mapping[str, Any]) -> str:
     seconds = scaling.value_at(numbers, "seconds.total")
     cards += [
         _card("Reconstruction", scaling.value_at(numbers, "vae.psnr"), _decibels, _attributes(numbers)),
-        _card("Held-out flow loss", scaling.value_at(numbers, "dit.val_loss"), _loss, _parameters(numbers)),
+        _card("Held-out flow loss", scaling.value_at(numbers, "dit.val_loss"), _loss, _of_model(numbers)),
         _card("Compute", numbers.get("total_flops"), _flop, _speed(numbers)),
         _card("Time", seconds, _clock, _shares(numbers)),
     ]
@@ -665,9 +665,17 @@ def _attributes(numbers: Mapping[str, Any]) -> str:
     return f"keeps {words}" if words else ""
 
 
-def _parameters(numbers: Mapping[str, Any]) -> str:
-    count = scaling.value_at(numbers, "dit.parameters")
-    return f"{progress.si(float(count)).strip()} parameters" if _is_number(count) else ""
+def _of_model(numbers: Mapping[str, Any]) -> str:
+    """'0.02 for who knows the clip, 1.4 for who knows nothing · 1.2 M parameters'."""
+    floor, ceiling, count = (
+        scaling.value_at(numbers, f"dit.{name}") for name in ("val_loss_floor", "val_loss_ceiling", "parameters")
+    )
+    words = []
+    if _is_number(floor) and _is_number(ceiling):
+        words.append(f"{floor:.2g} for who knows the clip, {ceiling:.3g} for who knows nothing")
+    if _is_number(count):
+        words.append(f"{progress.si(float(count)).strip()} parameters")
+    return " \u00b7 ".join(words)
 
 
 def _speed(numbers: Mapping[str, Any]) -> str:

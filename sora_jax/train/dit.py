@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Float
 
 from sora_jax import compute, config, processes, sharding
 from sora_jax.config import DiTRun
@@ -72,6 +73,15 @@ def longest_clip(run: DiTRun, network: VAEConfig) -> tuple[int, tuple[int, int, 
     return tokens, size
 
 
+class Asked(NamedTuple):
+    """Points of the flow's path and the velocities there. weight is 1 of the tokens that count: those to be made."""
+
+    noisy_BNP: Float[Array, "B N P"]
+    time_BS: Float[Array, "B S"]
+    target_BNP: Float[Array, "B N P"]
+    weight_BN: Float[Array, "B N"]
+
+
 class Objective:
     """What a DiT of a run is trained on: the flow-matching loss of packed rows on unknown tokens."""
 
@@ -108,7 +118,14 @@ class Objective:
     ) -> tuple[Array, Array, Array]:
         """(loss, weighted squared error of each token, weights). known_noise is as in flow.TimeConfig, emphasis_P multiplies
         the errors of a patch's values."""
-        model, layout = nnx.merge(self.graphdef, params), batch.layout
+        asked = self.asked(batch, time_BS, root, known_noise)
+        predicted_BNP = nnx.merge(self.graphdef, params)(asked.noisy_BNP, asked.time_BS, batch.layout)
+        loss, error_BN = flow.loss(emphasis_P * predicted_BNP, emphasis_P * asked.target_BNP, asked.weight_BN)
+        return loss, error_BN * asked.weight_BN, asked.weight_BN
+
+    def asked(self, batch: PackedBatch, time_BS: Array, root: Array, known_noise: float = 0.0) -> Asked:
+        """What a model of a batch is asked at these times, which a slot's ceiling lowers."""
+        layout = batch.layout
         clip_BN = flow.spread(batch.clip_BS, layout.slot_BN)
         draw_BN = flow.spread(batch.draw_BS, layout.slot_BN)
         patch_dim = batch.mean_BNP.shape[-1]
@@ -127,11 +144,25 @@ class Objective:
             normal_BS = flow.slot_normal(jax.random.fold_in(root, LEVEL), batch.clip_BS, batch.draw_BS)
             level_BN = known_noise * flow.spread(ndtr(normal_BS), layout.slot_BN) * (ceiling_BN == 0)
             clean_BNP = clean_BNP + level_BN[..., None] * draw(ON_KNOWN)
-        predicted_BNP = model(flow.corrupt(clean_BNP, noise_BNP, time_BN), time_BS, layout)
-        weight_BN = ((layout.segment_BN > 0) & (ceiling_BN > 0)).astype(jnp.float32)
-        target_BNP = flow.velocity(clean_BNP, noise_BNP)
-        loss, error_BN = flow.loss(emphasis_P * predicted_BNP, emphasis_P * target_BNP, weight_BN)
-        return loss, error_BN * weight_BN, weight_BN
+        return Asked(
+            noisy_BNP=flow.corrupt(clean_BNP, noise_BNP, time_BN),
+            time_BS=time_BS,
+            target_BNP=flow.velocity(clean_BNP, noise_BNP),
+            weight_BN=((layout.segment_BN > 0) & (ceiling_BN > 0)).astype(jnp.float32),
+        )
+
+    def bounds(self, batch: PackedBatch, asked: Asked) -> dict[str, Array]:
+        """Weighted squared errors (B, N) between which those of a model lie. 'floor' is of who knows the clip and all of it but
+        what of its posterior's noise is trained on; 'ceiling' of who knows only that latents have a deviation of one."""
+        time_BN = flow.spread(asked.time_BS, batch.layout.slot_BN)
+        known = {"floor": (batch.mean_BNP, self.run.flow.posterior * batch.std_BNP), "ceiling": (0.0, 1.0)}
+        return {
+            name: flow.loss(
+                flow.velocity_of_gaussian(asked.noisy_BNP, *gaussian, time_BN), asked.target_BNP, asked.weight_BN
+            )[1]
+            * asked.weight_BN
+            for name, gaussian in known.items()
+        }
 
     def _emphasis(self, rest: Any, patch_dim: int) -> Array | float:
         """What errors are multiplied by, (P,): their squares as flow.TimeConfig's emphasis says, with a mean of 1."""
@@ -176,17 +207,21 @@ class DiTTask(OnLatents):
 
     @functools.cached_property
     def _slot_errors(self) -> Any:
-        """(squared error, tokens, time) of every slot of a batch."""
+        """(tokens, time, squared errors of the model, and of the loss's floor and ceiling) of every slot of a batch."""
 
-        def one(params: Any, batch: PackedBatch) -> tuple[Array, Array, Array]:
+        def one(params: Any, batch: PackedBatch) -> tuple[Array, ...]:
             # Stratified: clip ids walk through the quantiles of the training times.
             quantile_BS = ((batch.clip_BS + 0.5) * GOLDEN) % 1.0
             root = jax.random.fold_in(jax.random.key(0), VALIDATION)
             time_BS = flow.times(ndtri(quantile_BS), self.run.flow)
             _, error_BN, weight_BN = self.objective.at(params, batch, time_BS, root)
+            bounds = self.objective.bounds(batch, self.objective.asked(batch, time_BS, root))
             slots_BNS = jax.nn.one_hot(batch.layout.slot_BN, batch.clip_BS.shape[1])
-            error_BS, tokens_BS = (jnp.einsum("bn,bns->bs", x_BN, slots_BNS) for x_BN in (error_BN, weight_BN))
-            return sharding.everywhere((error_BS, tokens_BS, time_BS))
+            tokens_BS, *errors = (
+                jnp.einsum("bn,bns->bs", x_BN, slots_BNS)
+                for x_BN in (weight_BN, error_BN, *(bounds[name] for name in validation.BOUNDS))
+            )
+            return sharding.everywhere((tokens_BS, time_BS, *errors))
 
         return jax.jit(one)
 
@@ -196,7 +231,7 @@ class DiTTask(OnLatents):
         packing = dataclasses.replace(self.run.pack, drop_rate=0.0, drop_repeats=0.0)
         store, (st, sh, sw) = self.stores["heldout"], self.vae_config.stride
         shapes = dict(zip(store.ids.tolist(), store.shapes.tolist(), strict=True))
-        found: list[tuple[float, float, float]] = []
+        found: list[tuple[float, ...]] = []
         sizes: list[tuple[int, ...]] = []
         for batch, _ in loader.fixed_batches(store, self._tokeniser(packing, plain), self.text.width):
             slots = zip(
@@ -204,13 +239,14 @@ class DiTTask(OnLatents):
                 *(np.ravel(x).tolist() for x in jax.device_get(self._slot_errors(state.ema, batch))),
                 strict=True,
             )
-            for clip, error, tokens, time in slots:
+            for clip, tokens, *others in slots:
                 if tokens:
                     t, h, w = shapes[clip]
-                    found.append((error, tokens, time))
+                    found.append((tokens, *others))
                     sizes.append((1 + (t - 1) * st, h * sh, w * sw))
-        error_n, tokens_n, time_n = np.array(found, np.float64).T
-        return validation.scores(validation.Errors(error_n, tokens_n, time_n, sizes))
+        tokens_n, time_n, error_n, *bounds = np.array(found, np.float64).T
+        of_bounds = dict(zip(validation.BOUNDS, bounds, strict=True))
+        return validation.scores(validation.Errors(error_n, tokens_n, time_n, sizes, of_bounds))
 
     def sample(self, state: TrainState, path: Path) -> None:
         """A contact sheet of held-out prompts, always the same prompts and seeds."""
