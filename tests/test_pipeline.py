@@ -45,6 +45,22 @@ def test_samples_have_the_sizes_asked_for(sampler):
     assert all(video.dtype == np.uint8 for video in videos)
 
 
+def test_the_noise_of_a_prompt_and_seed_is_that_of_every_model(sampler):
+    requests = [request("a red circle", seed=5), request("a blue star", seed=6, frames=1)]
+
+    def made(**changes):
+        run = dataclasses.replace(sampler.run, dit=dataclasses.replace(sampler.run.dit, **changes))
+        params, rest = jax.jit(lambda key: pipeline.initial_weights(run, sampler.vae_config, key))(jax.random.key(7))
+        weights = rest["vae"]["params"], rest["vae"]["rest"]
+        # A model that is not trained says that nothing moves, so what it makes is the noise that it began with.
+        untrained = pipeline.Pipeline(run, sampler.vae_config, params, weights, sampler.text)
+        return untrained.sample_latents(requests, run.sampler)
+
+    small, large = made(), made(width=64, heads=4, blocks=3)
+    assert all(np.array_equal(one, other) for one, other in zip(small, large, strict=True))
+    assert all(np.std(one) == pytest.approx(1, abs=0.2) for one in small)
+
+
 def test_a_sample_does_not_depend_on_its_company(sampler):
     mine = request("a red circle moves left", seed=5)
     alone = sampler.sample_latents([mine], sampler.run.sampler)[0]
