@@ -6,8 +6,10 @@ the zeros around a picture are not, as XLA does not. Checked against XLA's count
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sora_jax.config import ComputeConfig, ConfigError, DiTRun
@@ -164,6 +166,16 @@ def vae(config: VAEConfig, clips: int, frames: int, height: int, width: int) -> 
     encoder.append(Product("encoder", latents * 2 * config.widths[-1] * 2 * config.channels))
     decoder.append(Product("decoder", latents * 2 * config.widths[-1] * config.channels))
     return encoder + decoder
+
+
+def encoding(config: VAEConfig, shapes: Iterable[Sequence[int]]) -> float:
+    """FLOPs of encoding clips, given the shapes (t, h, w) of their latents."""
+    total = 0.0
+    for (t, *cells), clips in collections.Counter(map(tuple, shapes)).items():
+        height, width = (count * stride for count, stride in zip(cells, config.stride[1:], strict=True))
+        products = vae(config, clips, 1 + (t - 1) * config.stride[0], height, width)
+        total += sum(each.flops for each in products if each.part == "encoder")
+    return total
 
 
 def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> Step:

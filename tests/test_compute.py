@@ -129,6 +129,24 @@ def test_vae_against_xla(name):
     assert step.executed == pytest.approx(counted(jax.value_and_grad(loss), *arguments), rel=0.02)
 
 
+@pytest.mark.parametrize("name", VAES)
+def test_encoding_against_xla(name):
+    config = VAES[name]
+    graphdef, params, rest = vae.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))
+
+    def encode(p, r, frames):
+        return nnx.merge(graphdef, p, r).encode(frames).mean
+
+    found = counted(encode, params, rest, shape(3, 9, 64, 32, 3))
+    latents = config.latent_shape(9, 64, 32)[:3]
+    # Means alone are kept, deviations are not asked for.
+    left_out = 3 * np.prod(latents) * 2 * config.widths[-1] * config.channels
+    assert compute.encoding(config, [latents] * 3) - left_out == pytest.approx(found, rel=0.02)
+    others = [(1, 8, 8), latents, (1, 8, 8)]
+    parts = sum(compute.encoding(config, [each]) for each in others)
+    assert compute.encoding(config, others) == pytest.approx(parts)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
 def test_taps_are_those_inside(kernel):
     for size in (1, 2, 7):

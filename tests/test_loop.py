@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sora_jax import checkpoint, config, sharding
+from sora_jax import checkpoint, compute, config, sharding
 from sora_jax.diffusion import flow
 from sora_jax.generate import pipeline
 from sora_jax.structs import Share, TrainState
@@ -155,7 +155,7 @@ def test_where_the_vae_lies_is_no_part_of_a_run_but_which_it_is(trained_dit, tra
         loop.fit(other, workdir)
 
 
-def test_what_a_run_leaves(trained_dit):
+def test_what_a_run_leaves(trained_dit, trained_vae):
     workdir, _ = trained_dit
     assert config.from_config_dict(json.loads((workdir / "config.json").read_text())) == config.from_config_dict(
         checkpoint.read_meta(workdir)["config"]
@@ -165,7 +165,12 @@ def test_what_a_run_leaves(trained_dit):
     for line in train:
         assert line["packing/clips"] > 0 and 0 < line["packing/fill"] <= 1 and line["packing/too_long_clips"] == 0
         assert math.isfinite(line["loss"]) and line["total_flops"] > 0
-    assert train[1]["total_flops"] == checkpoint.read_meta(workdir)["total_flops"]
+    meta = checkpoint.read_meta(workdir)
+    assert train[1]["total_flops"] == meta["total_flops"]
+    steps = 4 * compute.dit_step(pipeline.load_run(workdir).dit, pipeline.load_run(workdir).pack).total
+    before = checkpoint.read_meta(trained_vae[0])["total_flops"] + meta["encoding_flops"]
+    assert meta["flops_before"] == before and meta["encoding_flops"] > 0
+    assert meta["total_flops"] == pytest.approx(before + steps)
     assert "val_loss" in [line for line in tiny.lines(workdir) if line["kind"] == "eval"][-1]
     assert (workdir / "samples" / "step_0000004.png").stat().st_size > 100
     assert list((workdir / "tensorboard").iterdir())
@@ -267,7 +272,7 @@ def test_models_of_all_sizes_are_asked_the_same(trained_dit, trained_vae):
 
 
 def test_who_knows_the_clip_errs_by_the_posteriors_noise_alone(trained_dit, trained_vae):
-    workdir, state = trained_dit
+    workdir, _ = trained_dit
     run = tiny.dit_run(trained_vae[0])
     task = dit.DiTTask(run, workdir)
     batch, _ = next(task.batches(Share.whole(task.rows)))

@@ -71,6 +71,10 @@ def test_every_rung_is_told_with_its_cost(done):
             assert run[bound] == one[bound]
         assert set(run["adherence"]) >= {"colour", "shape", "motion", "all"} and run["adherence"]["count"] == 4
     assert numbers["adherence"] == four["adherence"]
+    trained = numbers["vae"]["flops"] + one["flops"] + four["flops"]
+    assert (
+        numbers["total_flops"] == pytest.approx(trained + numbers["encoding_flops"]) and numbers["encoding_flops"] > 0
+    )
     assert sum(four["flops_by_part"].values()) == pytest.approx(four["flops"])
 
 

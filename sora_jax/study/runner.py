@@ -76,6 +76,18 @@ def own_flops(directory: Path) -> float:
     return total - before
 
 
+def encoding_flops(workdir: Path, study: StudyRun) -> float:
+    """What encoding cost the stages: once for all that read the same clips through the same VAE."""
+    found: dict[tuple[str, str], float] = {}
+    for name, stage in study.stages.items():
+        if isinstance(stage, DiTRun):
+            meta = checkpoint.read_meta(workdir / name)
+            # Checkpoints of before it was counted do not tell.
+            cost = config.stored_number({"encoding_flops": 0.0} | meta, "encoding_flops", workdir / name)
+            found[str(meta.get("vae_weights")), repr(stage.data)] = cost
+    return sum(found.values())
+
+
 def run_numbers(directory: Path) -> dict[str, Any]:
     """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips."""
     meta = checkpoint.read_meta(directory)
@@ -141,7 +153,8 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sectio
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": loop.versions(),
-        "total_flops": sum(own_flops(workdir / name) for name in study.stages),
+        "encoding_flops": encoding_flops(workdir, study),
+        "total_flops": sum(own_flops(workdir / name) for name in study.stages) + encoding_flops(workdir, study),
     }
     samples: Sequence[report.Video] = ()
     pairs: Sequence[report.Pair] = ()

@@ -186,9 +186,20 @@ class DiTTask(OnLatents):
     @functools.cached_property
     def text(self) -> CaptionText:
         text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
-        captions = ["", *latents.unique_captions(list(self.stores.values()))]
-        processes.first_then_all(lambda: text.prepare(captions))
+        processes.first_then_all(lambda: text.prepare(self._captions))
         return text
+
+    @functools.cached_property
+    def _captions(self) -> list[str]:
+        return ["", *latents.unique_captions(list(self.stores.values()))]
+
+    def _caption_flops(self) -> float:
+        if self.text.width is None:  # learned, and so a part of every step
+            return 0.0
+        tokens = sum(len(states_LM) for states_LM, _ in map(self.text, self._captions) if states_LM is not None)
+        rows = math.ceil(tokens / text_encode.ROW_TOKENS)
+        products = compute.text_encoder(text_encode.text_encoder.MINILM, rows, text_encode.ROW_TOKENS)
+        return sum(each.flops for each in products)
 
     def _tokeniser(self, packing: pack.PackConfig, settings: loader.LoaderConfig) -> loader.Tokeniser:
         return loader.Tokeniser(settings, packing, self.geometry, self.text, self.run.seed)

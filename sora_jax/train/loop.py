@@ -37,7 +37,11 @@ class Task(Protocol):
     rows: int  # of a batch, over all processes
     sizes: dict[str, int]  # of logical axes of activations that a mesh may split, beside rows
     flops_per_step: float
-    flops_before: float  # spent on what this run builds on, such as the VAE of a DiT
+
+    @property
+    def flops_before(
+        self,
+    ) -> float: ...  # spent on what this run builds on, such as the VAE of a DiT and encoding with it
 
     def meta(self) -> dict[str, Any]: ...
 

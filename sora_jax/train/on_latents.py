@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import Array
 
-from sora_jax import config
+from sora_jax import compute, config
 from sora_jax.checkpoint import read_meta
 from sora_jax.data import latents, pack
 from sora_jax.data.worlds import world
@@ -36,12 +36,29 @@ class OnLatents:
         self.units_per_step = float(run.pack.rows * run.pack.row_tokens)
         self.rows = run.pack.rows
         self.sizes = {"tokens": run.pack.row_tokens, "heads": model.heads}
-        self.flops_before = config.stored_number(read_meta(source), "total_flops", source)
+        self._vae_flops = config.stored_number(read_meta(source), "total_flops", source)
         self.geometry = pack.Geometry(model.patch, self.vae_config.stride)
 
     def meta(self) -> dict[str, Any]:
         """What the checkpoints hold of the VAE."""
-        return {"vae": dataclasses.asdict(self.vae_config), "vae_weights": self.vae_weights}
+        return {
+            "vae": dataclasses.asdict(self.vae_config),
+            "vae_weights": self.vae_weights,
+            "encoding_flops": self.encoding_flops,
+        }
+
+    @property
+    def flops_before(self) -> float:
+        return self._vae_flops + self.encoding_flops
+
+    @functools.cached_property
+    def encoding_flops(self) -> float:
+        """What it costs to encode the clips of both splits once, and their captions."""
+        shapes = (shape for store in self.stores.values() for shape in store.shapes.tolist())
+        return compute.encoding(self.vae_config, shapes) + self._caption_flops()
+
+    def _caption_flops(self) -> float:
+        return 0.0
 
     @functools.cached_property
     def vae_weights(self) -> str:
