@@ -70,12 +70,12 @@ def test_the_text_encoder_moves_slower(rng, name):
         assert np.allclose(text, optimizer.TEXT_ENCODER_RATE * other, rtol=1e-5)
 
 
-def model(width):
-    return dit.DiT(dit.DiTConfig(width, blocks=2, heads=width // 16, channels=8, text_width=24), nnx.Rngs(1))
+def model(width, blocks=2):
+    return dit.DiT(dit.DiTConfig(width, blocks=blocks, heads=width // 16, channels=8, text_width=24), nnx.Rngs(1))
 
 
-def change_of_output(width, settings, steps=4):
-    """How much training steps move the output of a DiT of this width, by part of the network (root mean square)."""
+def change_of_output(width, settings, steps=4, blocks=2):
+    """How much training steps move the output of a DiT of this width and depth (root mean square)."""
     rng = np.random.default_rng(0)
     B, N, S, L = 2, 24, 2, 6
     segment = np.repeat([[1, 2]], N // 2, axis=1).repeat(B, axis=0)
@@ -87,7 +87,7 @@ def change_of_output(width, settings, steps=4):
     layout = jax.tree.map(jnp.asarray, layout)
     noisy, target = (jnp.asarray(rng.standard_normal((B, N, 8)), jnp.float32) for _ in range(2))
     time = jnp.asarray(rng.uniform(0, 1, (B, S)), jnp.float32)
-    graphdef, params = nnx.split(model(width), nnx.Param)
+    graphdef, params = nnx.split(model(width, blocks), nnx.Param)
     params = nnx.to_pure_dict(params)
     tx = optimizer.make(dataclasses.replace(settings, warmup_steps=0, decay="constant"), steps=10)
 
@@ -121,6 +121,13 @@ def test_a_step_moves_wide_and_narrow_models_alike(settings, monkeypatch):
     # And it sees what it is for: without the rule wide models move farther, nearly in proportion.
     monkeypatch.setattr(optimizer, "rate_factors", lambda params, name: jax.tree.map(lambda _: 1.0, params))
     assert slope_of_change(settings) > 0.6
+
+
+@pytest.mark.parametrize("settings", [MUON, ADAMW], ids=["muon", "adamw"])
+def test_a_step_moves_deep_and_shallow_models_alike(settings):
+    # Blocks start as nothing and their gates open with the output, so no factor of depth is needed.
+    shallow, deep = (change_of_output(48, settings, blocks=blocks) for blocks in (2, 16))
+    assert abs(np.log(deep / shallow) / np.log(16 / 2)) < 0.15
 
 
 def test_every_wide_map_moves_less_in_a_wider_model():
