@@ -118,16 +118,22 @@ def _aborted(_: int) -> None:
 
 def first_then_all(action: Callable[[], Value]) -> Value:
     """action in the first process, then in the others: for what is made once, on a disk that all see, and then found."""
-    global _meetings
     if jax.process_count() == 1:
         return action()
-    _meetings += 1
     if is_first():
         value = action()
-        _client().wait_at_barrier(f"sora_jax/first/{_meetings}", int(1000 * LONGEST_WAIT))
+        meet()
         return value
-    _client().wait_at_barrier(f"sora_jax/first/{_meetings}", int(1000 * LONGEST_WAIT))
+    meet()
     return action()
+
+
+def meet() -> None:
+    """Waits until all processes are here."""
+    global _meetings
+    if jax.process_count() > 1:
+        _meetings += 1
+        _client().wait_at_barrier(f"sora_jax/meeting/{_meetings}", int(1000 * LONGEST_WAIT))
 
 
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:

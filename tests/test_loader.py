@@ -59,6 +59,26 @@ def test_the_store_gives_back_what_was_written(store):
         latents.LatentStore(store.folder.parent)
 
 
+@pytest.mark.parametrize("sizes", [(7, 7, 7, 9), (30,), (1, 29)])
+def test_a_store_of_parts_is_that_of_one_go(store, tmp_path, sizes):
+    assert sum(sizes) == CLIPS
+    ends = np.cumsum(sizes)
+    items = [store[number] for number in range(CLIPS)]
+    # Clips of fewer captions, and captions of other parts.
+    items = [dataclasses.replace(x, captions=x.captions[: 1 + (x.id > 12)] + ("all",) * (x.id % 3 > 0)) for x in items]
+    whole = latents.write(tmp_path / "whole", items, {"made": "here"})
+    parts = [
+        latents.write(tmp_path / f"part{end}", items[end - size : end], {"a": 1})
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    joined = latents.join(tmp_path / "joined", parts, {"made": "here"})
+    assert all(same(dataclasses.astuple(joined[n]), dataclasses.astuple(whole[n])) for n in range(CLIPS))
+    for path in whole.folder.iterdir():
+        if path.suffix == ".npy":
+            assert np.array_equal(np.load(path), np.load(joined.folder / path.name)), path.name
+    assert (joined.folder / "store.json").read_text() == (whole.folder / "store.json").read_text()
+
+
 def test_two_loaders_give_the_same(store):
     one, other = batches(store), batches(store)
     for _ in range(5):

@@ -181,5 +181,35 @@ def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:
     return LatentStore(folder)
 
 
+def join(folder: Path, parts: Sequence[LatentStore], meta: dict) -> LatentStore:
+    """The store that write would have made of all clips of the parts, in order, whose values are copied part by part."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in VALUES:
+        shape = (int(sum(part.starts[-1] for part in parts)), parts[0].channels)
+        values = np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float16, shape)
+        end = 0
+        for part in parts:
+            start, end = end, end + int(part.starts[-1])
+            values[start:end] = np.load(part.folder / f"{name}.npy", mmap_mode="r")
+        values.flush()
+    words: dict[str, int] = {}
+    most = max(part.caption_ids.shape[1] for part in parts)
+    captions = []
+    for part in parts:
+        places = np.array([words.setdefault(caption, len(words)) for caption in part.captions] + [-1], np.int32)
+        ids = places[part.caption_ids]  # -1, which is none, is the last of the places
+        captions.append(np.pad(ids, ((0, 0), (0, most - ids.shape[1])), constant_values=-1))
+    for name in PER_CLIP:
+        arrays = captions if name == "caption_ids" else [getattr(part, name) for part in parts]
+        np.save(partial / f"{name}.npy", np.concatenate(arrays))
+    (partial / "store.json").write_text(json.dumps({"meta": meta, "captions": list(words)}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return LatentStore(folder)
+
+
 def unique_captions(stores: Sequence[LatentStore]) -> list[str]:
     return list(dict.fromkeys(caption for store in stores for caption in store.captions))

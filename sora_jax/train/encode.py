@@ -6,6 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from sora_jax.checkpoint import fingerprints
 from sora_jax.config import DataConfig
 from sora_jax.data import latents
 from sora_jax.data.worlds import clips
-from sora_jax.data.worlds.world import Split
+from sora_jax.data.worlds.world import Split, WorldConfig
 from sora_jax.generate.codec import Codec
 from sora_jax.models.vae import VAEConfig
 
-# Clips in memory at a time.
-AT_ONCE = 1024
+# Clips of a part of a store, and bytes of their frames: what of a data set is in memory at a time.
+PART_CLIPS, PART_BYTES = 1024, 2**30
+TOLD_EVERY = 60.0  # seconds between two lines of progress
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
@@ -35,17 +39,17 @@ def fingerprint_of(params: Any) -> str:
 def encode_all(
     folder: Path, data: DataConfig, config: VAEConfig, params: Any, rest: Any
 ) -> dict[Split, latents.LatentStore]:
-    """The stores of both splits in folder, encoded by the VAE of these weights; of several processes the first does it."""
+    """The stores of both splits in folder, encoded by the VAE of these weights; each of several processes does its part."""
     network, name = Codec(config, params, rest), fingerprint_of(params)
-
-    def of(split: Split) -> latents.LatentStore:
-        return processes.first_then_all(lambda: encode_split(folder, data, split, network, name))
-
-    return {split: of(split) for split in SPLITS}
+    return {split: encode_split(folder, data, split, network, name) for split in SPLITS}
 
 
 def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:
-    """The store of a split in folder, under a name of its data and VAE: runs that train on the same share it."""
+    """The store of a split in folder, under a name of its data and VAE: runs that train on the same share it.
+
+    It is made of parts, each a store by itself, of which every process encodes every so many; parts that are there already,
+    from a run that was stopped, are kept. The first process joins them.
+    """
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
     meta = json.loads(
         json.dumps(
@@ -58,10 +62,34 @@ def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, f
         return latents.LatentStore(path)
     logging.info("encoding %d %s clips to %s", count, split, path)
 
-    def encoded() -> Iterator[latents.Latent]:
-        for start in range(0, count, AT_ONCE):
-            some = list(clips.clips(data.world, split, range(start, min(count, start + AT_ONCE))))
-            for clip, (mean, std) in zip(some, network.encode([clip.frames_THWC for clip in some]), strict=True):
-                yield latents.Latent(clip.id, mean, std, clip.fps, clip.captions, clip.to_and_fro)
+    spans = part_spans(count, data.world)
+    parts = [path.with_name(f"{path.name}.parts") / f"{span.start}-{span.stop}" for span in spans]
+    began, mine = time.monotonic(), range(jax.process_index(), len(spans), jax.process_count())
+    for done, number in enumerate(mine):
+        if time.monotonic() > began + TOLD_EVERY:
+            began = time.monotonic()
+            logging.info("encoded %d of %d parts of %s clips", done, len(mine), split)
+        if not (parts[number] / "store.json").exists():
+            latents.write(parts[number], _encoded(data, split, spans[number], network), meta)
 
-    return latents.write(path, encoded(), meta)
+    def joined() -> latents.LatentStore:
+        if not (path / "store.json").exists():
+            latents.join(path, [latents.LatentStore(part) for part in parts], meta)
+            shutil.rmtree(path.with_name(f"{path.name}.parts"))
+        return latents.LatentStore(path)
+
+    processes.meet()
+    return processes.first_then_all(joined)
+
+
+def part_spans(count: int, world: WorldConfig) -> list[range]:
+    """Clips 0 .. count - 1 in parts, of which all frames fit into memory."""
+    largest = max(3 * max(world.frame_counts) * math.prod(size) for size in world.clip_sizes)
+    clips_each = max(1, min(PART_CLIPS, PART_BYTES // largest))
+    return [range(start, min(count, start + clips_each)) for start in range(0, count, clips_each)]
+
+
+def _encoded(data: DataConfig, split: Split, span: range, network: Codec) -> Iterator[latents.Latent]:
+    some = list(clips.clips(data.world, split, span))
+    for clip, (mean, std) in zip(some, network.encode([clip.frames_THWC for clip in some]), strict=True):
+        yield latents.Latent(clip.id, mean, std, clip.fps, clip.captions, clip.to_and_fro)
