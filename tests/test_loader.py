@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from sora_jax import disk
 from sora_jax.data import latents, loader, masks, pack
 from sora_jax.structs import Share
 
@@ -77,6 +78,15 @@ def test_a_store_of_parts_is_that_of_one_go(store, tmp_path, sizes):
         if path.suffix == ".npy":
             assert np.array_equal(np.load(path), np.load(joined.folder / path.name)), path.name
     assert (joined.folder / "store.json").read_text() == (whole.folder / "store.json").read_text()
+
+
+def test_a_part_that_is_cut_short_is_not_joined(store, tmp_path):
+    part = latents.LatentStore(shutil.copytree(store.folder, tmp_path / "part"))
+    with (part.folder / "std.npy").open("r+b") as file:
+        file.truncate(part._offsets["std"] + 10)
+    with pytest.raises(disk.FileError, match=r"std\.npy is cut short; delete the folder to encode anew"):
+        latents.join(tmp_path / "joined", [part], {})
+    assert not (tmp_path / "joined").exists()
 
 
 def test_two_loaders_give_the_same(store):

@@ -108,6 +108,14 @@ class LatentStore:
             to_and_fro=bool(self.to_and_fro[number]),
         )
 
+    def values(self, name: str) -> np.ndarray:
+        """All that is stored of one of VALUES, float16 (positions, channels). Raises disk.FileError if the file is shorter."""
+        length = int(self.starts[-1])
+        found = np.frombuffer(self._part(name, 0, length), np.float16)
+        if found.size != length * self.channels:
+            raise disk.FileError(f"{self.folder / f'{name}.npy'} is cut short; {REMEDY}")
+        return found.reshape(length, self.channels)
+
     def _part(self, name: str, start: int, end: int) -> bytes:
         value = self.channels * np.dtype(np.float16).itemsize
         with disk.open_file(self.folder / f"{name}.npy", disk.ANY_SIZE, REMEDY) as file:
@@ -193,7 +201,7 @@ def join(folder: Path, parts: Sequence[LatentStore], meta: dict) -> LatentStore:
         end = 0
         for part in parts:
             start, end = end, end + int(part.starts[-1])
-            values[start:end] = np.load(part.folder / f"{name}.npy", mmap_mode="r")
+            values[start:end] = part.values(name)
         values.flush()
     words: dict[str, int] = {}
     most = max(part.caption_ids.shape[1] for part in parts)
