@@ -19,6 +19,9 @@ import pytest
 import quickstart
 
 from sora_jax import checkpoint, config, main, processes
+from sora_jax.cli import checkpoints, configs, process, sample
+from sora_jax.cli import flags as all_flags
+from sora_jax.cli import trained as by_path
 from sora_jax.data import loader
 from sora_jax.generate import files, pipeline, requests
 from sora_jax.plan import roofline
@@ -118,8 +121,8 @@ def trained(tmp_path_factory):
     (folder / "parts.py").write_text(PARTS)
     (folder / "tiny.py").write_text(TINY)
     with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(folder / "cache")):
-        run = main.load_run(f"{folder / 'tiny.py'}:dit", [])
-        stage = main.load_run(f"{folder / 'tiny.py'}:vae", [])
+        run = configs.load_run(f"{folder / 'tiny.py'}:dit", [])
+        stage = configs.load_run(f"{folder / 'tiny.py'}:vae", [])
     # Of the right shapes is enough, and saves compiling their initialisation.
     shapes = jax.eval_shape(lambda: pipeline.initial_weights(run, stage.vae, jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -153,7 +156,7 @@ def test_help_tells_every_flag_and_its_default(verb, capsys):
     assert main.run([verb, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "examples: sora-jax" in shown
-    (verbs,) = [a for a in main.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (verbs,) = [a for a in all_flags.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     for action in verbs.choices[verb]._actions:
         assert action.help, action.dest
         if action.dest != "help":
@@ -287,9 +290,9 @@ def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
 
 def test_overrides_reach_the_run_in_every_spelling(tiny):
     def load(*overrides):
-        arguments = main.parse(["train", "--config", f"{tiny}:vae", "--workdir", "x", *overrides])
+        arguments = all_flags.parse(["train", "--config", f"{tiny}:vae", "--workdir", "x", *overrides])
         assert arguments.workdir == Path("x")
-        return main.load_run(arguments.config, arguments.overrides)
+        return configs.load_run(arguments.config, arguments.overrides)
 
     plain = load()
     assert config.differences(config.to_dict(plain), config.to_dict(load())) == []
@@ -308,7 +311,7 @@ def test_overrides_reach_the_run_in_every_spelling(tiny):
     ]
     assert not load("--config.vae.remat", "false").vae.remat
     assert not load("--config.vae.remat=true", "--noconfig.vae.remat").vae.remat
-    study = main.load_run(str(tiny), ["--config.stages.dit.loop.steps=9"])
+    study = configs.load_run(str(tiny), ["--config.stages.dit.loop.steps=9"])
     assert (study.stages["dit"].loop.steps, study.stages["vae"].loop.steps) == (9, 2)
 
 
@@ -320,8 +323,8 @@ def test_a_config_leaves_nothing_behind(tiny, tmp_path):
     (other / "parts.py").write_text(PARTS.replace("widths=(8,)", "widths=(16,)"))
     (other / "tiny.py").write_text(TINY)
     with mock.patch.dict(sys.modules, parts=main):
-        assert main.load_run(f"{tiny}:vae", []).vae.widths == (8,)
-        assert main.load_run(f"{other / 'tiny.py'}:vae", []).vae.widths == (16,)
+        assert configs.load_run(f"{tiny}:vae", []).vae.widths == (8,)
+        assert configs.load_run(f"{other / 'tiny.py'}:vae", []).vae.widths == (16,)
         assert sys.modules["parts"] is main
     assert sys.path == path
 
@@ -335,7 +338,7 @@ def test_train_fits_the_task_of_the_config_in_the_workdir(tiny, tmp_path, capsys
         flags = ["--config.seed=5", "--profile=1:2", "--hang_seconds=7"]
         assert main.run(["train", f"--config={tiny}:vae", f"--workdir={workdir}", *flags]) == 0
     ((task, folder, options),) = [call.args for call in fit.call_args_list]
-    assert isinstance(task, vae.VAETask) and task.run == main.load_run(f"{tiny}:vae", ["--config.seed=5"])
+    assert isinstance(task, vae.VAETask) and task.run == configs.load_run(f"{tiny}:vae", ["--config.seed=5"])
     assert folder == workdir and workdir.is_dir()
     assert (options.profile, options.hang_seconds) == ((1, 2), 7.0)
     assert capsys.readouterr().out == f"trained: {workdir}\n"
@@ -472,10 +475,11 @@ def test_an_interrupted_process_ends_at_once():
     code = """
 import sys, threading, time
 from sora_jax import main
+from sora_jax.cli import checkpoints
 def verb(arguments):
     threading.Thread(target=time.sleep, args=(60,)).start()
     raise KeyboardInterrupt
-main.inspect = verb
+checkpoints.inspect = verb
 sys.argv = ["sora-jax", "inspect", "x"]
 sys.exit(main.run())
 """
@@ -493,9 +497,9 @@ def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     place = f"--checkpoint={trained}"
     flags = ["--height=8", "--width=16", "--frames=5", "--fps=4", "--samples=2", "--seed=7", "--steps=1"]
     flags += [f"--prompts_file={prompts}"]
-    loaded = main._load(trained / "3", {})
+    loaded = by_path.load(trained / "3", {})
     # Loaded once, so that the programs of the first command serve the others.
-    with mock.patch.object(main, "_load", return_value=loaded):
+    with mock.patch.object(by_path, "load", return_value=loaded):
         assert main.run(["sample", f"--checkpoint={trained}", f"--out={out}", *flags]) == 0
         printed = capsys.readouterr().out.splitlines()
         # 16 pixels wide are enlarged to the 256 that can be watched, or as told; a manifest may be replaced.
@@ -533,8 +537,8 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         "- {prompt: a blue square, extend: start.png, frames: 9, window: 5, height: 8, width: 8}\n"
     )
     checkpoint = f"--checkpoint={trained}"
-    loaded = main._load(trained / "3", {})
-    with mock.patch.object(main, "_load", return_value=loaded):
+    loaded = by_path.load(trained / "3", {})
+    with mock.patch.object(by_path, "load", return_value=loaded):
         assert (
             main.run(["sample", checkpoint, f"--requests={requests}", f"--outdir={tmp_path / 'one'}", "--steps=1"]) == 0
         )
@@ -544,7 +548,7 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         kept = f"--manifest={tmp_path / 'one' / 'manifest.json'}"
         # The manifest says which model, too.
         assert main.run(["sample", kept, f"--outdir={tmp_path / 'two'}"]) == 0
-        assert main._load.call_args.args[0] == trained / "3"
+        assert by_path.load.call_args.args[0] == trained / "3"
         assert main.run(["sample", checkpoint, kept, f"--outdir={tmp_path / 'three'}"]) == 0
         for name in names[:-1]:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -566,9 +570,9 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
     video = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     iio.imwrite(tmp_path / "clip.gif", video, duration=200, loop=0)
     flags = [f"--checkpoint={trained}", "--prompt=a red circle", "--height=8", "--width=8", "--fps=5", "--steps=1"]
-    loaded = main._load(trained / "3", {})
+    loaded = by_path.load(trained / "3", {})
     made = {}
-    with mock.patch.object(main, "_load", return_value=loaded), mock.patch.object(main, "_write") as write:
+    with mock.patch.object(by_path, "load", return_value=loaded), mock.patch.object(sample, "_write") as write:
         for name, more in {
             "forward": ["--extend", "--frames=4"],
             "backward": ["--extend", "--direction=backward", "--frames=4"],
@@ -594,7 +598,7 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
 
 def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(tmp_path, capsys):
     flags = ["--checkpoint=nowhere", f"--out={tmp_path / 'x.mp4'}"]
-    with mock.patch.object(main, "_load", None):
+    with mock.patch.object(by_path, "load", None):
         assert "nothing says what to make" in refusal(capsys, "sample", *flags)
         assert "both say what to make" in refusal(capsys, "sample", *flags, "--prompt=a", "--requests=b.yaml")
         assert "image and edit are ways to make one video" in refusal(
@@ -618,8 +622,8 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys, mon
     prompts.write_text("a red circle\na blue square\na red square\n")
     out = tmp_path / "vbench"
     flags = [f"--checkpoint={trained}", f"--prompts_file={prompts}", "--steps=1", "--seed=7", "--frames=5"]
-    loaded = main._load(trained / "3", {})
-    with mock.patch.object(main, "_load", return_value=loaded), mock.patch.object(main, "VBENCH_PROMPTS", 2):
+    loaded = by_path.load(trained / "3", {})
+    with mock.patch.object(by_path, "load", return_value=loaded), mock.patch.object(sample, "VBENCH_PROMPTS", 2):
         assert main.run(["sample", f"--vbench={out}", *flags]) == 0
         assert capsys.readouterr().out == f"{out / 'videos'}\n"
         assert "not an empty folder" in refusal(capsys, "sample", f"--vbench={out}", *flags)
@@ -653,18 +657,18 @@ def test_a_mesh_that_cannot_be_is_told(trained, tmp_path, capsys):
 
 def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys):
     flags = [f"--checkpoint={trained}", f"--vbench={tmp_path / 'new'}", "--prompt=a"]
-    with mock.patch.object(main, "_load", None):
+    with mock.patch.object(by_path, "load", None):
         assert "leave --samples out" in refusal(capsys, "sample", "--samples=4", *flags)
         assert "leave --image out" in refusal(capsys, "sample", "--image=a.png", *flags)
         assert "'a' comes twice" in refusal(capsys, "sample", "--prompt=a", *flags)
-        assert f"beyond {main.MAX_SEED}" in refusal(capsys, "sample", f"--seed={main.MAX_SEED}", *flags)
+        assert f"beyond {all_flags.MAX_SEED}" in refusal(capsys, "sample", f"--seed={all_flags.MAX_SEED}", *flags)
         assert "not allowed with" in refusal(capsys, "sample", "--out=a.mp4", *flags)
 
 
 def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
-    loaded = main._load(trained, {})
-    with mock.patch.object(main, "_load", return_value=loaded):
+    loaded = by_path.load(trained, {})
+    with mock.patch.object(by_path, "load", return_value=loaded):
         assert (
             main.run(["evaluate", f"--checkpoint={trained}", "--prompts=4", "--seed=5", "--guidance=1", f"--out={out}"])
             == 0
@@ -687,16 +691,16 @@ def test_sizes_come_from_what_was_trained_on(caplog):
 
     def size_of(**given):
         names = dict.fromkeys(("height", "width", "frames", "fps"))
-        return main.size_of(argparse.Namespace(**names | given), requests.Size(32, 32, 17, 5.0))
+        return sample.size_of(argparse.Namespace(**names | given), requests.Size(32, 32, 17, 5.0))
 
     assert size_of() == requests.Size(32, 32, 17, 5.0)
     assert size_of(height=48, frames=9) == requests.Size(48, 32, 9, 5.0)
     assert size_of(frames=1, fps=25.0) == requests.Size(32, 32, 1, 25.0)
     for usual in ({}, {"height": 48, "frames": 9}, {"frames": 1, "fps": 25.0}):  # an image has no rate
-        main.warn_of(size_of(**usual), world)
+        sample.warn_of(size_of(**usual), world)
     assert not caplog.records
     for number, unusual in enumerate(({"height": 64}, {"frames": 33}, {"fps": 8.0}), 1):
-        main.warn_of(size_of(**unusual), world)
+        sample.warn_of(size_of(**unusual), world)
         assert len(caplog.records) == number and "not what the checkpoint was trained on" in caplog.text
 
 
@@ -704,9 +708,9 @@ def test_one_video_keeps_its_name_and_several_are_numbered():
     one, other = (requests.Order(prompt=prompt, seed=3) for prompt in "xy")
 
     def names(out=None, outdir=None):
-        return [video.path.name for video in main.arrange([one, other], [False, True], out, outdir)]
+        return [video.path.name for video in sample.arrange([one, other], [False, True], out, outdir)]
 
-    assert main.arrange([one], [False], Path("a/b.mp4"), None) == [main.Video("x", 3, Path("a/b.mp4"))]
+    assert sample.arrange([one], [False], Path("a/b.mp4"), None) == [sample.Video("x", 3, Path("a/b.mp4"))]
     assert names(out=Path("b.mp4")) == ["b-0.mp4", "b-1.mp4"]
     assert names(out=Path("b.png")) == ["b.png", "b.png"]
     assert names(outdir=Path("c")) == ["000.mp4", "001.png"]
@@ -770,17 +774,17 @@ def test_inspect_verifies_and_compares(trained, tmp_path, capsys):
 
 def test_the_environment_of_the_user_comes_first(tmp_path):
     with mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR="mine", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="3"):
-        main.prepare_jax()
+        process.prepare_jax()
         assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
         assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "3"
-    main.prepare_jax()
+    process.prepare_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
 
 
 def test_jax_keeps_small_programs_in_our_cache(tmp_path):
     """jax reads what prepare_jax sets: a trivial program is on disk afterwards."""
-    in_python("from sora_jax import main\nmain.prepare_jax()\nimport jax\njax.jit(lambda x: x + 1)(1)")
+    in_python("from sora_jax.cli import process\nprocess.prepare_jax()\nimport jax\njax.jit(lambda x: x + 1)(1)")
     assert list((tmp_path / "cache").iterdir())
 
 
@@ -800,14 +804,14 @@ def test_only_our_chatter_is_shown(capsys):
         logging.getLogger().handle(record)
 
     handlers = list(logging.getLogger().handlers)
-    with mock.patch.object(main, "inspect", chatter):
+    with mock.patch.object(checkpoints, "inspect", chatter):
         assert main.run(["inspect", "x"]) == 0
     assert capsys.readouterr().err.splitlines() == ["warning: trouble", "ours"]
     assert logging.getLogger().handlers == handlers
     # What all of several processes do, the first one says; what troubles one of them, that one.
     for first, shown in ((True, ["warning: trouble", "ours"]), (False, ["warning: trouble"])):
         with (
-            mock.patch.object(main, "inspect", chatter),
+            mock.patch.object(checkpoints, "inspect", chatter),
             mock.patch.object(processes, "several", lambda: True),
             mock.patch.object(processes, "is_first", lambda first=first: first),
         ):

@@ -13,7 +13,9 @@ import jax
 import pytest
 import quickstart
 
-from sora_jax import config, hlo, main, sharding
+from sora_jax import config, hlo, sharding
+from sora_jax.cli import configs
+from sora_jax.cli import flags as all_flags
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.plan import page, roofline, search, step, text, topology
@@ -302,7 +304,7 @@ def test_what_jax_does_not_take_of_a_chip_does_not_fit(network, target):
 
 
 def examples():
-    (verbs,) = [each for each in main.make_parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    (verbs,) = [each for each in all_flags.make_parser()._actions if isinstance(each, argparse._SubParsersAction)]
     lines = verbs.choices["plan"].epilog.splitlines()
     return [line.strip() for line in lines if line.strip().startswith("sora-jax plan")]
 
@@ -312,12 +314,12 @@ def test_examples_of_plans_divide_over_their_chips(line, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     words = shlex.split(line)[2:]
     flags = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
-    run = main.load_run(flags["config"], [word for word in words if word.startswith("--config.")])
+    run = configs.load_run(flags["config"], [word for word in words if word.startswith("--config.")])
     run = dit.resolve(dataclasses.replace(run, text=dataclasses.replace(run.text, encoder="scratch")))
     mesh = sharding.abstract_mesh(run.mesh, math.prod(map(int, flags["topology"].split(":")[1].split("x"))))
     sharding.check(mesh, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     sharding.parameter_shardings(step.parameter_shapes(run), mesh)
-    dit.longest_clip(run, main.load_run(flags["vae"], []).vae)
+    dit.longest_clip(run, configs.load_run(flags["vae"], []).vae)
 
 
 def test_what_waits_for_the_host_is_in_the_time_and_in_the_verdict(network, target, monkeypatch):

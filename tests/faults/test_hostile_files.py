@@ -61,7 +61,8 @@ def readers():
     """name -> (reader of a folder, its errors). A reader gives what it read, or None where files like it have no checks."""
     import argparse
 
-    from sora_jax import checkpoint, config, disk, export, main
+    from sora_jax import checkpoint, config, disk, export
+    from sora_jax.cli import failures, sample
     from sora_jax.data import latents
     from sora_jax.evaluate import i3d, torch_file
     from sora_jax.generate import pipeline
@@ -119,7 +120,7 @@ def readers():
         return None if found is None else [video.tobytes() for video in found[1]]
 
     def prompts(folder):
-        assert main._prompts(argparse.Namespace(prompts_file=folder / "prompts.txt"))
+        assert sample._prompts(argparse.Namespace(prompts_file=folder / "prompts.txt"))
 
     refused = (disk.FileError,)
     of_steps = (checkpoint.CorruptCheckpointError, FileNotFoundError, *refused)
@@ -135,7 +136,7 @@ def readers():
         "seconds": (lambda folder: runner.Clock(folder / "seconds.json") and None, ()),
         "judged": (kept, ()),
         "config": (stored_config, (config.ConfigError, *refused)),
-        "prompts": (prompts, (main.Failure,)),
+        "prompts": (prompts, (failures.Failure,)),
         "checkpoint": (steps, (*of_steps, ValueError)),
         "claims": (claims, (*of_steps, config.ConfigError, ValueError)),
         "export": (weights, refused),

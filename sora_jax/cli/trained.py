@@ -1,0 +1,75 @@
+"""Trained models by their paths, on the mesh and with the sampler of the flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sora_jax.cli.failures import Failure, errors_for_users, refuse_file
+from sora_jax.cli.process import prepare_jax
+
+if TYPE_CHECKING:
+    from sora_jax.diffusion.sampler import SamplerConfig
+    from sora_jax.generate.pipeline import Pipeline
+
+# Flags that are keys of the sampler.
+SAMPLER_FLAGS = (
+    "guidance",
+    "steps",
+    "method",
+    "guidance_going_on",
+    "guidance_interval",
+    "guidance_rescale",
+    "shift",
+    "restart",
+    "base_tokens",
+)
+
+
+def parted(path: Path) -> tuple[Path, int | None]:
+    """The work dir and the step of a path to either; None is the newest step."""
+    from sora_jax import checkpoint
+
+    refuse_file(path)
+    if path.name.isdecimal() and int(path.name) in checkpoint.steps(path.parent):
+        return path.parent, int(path.name)
+    return path, None
+
+
+def load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, tuple[Path, int | None]]:
+    """The pipeline of a work dir, or of a step in one, on a mesh of these sizes, and its work dir and step."""
+    prepare_jax()
+    from sora_jax import checkpoint, sharding
+    from sora_jax.generate import pipeline
+
+    path, step = parted(path)
+    with errors_for_users(ValueError):  # a checkpoint that sora_jax did not write
+        checkpoint.read_meta(path, step)
+    if strange := set(mesh) - set(sharding.AXES):
+        raise Failure(f"--mesh has no axis {strange.pop()!r}; its axes are {', '.join(sharding.AXES)}")
+    with errors_for_users(ValueError):  # a mesh that the devices or the model do not divide over
+        devices = sharding.make_mesh(sharding.MeshConfig(**mesh))
+        loaded = pipeline.load(path, step, devices)
+    # Only now: loading passes over a newest step that is damaged, and renames it.
+    return loaded, (path, checkpoint.latest_step(path) if step is None else step)
+
+
+def tell_mesh(pipeline: Pipeline) -> None:
+    """Which devices work, where there are several."""
+    if pipeline.mesh is not None and pipeline.mesh.size > 1:
+        from sora_jax import sharding
+
+        logging.info("on %d devices: %s", pipeline.mesh.size, sharding.in_words(pipeline.mesh.shape))
+
+
+def settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
+    """The run's sampler with the flags that were given. Raises Failure for bad ones."""
+    given = {name: getattr(arguments, name) for name in SAMPLER_FLAGS}
+    with errors_for_users(ValueError):
+        return dataclasses.replace(
+            pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
+        )
