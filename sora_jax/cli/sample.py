@@ -32,35 +32,9 @@ VBENCH_PROMPTS = 8
 MAX_PROMPT_BYTES = 2**26
 # Flags that are keys of an order.
 _ORDER_FLAGS = (
-    *(
-        "height",
-        "width",
-        "frames",
-        "seconds",
-        "fps",
-        "samples",
-        "image",
-        "extend",
-        "direction",
-        "connect",
-        "loop",
-        "edit",
-    ),
-    *(
-        "strength",
-        "inpaint",
-        "mask",
-        "outpaint",
-        "left",
-        "right",
-        "top",
-        "bottom",
-        "interpolate",
-        "factor",
-        "draft",
-        "fit",
-    ),
-    *("start", "end", "window", "known_guidance"),
+    *("height", "width", "frames", "seconds", "fps", "samples", "start", "end", "window", "fit", "known_guidance"),
+    *("image", "extend", "direction", "connect", "loop", "edit", "strength", "inpaint", "mask"),
+    *("outpaint", "left", "right", "top", "bottom", "interpolate", "factor", "draft"),
 )
 # Those of them that VBench's videos cannot have.
 _BEYOND_SIZE = tuple(name for name in _ORDER_FLAGS if name not in ("height", "width", "frames", "fps", "samples"))
