@@ -173,6 +173,15 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
     )
 
 
+def joining_vae_run(world: ConfigDict, steps: int) -> ConfigDict:
+    """A VAE whose parts of a video go together: groups are encoded by themselves and decoded at the full frame rate."""
+    run = vae_run(world, steps)
+    run.vae.encoder_frames = 1
+    run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (4, 2, 2)), (32, 128), (1, 2)
+    run.loop.save_every = 500
+    return run
+
+
 def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
     """A small diffusion transformer on packed rows."""
     return ConfigDict(

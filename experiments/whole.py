@@ -34,12 +34,8 @@ def vae() -> ConfigDict:
     """On small scenes, half of them pairs: what a VAE loses first are things of a few pixels."""
     small = world()
     small.frame_sizes, small.two_things_fraction = ((32, 32), (48, 48)), 0.5
-    run = parts.vae_run(small, steps=4000)
-    run.data.train_clips, run.vae.channels, run.vae_train.batch = 8192, 32, 8
-    # Groups encoded by themselves and decoded at the full frame rate, as in prompting.py.
-    run.vae.encoder_frames = 1
-    run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (4, 2, 2)), (48, 160), (1, 2)
-    run.loop.save_every = 500
+    run = parts.joining_vae_run(small, steps=4000)
+    run.data.train_clips, run.vae.widths, run.vae.channels, run.vae_train.batch = 8192, (48, 160), 32, 8
     return run
 
 
