@@ -195,6 +195,17 @@ def test_sharded_equals_unsharded(unsharded, sizes):
         assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+def test_sharded_equals_unsharded_where_attention_goes_by_blocks_and_rings(unsharded, sizes):
+    (model, *inputs), (loss, grads) = unsharded
+    in_blocks = dit.DiT(dataclasses.replace(model.config, attention="blockwise"), nnx.Rngs(1))
+    nnx.update(in_blocks, nnx.state(model, nnx.Param))
+    sharded_loss, sharded_grads = forward(in_blocks, mesh(*sizes), *inputs)
+    assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(sharded_grads), strict=True):
+        assert np.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)])
 def test_a_captioner_is_the_same_on_every_mesh(rng, sizes):
     """Loss and gradients; a text row of 80 does not divide into the devices of its patches, and need not."""
