@@ -666,13 +666,13 @@ def _attributes(numbers: Mapping[str, Any]) -> str:
 
 
 def _of_model(numbers: Mapping[str, Any]) -> str:
-    """'0.02 for who knows the clip, 1.4 for who knows nothing · 1.2 M parameters'."""
+    """'0.02 for who knows the clip, 1.40 for who knows nothing · 1.2 M parameters'."""
     floor, ceiling, count = (
         scaling.value_at(numbers, f"dit.{name}") for name in ("val_loss_floor", "val_loss_ceiling", "parameters")
     )
     words = []
     if _is_number(floor) and _is_number(ceiling):
-        words.append(f"{floor:.2g} for who knows the clip, {ceiling:.3g} for who knows nothing")
+        words.append(f"{floor:.2f} for who knows the clip, {ceiling:.2f} for who knows nothing")
     if _is_number(count):
         words.append(f"{progress.si(float(count)).strip()} parameters")
     return " \u00b7 ".join(words)
