@@ -41,6 +41,7 @@ def make_page(**parts):
             "machine": {"cpu": "<b>fast</b>", "cores": 2},
             "seconds": {"vae": 61.5, "total": 100.25},
             "total_flops": 1.23456789e13,
+            "dit": {"val_loss": 0.62345, "val_loss_floor": 0.0212, "val_loss_ceiling": 1.6466, "parameters": 1_234_567},
             "adherence": {"colour": 0.123456789, "all": 0.5, "count": 128},
             "adherence_floor": {"colour": 0.1, "all": 0.01, "count": 128},
             "adherence_ceiling": {"colour": 1.0, "all": 0.9, "count": 128},
@@ -145,7 +146,7 @@ def test_json_is_valid_whatever_the_numbers(tmp_path):
 
 
 def test_text_stays_text(page, seen):
-    assert (seen.tags["script"], seen.tags["b"]) == (1, 4)  # the numbers of four cards
+    assert (seen.tags["script"], seen.tags["b"]) == (1, 5)  # the numbers of five cards
     assert seen.tags["figure"] == len(page.samples) + len(page.pairs) + 5
     captions = seen.texts["figcaption"]
     for sample, caption in zip(page.samples, captions, strict=False):
@@ -329,3 +330,8 @@ def test_a_section_shows_its_videos_with_their_scores_and_has_a_picture(tmp_path
         report.write(tmp_path, make_page(sections=[report.Section("prompting", "Prompted", "In every way.", rungs)]))
         heights.append(iio.imread(tmp_path / "prompting.png").shape[0])
     assert heights[1] > 2 * 32 and heights[0] > 1.9 * heights[1]
+
+
+def test_the_loss_stands_between_its_bounds(workdir):
+    text = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "0.02 for who knows the clip, 1.65 for who knows nothing \u00b7 1.23 M parameters" in text
