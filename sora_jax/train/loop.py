@@ -38,10 +38,9 @@ class Task(Protocol):
     sizes: dict[str, int]  # of logical axes of activations that a mesh may split, beside rows
     flops_per_step: float
 
-    @property
-    def flops_before(
-        self,
-    ) -> float: ...  # spent on what this run builds on, such as the VAE of a DiT and encoding with it
+    def flops_before(self) -> float:
+        """Spent on what this run builds on, such as the VAE of a DiT and encoding with it, which it may do first."""
+        ...
 
     def meta(self) -> dict[str, Any]: ...
 
@@ -232,7 +231,7 @@ def _run(
             window.add(metrics, host_metrics)
             last = number == loop.steps
             if number % loop.log_every == 0 or last:
-                line = window.close() | {"total_flops": task.flops_before + number * task.flops_per_step}
+                line = window.close() | {"total_flops": task.flops_before() + number * task.flops_per_step}
                 report.train(number, line | watching.line())
                 if line["skipped_in_a_row"] >= loop.max_bad_steps:
                     state = _back(task, workdir, state, past, int(line["skipped_in_a_row"]))
@@ -304,7 +303,7 @@ def _judge(
         if _due(number, loop.evaluate_every, last) and not evaluated:
             with watching.of("evaluate"):
                 found = task.evaluate(state)
-            report.evaluation(number, found | {"total_flops": task.flops_before + number * task.flops_per_step})
+            report.evaluation(number, found | {"total_flops": task.flops_before() + number * task.flops_per_step})
         if _due(number, loop.sample_every, last) and not (evaluated and path.exists()):
             try:
                 with watching.of("sample"):
@@ -325,8 +324,8 @@ def _save(task: Task, workdir: Path, state: TrainState, source: Any, past: Past)
     number = int(state.step)
     meta = {
         "config": config.to_dict(task.run),
-        "total_flops": task.flops_before + number * task.flops_per_step,
-        "flops_before": task.flops_before,
+        "total_flops": task.flops_before() + number * task.flops_per_step,
+        "flops_before": task.flops_before(),
         "loader": processes.joined(source.get_state()),
         "versions": versions(),
     }

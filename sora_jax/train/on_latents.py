@@ -47,7 +47,6 @@ class OnLatents:
             "encoding_flops": self.encoding_flops,
         }
 
-    @property
     def flops_before(self) -> float:
         return self._vae_flops + self.encoding_flops
 
