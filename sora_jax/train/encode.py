@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sora_jax import processes, sharding
 from sora_jax.checkpoint import fingerprints
 from sora_jax.config import DataConfig
