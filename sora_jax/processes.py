@@ -35,6 +35,7 @@ LONGEST_WAIT = 24 * 3600.0  # seconds for what the first process does while the 
 Value = TypeVar("Value")
 _watch: _Watch | None = None
 _meetings = 0
+_alone = False  # within first_then_all, of which this process is the first
 
 
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -117,11 +118,17 @@ def _aborted(_: int) -> None:
 
 
 def first_then_all(action: Callable[[], Value]) -> Value:
-    """action in the first process, then in the others: for what is made once, on a disk that all see, and then found."""
-    if jax.process_count() == 1:
-        return action()
+    """action in the first process, then in the others: for what is made once, on a disk that all see, and then found.
+
+    Nothing in it may wait for the others, who wait for it.
+    """
+    global _alone
     if is_first():
-        value = action()
+        _alone = True
+        try:
+            value = action()
+        finally:
+            _alone = False
         meet()
         return value
     meet()
@@ -129,8 +136,10 @@ def first_then_all(action: Callable[[], Value]) -> Value:
 
 
 def meet() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes are here. Raises RuntimeError where the others wait for what this one does."""
     global _meetings
+    if _alone:
+        raise RuntimeError("the first process would meet the others, who wait for what it does now")
     if jax.process_count() > 1:
         _meetings += 1
         _client().wait_at_barrier(f"sora_jax/meeting/{_meetings}", int(1000 * LONGEST_WAIT))

@@ -203,6 +203,37 @@ def test_clips_are_encoded_in_parts_and_not_again_after_a_stop(trained_dit, trai
         assert found[number].captions == latent.captions
 
 
+def test_clips_are_encoded_in_parts_by_any_number_of_processes(trained_dit, trained_vae, tmp_path, monkeypatch):
+    task = dit.DiTTask(tiny.dit_run(trained_vae[0]), trained_dit[0])
+    codec = Codec(task.vae_config, task.vae_params, task.vae_rest)
+    monkeypatch.setattr(encode, "PART_CLIPS", 5)
+    asked = []
+
+    def clips_of(world, split, span):
+        asked.append(span)
+        return clips.clips(world, split, span)
+
+    def by(process, of):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(jax, "process_count", lambda: of)
+        monkeypatch.setattr(encode, "clips", types.SimpleNamespace(clips=clips_of))
+        monkeypatch.setattr(encode.processes, "meet", lambda: None)
+        asked.clear()
+        return encode.encode_split(tmp_path, task.run.data, "train", codec, "a VAE")
+
+    with pytest.raises(FileNotFoundError):  # the first alone cannot join what the second has not made
+        by(0, of=2)
+    assert [span.start for span in asked] == [0, 10, 20]
+    found = by(1, of=2)
+    assert [span.start for span in asked] == [5, 15]
+    assert [path.name for path in tmp_path.iterdir()] == [found.folder.name]
+    for number, latent in enumerate(task.stores["train"][n] for n in range(24)):
+        assert np.allclose(found[number].mean_thwc, latent.mean_thwc, atol=1e-2) and found[number].id == latent.id
+        assert found[number].captions == latent.captions
+    by(0, of=1)
+    assert not asked
+
+
 def test_parts_of_a_store_fit_into_memory():
     config = tiny.vae_run().data.world
     assert encode.part_spans(2500, config) == [range(1024), range(1024, 2048), range(2048, 2500)]

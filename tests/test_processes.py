@@ -117,6 +117,9 @@ def test_numbers_and_dicts_of_one_process_are_its_own():
     assert processes.summed({"a": 1.5}) == {"a": 1.5}
     assert processes.joined({"0": {"x": 1}}) == {"0": {"x": 1}}
     assert processes.first_then_all(lambda: 3) == 3 and processes.is_first()
+    with pytest.raises(RuntimeError, match="would meet the others, who wait"):
+        processes.first_then_all(processes.meet)
+    processes.meet()
 
 
 def test_dicts_are_joined_key_by_key():

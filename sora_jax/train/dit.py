@@ -186,7 +186,8 @@ class DiTTask(OnLatents):
     @functools.cached_property
     def text(self) -> CaptionText:
         text = CaptionText(self.run.text, self.run.text.encoder, self.encoded / "captions.npz")
-        processes.first_then_all(lambda: text.prepare(self._captions))
+        captions = self._captions  # which all processes make together, and not the first alone
+        processes.first_then_all(lambda: text.prepare(captions))
         return text
 
     @functools.cached_property

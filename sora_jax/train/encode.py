@@ -39,19 +39,16 @@ def fingerprint_of(params: Any) -> str:
 def encode_all(
     folder: Path, data: DataConfig, config: VAEConfig, params: Any, rest: Any
 ) -> dict[Split, latents.LatentStore]:
-    """The stores of both splits in folder, encoded by the VAE of these weights; of several processes the first does it."""
+    """The stores of both splits in folder, encoded by the VAE of these weights; each of several processes does its part."""
     network, name = Codec(config, params, rest), fingerprint_of(params)
-
-    def of(split: Split) -> latents.LatentStore:
-        return processes.first_then_all(lambda: encode_split(folder, data, split, network, name))
-
-    return {split: of(split) for split in SPLITS}
+    return {split: encode_split(folder, data, split, network, name) for split in SPLITS}
 
 
 def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:
     """The store of a split in folder, under a name of its data and VAE: runs that train on the same share it.
 
-    It is made of parts, each a store by itself; those that are there already, from a run that was stopped, are kept.
+    It is made of parts, each a store by itself, of which every process encodes every so many; parts that are there already,
+    from a run that was stopped, are kept. The first process joins them.
     """
     count = {"train": data.train_clips, "heldout": data.heldout_clips}[split]
     meta = json.loads(
@@ -67,16 +64,22 @@ def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, f
 
     spans = part_spans(count, data.world)
     parts = [path.with_name(f"{path.name}.parts") / f"{span.start}-{span.stop}" for span in spans]
-    began = time.monotonic()
-    for number, (span, part) in enumerate(zip(spans, parts, strict=True)):
+    began, mine = time.monotonic(), range(jax.process_index(), len(spans), jax.process_count())
+    for done, number in enumerate(mine):
         if time.monotonic() > began + TOLD_EVERY:
             began = time.monotonic()
-            logging.info("encoded %d of %d parts of %s clips", number, len(parts), split)
-        if not (part / "store.json").exists():
-            latents.write(part, _encoded(data, split, span, network), meta)
-    store = latents.join(path, [latents.LatentStore(part) for part in parts], meta)
-    shutil.rmtree(path.with_name(f"{path.name}.parts"))
-    return store
+            logging.info("encoded %d of %d parts of %s clips", done, len(mine), split)
+        if not (parts[number] / "store.json").exists():
+            latents.write(parts[number], _encoded(data, split, spans[number], network), meta)
+
+    def joined() -> latents.LatentStore:
+        if not (path / "store.json").exists():
+            latents.join(path, [latents.LatentStore(part) for part in parts], meta)
+            shutil.rmtree(path.with_name(f"{path.name}.parts"))
+        return latents.LatentStore(path)
+
+    processes.meet()
+    return processes.first_then_all(joined)
 
 
 def part_spans(count: int, world: WorldConfig) -> list[range]:
