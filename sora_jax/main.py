@@ -1,4 +1,4 @@
-"""The command sora-jax: its flags are in cli/flags.py, what its verbs do beside it.
+"""The command sora-jax: each verb and its flags are in cli/.
 
 Nothing heavy is imported before a verb needs it: help and refusals come at once. What a user can get wrong ends in one
 sentence and exit code 2, what a run can (divergence, a damaged checkpoint) in one sentence and 1, an interrupt in one
@@ -7,29 +7,15 @@ and 130; any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from sora_jax.cli import flags
+import sora_jax
+from sora_jax.cli import checkpoints, evaluate, flags, plan, sample, train
 from sora_jax.cli.failures import INTERRUPTED, RUN_ERROR, TERMINATED, Failure
 from sora_jax.cli.process import logging_to_stderr
-
-# Module and function of every verb, imported when it is asked for.
-VERBS = {
-    "train": ("train", "train"),
-    "study": ("train", "study"),
-    "plan": ("plan", "plan"),
-    "sample": ("sample", "sample"),
-    "caption": ("evaluate", "caption"),
-    "evaluate": ("evaluate", "evaluate"),
-    "inspect": ("checkpoints", "inspect"),
-    "export": ("checkpoints", "export"),
-    "import": ("checkpoints", "import_"),
-}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -60,10 +46,10 @@ def _one_of_several() -> bool:
 def _run(argv: Sequence[str]) -> int:
     prog = "sora-jax"
     try:
-        arguments = flags.parse(argv)
+        arguments = flags.parse(make_parser(), argv)
         prog = arguments.parser.prog
         with logging_to_stderr():
-            _function_of(arguments.verb)(arguments)
+            arguments.verb(arguments)
     except Failure as failure:
         print(f"{failure.prog or prog}: error: {failure}", file=sys.stderr)
         return failure.code
@@ -79,9 +65,35 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _function_of(verb: str) -> Callable[[argparse.Namespace], None]:
-    module, function = VERBS[verb]
-    return getattr(importlib.import_module(f"sora_jax.cli.{module}"), function)
+def make_parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="sora-jax",
+        description="Train a small Sora, measure it, and sample videos from text.",
+        epilog="""examples:
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
+  sora-jax VERB --help
+
+environment:
+  SORA_JAX_CACHE  folder of compiled programs (default: ~/.cache/sora_jax/xla); JAX's own JAX_* variables come first""",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"sora_jax {sora_jax.__version__}", help="print the version"
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
+    for add in (
+        train.add_train,
+        train.add_study,
+        plan.add_plan,
+        sample.add_sample,
+        evaluate.add_caption,
+        evaluate.add_evaluate,
+        checkpoints.add_inspect,
+        checkpoints.add_export,
+        checkpoints.add_import,
+    ):
+        add(verbs)
+    return parser
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import quickstart
 
 from sora_jax import checkpoint, config, main, processes
-from sora_jax.cli import checkpoints, configs, process, sample
+from sora_jax.cli import asked, checkpoints, configs, process, sample, vbench
 from sora_jax.cli import flags as all_flags
 from sora_jax.cli import trained as by_path
 from sora_jax.data import loader
@@ -156,7 +156,7 @@ def test_help_tells_every_flag_and_its_default(verb, capsys):
     assert main.run([verb, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "examples: sora-jax" in shown
-    (verbs,) = [a for a in all_flags.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (verbs,) = [a for a in main.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     for action in verbs.choices[verb]._actions:
         assert action.help, action.dest
         if action.dest != "help":
@@ -290,7 +290,9 @@ def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
 
 def test_overrides_reach_the_run_in_every_spelling(tiny):
     def load(*overrides):
-        arguments = all_flags.parse(["train", "--config", f"{tiny}:vae", "--workdir", "x", *overrides])
+        arguments = all_flags.parse(
+            main.make_parser(), ["train", "--config", f"{tiny}:vae", "--workdir", "x", *overrides]
+        )
         assert arguments.workdir == Path("x")
         return configs.load_run(arguments.config, arguments.overrides)
 
@@ -623,7 +625,7 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys, mon
     out = tmp_path / "vbench"
     flags = [f"--checkpoint={trained}", f"--prompts_file={prompts}", "--steps=1", "--seed=7", "--frames=5"]
     loaded = by_path.load(trained / "3", {})
-    with mock.patch.object(by_path, "load", return_value=loaded), mock.patch.object(sample, "VBENCH_PROMPTS", 2):
+    with mock.patch.object(by_path, "load", return_value=loaded), mock.patch.object(vbench, "VBENCH_PROMPTS", 2):
         assert main.run(["sample", f"--vbench={out}", *flags]) == 0
         assert capsys.readouterr().out == f"{out / 'videos'}\n"
         assert "not an empty folder" in refusal(capsys, "sample", f"--vbench={out}", *flags)
@@ -691,16 +693,16 @@ def test_sizes_come_from_what_was_trained_on(caplog):
 
     def size_of(**given):
         names = dict.fromkeys(("height", "width", "frames", "fps"))
-        return sample.size_of(argparse.Namespace(**names | given), requests.Size(32, 32, 17, 5.0))
+        return asked.size_of(argparse.Namespace(**names | given), requests.Size(32, 32, 17, 5.0))
 
     assert size_of() == requests.Size(32, 32, 17, 5.0)
     assert size_of(height=48, frames=9) == requests.Size(48, 32, 9, 5.0)
     assert size_of(frames=1, fps=25.0) == requests.Size(32, 32, 1, 25.0)
     for usual in ({}, {"height": 48, "frames": 9}, {"frames": 1, "fps": 25.0}):  # an image has no rate
-        sample.warn_of(size_of(**usual), world)
+        asked.warn_of(size_of(**usual), world)
     assert not caplog.records
     for number, unusual in enumerate(({"height": 64}, {"frames": 33}, {"fps": 8.0}), 1):
-        sample.warn_of(size_of(**unusual), world)
+        asked.warn_of(size_of(**unusual), world)
         assert len(caplog.records) == number and "not what the checkpoint was trained on" in caplog.text
 
 

@@ -13,9 +13,8 @@ import jax
 import pytest
 import quickstart
 
-from sora_jax import config, hlo, sharding
+from sora_jax import config, hlo, main, sharding
 from sora_jax.cli import configs
-from sora_jax.cli import flags as all_flags
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.plan import page, roofline, search, step, text, topology
@@ -304,7 +303,7 @@ def test_what_jax_does_not_take_of_a_chip_does_not_fit(network, target):
 
 
 def examples():
-    (verbs,) = [each for each in all_flags.make_parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    (verbs,) = [each for each in main.make_parser()._actions if isinstance(each, argparse._SubParsersAction)]
     lines = verbs.choices["plan"].epilog.splitlines()
     return [line.strip() for line in lines if line.strip().startswith("sora-jax plan")]
 

@@ -1,4 +1,4 @@
-"""The verbs inspect, export and import."""
+"""The verbs inspect, export and import, with their flags."""
 
 from __future__ import annotations
 
@@ -9,11 +9,83 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.cli import flags
 from sora_jax.cli.failures import RUN_ERROR, Failure, errors_for_users, make_folder, refuse_file
 from sora_jax.cli.process import prepare_jax
 
 if TYPE_CHECKING:
     from sora_jax.checkpoint import Description
+
+
+def add_inspect(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "inspect",
+        inspect,
+        "show what a checkpoint holds",
+        "Show a checkpoint's step, arrays (shapes, dtypes, counts) and config, verify it, or compare it with another.\n"
+        "Takes no accelerator, and without --verify and --diff reads no array.",
+        """examples:
+  sora-jax inspect runs/quickstart/dit
+  sora-jax inspect runs/quickstart/dit/1600 --depth=-1
+  sora-jax inspect runs/quickstart/vae --json | jq .num_parameters
+  sora-jax inspect runs/quickstart/dit --verify
+  sora-jax inspect runs/a --diff=runs/b --depth=3""",
+    )
+    parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        default=2,
+        metavar="N",
+        help="levels of modules that get a row of their own, -1 for every array (default: %(default)s)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--json", action="store_true", help="print all of it, every array, as JSON (default: a page of text)"
+    )
+    what.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every array and hold it against its fingerprint; exits with 1 if one differs (default: read none)",
+    )
+    what.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="show what changed from PATH to OTHER: meta, and arrays by norm (default: show PATH)",
+    )
+
+
+def add_export(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "export",
+        export,
+        "write averaged weights as safetensors",
+        "Write the averaged weights of a checkpoint as model.safetensors, with config.json and a model card (README.md).",
+        """examples:
+  sora-jax export runs/quickstart/dit --out=red-circles
+  sora-jax import red-circles --workdir=runs/red-circles""",
+    )
+    parser.add_argument("path", metavar="PATH", help="a work dir, for its newest step, or one step in it (required)")
+    parser.add_argument("--out", type=flags.path, required=True, metavar="DIR", help="folder to make (required)")
+
+
+def add_import(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "import",
+        import_,
+        "make a checkpoint of exported weights",
+        "Make a checkpoint of what `sora-jax export` wrote, to sample and evaluate; it cannot be trained on.\n"
+        "Every array is held against its fingerprint.",
+        """examples:
+  sora-jax import red-circles --workdir=runs/red-circles""",
+    )
+    parser.add_argument("folder", type=flags.path, metavar="DIR", help="folder that export made (required)")
+    parser.add_argument(
+        "--workdir", type=flags.path, required=True, metavar="DIR", help="where the checkpoint goes (required)"
+    )
 
 
 def inspect(arguments: argparse.Namespace) -> None:

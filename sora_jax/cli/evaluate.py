@@ -1,4 +1,4 @@
-"""The verbs evaluate and caption."""
+"""The verbs evaluate and caption, with their flags."""
 
 from __future__ import annotations
 
@@ -6,10 +6,82 @@ import argparse
 import dataclasses
 import json
 import logging
+from typing import Any
 
-from sora_jax.cli import trained
+from sora_jax.cli import flags, trained
 from sora_jax.cli.failures import Failure, errors_for_users, errors_of_writing
 from sora_jax.cli.process import prepare_jax
+
+
+def add_evaluate(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "evaluate",
+        evaluate,
+        "measure how well a trained model does what it is told",
+        "Sample held-out prompts from a trained diffusion transformer and measure them: adherence by attribute with its\n"
+        "floor and ceiling; where its weights are installed the Frechet distance FD-MobileNetV2 of samples without\n"
+        "guidance, from real clips and from real clips through the VAE; and with the weights of I3D the true FVD.",
+        """examples:
+  sora-jax evaluate --checkpoint=runs/quickstart/dit
+  sora-jax evaluate --checkpoint=runs/quickstart/dit --prompts=2048 --out=scores.json
+  sora-jax evaluate --checkpoint=runs/quickstart/dit --i3d_weights=rgb_imagenet.pt""",
+    )
+    flags.add_checkpoint(parser)
+    parser.add_argument(
+        "--prompts",
+        type=flags.count,
+        default=512,
+        metavar="N",
+        help="held-out prompts to sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=flags.seed,
+        default=0,
+        metavar="N",
+        help="seed of the first prompt's sample (default: %(default)s)",
+    )
+    flags.add_sampler(parser)
+    parser.add_argument(
+        "--i3d_weights",
+        type=flags.path,
+        metavar="FILE",
+        help="I3D of Kinetics-400 as .pt, .pth, .safetensors or .npz with the names of its PyTorch port (default: no FVD)",
+    )
+    parser.add_argument(
+        "--fvd_videos",
+        type=flags.count,
+        metavar="N",
+        help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
+    )
+    parser.add_argument("--out", type=flags.path, metavar="FILE", help="JSON file to write (default: only print)")
+
+
+def add_caption(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "caption",
+        caption,
+        "say in words what videos and images show",
+        "Write a caption of each file with a trained captioner, one a line. Files of any size are fitted to whole cells of the\n"
+        "model's VAE (told).",
+        """examples:
+  sora-jax train --config=experiments/captioner.py --workdir=runs/captioner
+  sora-jax caption clip.mp4 picture.png --checkpoint=runs/captioner
+  sora-jax caption clips/*.mp4 --checkpoint=runs/captioner --out=captions.json""",
+    )
+    parser.add_argument("files", type=flags.path, nargs="+", metavar="FILE", help="videos or images (required)")
+    parser.add_argument(
+        "--checkpoint",
+        type=flags.path,
+        required=True,
+        metavar="DIR",
+        help="work dir of a trained captioner, or one step in it (required)",
+    )
+    parser.add_argument(
+        "--out", type=flags.path, metavar="FILE", help="JSON file of captions by file (default: only print)"
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The verb plan."""
+"""The verb plan, with its flags."""
 
 from __future__ import annotations
 
@@ -6,9 +6,55 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from sora_jax.cli import flags
 from sora_jax.cli.configs import load_run
 from sora_jax.cli.failures import RUN_ERROR, Failure, errors_for_users, errors_of_writing, refuse_file
+
+
+def add_plan(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "plan",
+        plan,
+        "tell what a run needs on hardware that is not there",
+        "Compile the real training step of a diffusion transformer, or its sampler, for a topology, on any machine, and tell\n"
+        "its memory, collectives, time by a roofline, and what the whole run takes. TPUs need libtpu: pip install -e '.[tpu]'.",
+        """examples:
+  sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video
+  sora-jax plan --config=experiments/dit.py:0.7b --topology=v5e:2x4 --vae=experiments/vae.py:video --search=6
+  sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video --sampler
+  sora-jax plan --config=experiments/dit.py:compact --topology=cpu:8 --vae=experiments/vae.py:compact --config.pack.rows=8""",
+    )
+    flags.add_config_flag(parser)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="v4, v5e, v5p, v6e with a shape, h100:NODESxGPUS or cpu:N (required)",
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="FILE[:ARG]",
+        help="config of the VAE that will be trained (default: that of the checkpoint at config.vae_checkpoint)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--search",
+        type=flags.count,
+        metavar="N",
+        help="compile and rank the N most promising meshes, remat policies, batches and rows (default: the config's alone)",
+    )
+    what.add_argument(
+        "--sampler",
+        action="store_true",
+        help="plan the sampling of the config's longest clips, without text encoder and VAE (default: plan training)",
+    )
+    parser.add_argument(
+        "--out", type=flags.path, metavar="FILE", help="write the numbers as JSON (default: only print)"
+    )
+    parser.add_argument("--page", type=flags.path, metavar="FILE", help="write a page of HTML (default: none)")
 
 
 def plan(arguments: argparse.Namespace) -> None:

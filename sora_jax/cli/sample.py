@@ -1,4 +1,4 @@
-"""The verb sample."""
+"""The verb sample, with its flags."""
 
 from __future__ import annotations
 
@@ -7,37 +7,184 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sora_jax
-from sora_jax.cli import trained
+from sora_jax.cli import asked, flags, trained, vbench
 from sora_jax.cli.failures import Failure, errors_for_users, errors_of_writing, make_folder
-from sora_jax.cli.flags import MAX_SEED, SHOWN_WIDTH
 from sora_jax.cli.trained import SAMPLER_FLAGS
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_jax.data.worlds.world import WorldConfig
-    from sora_jax.diffusion.sampler import SamplerConfig
     from sora_jax.generate import manifest, requests
-    from sora_jax.generate.pipeline import Pipeline
 
+# Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
+SHOWN_WIDTH = 256
 SUFFIXES = (".mp4", ".gif", ".png")
 SHEET_FRAMES = 8
-# Prompts whose videos for VBench are held at a time.
-VBENCH_PROMPTS = 8
-MAX_PROMPT_BYTES = 2**26
-# Flags that are keys of an order.
-_ORDER_FLAGS = (
-    *("height", "width", "frames", "seconds", "fps", "samples", "start", "end", "window", "fit", "known_guidance"),
-    *("image", "extend", "direction", "connect", "loop", "edit", "strength", "inpaint", "mask"),
-    *("outpaint", "left", "right", "top", "bottom", "interpolate", "factor", "draft"),
-)
-# Those of them that VBench's videos cannot have.
-_BEYOND_SIZE = tuple(name for name in _ORDER_FLAGS if name not in ("height", "width", "frames", "fps", "samples"))
+# Keys of an order that VBench's videos cannot have.
+_BEYOND_SIZE = tuple(name for name in asked.ORDER_FLAGS if name not in ("height", "width", "frames", "fps", "samples"))
+
+
+def add_sample(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "sample",
+        sample,
+        "make images and videos from text, images and videos with a trained model",
+        "Make images and videos with a trained diffusion transformer: from text, and from images and videos, which are animated,\n"
+        "extended, connected, looped, edited, painted in or around, or slowed down. A JSON file beside the output tells how it\n"
+        "was made, and --manifest makes the same files from it again.",
+        """examples:
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a red circle moves left" --out=red.mp4
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompt="a blue star grows" --frames=1 --seed=3 --out=star.png
+  sora-jax sample --checkpoint=runs/prompting/dit --prompt="a blue star moves up" --image=star.png --out=up.mp4
+  sora-jax sample --checkpoint=runs/prompting/dit --prompt="..." --extend=up.mp4 --direction=backward --seconds=4 --out=more.mp4
+  sora-jax sample --checkpoint=runs/prompting/dit --requests=requests.yaml --outdir=out
+  sora-jax sample --manifest=out/manifest.json --outdir=again
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
+    )
+    flags.add_checkpoint(parser, ", but with --manifest the step that it names")
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; repeatable (default: none)")
+    what.add_argument(
+        "--prompts_file", type=flags.path, metavar="FILE", help="file with one prompt per line (default: none)"
+    )
+    what.add_argument(
+        "--requests",
+        type=flags.path,
+        metavar="FILE",
+        help="JSON, JSON lines or YAML file of requests, whose keys are the names of these flags (default: none)",
+    )
+    what.add_argument(
+        "--manifest", type=flags.path, metavar="FILE", help="a manifest, whose files are made again (default: none)"
+    )
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument(
+        "--out",
+        type=flags.path,
+        metavar="FILE",
+        help="file to write (required, or --outdir or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
+        "or .png, frames side by side, all videos on one sheet",
+    )
+    out.add_argument(
+        "--outdir",
+        type=flags.path,
+        metavar="DIR",
+        help="folder to write to, for --requests and --manifest: 000.mp4, 001.png, ... and manifest.json (required, or --out)",
+    )
+    out.add_argument(
+        "--vbench",
+        type=flags.path,
+        metavar="DIR",
+        help="new folder for five videos of every prompt as VBench reads them (required, or --out)",
+    )
+    size = parser.add_argument_group("size")
+    size.add_argument(
+        "--height", type=flags.count, metavar="PIXELS", help="height (default: of the first size that was trained on)"
+    )
+    size.add_argument(
+        "--width", type=flags.count, metavar="PIXELS", help="width (default: of the first size that was trained on)"
+    )
+    size.add_argument(
+        "--frames",
+        type=flags.count,
+        metavar="N",
+        help="number of frames, 1 for an image, or how many are added to a video (default: of the longest clips that were "
+        "trained on; what is added, half of them)",
+    )
+    size.add_argument("--seconds", type=float, metavar="X", help="the same in seconds (default: --frames)")
+    size.add_argument(
+        "--fps", type=flags.rate, metavar="X", help="frames per second (default: the first rate that was trained on)"
+    )
+    size.add_argument(
+        "--window",
+        type=flags.count,
+        metavar="N",
+        help="frames that are made at once; longer videos are made piece by piece, each from the end of the one before "
+        "(default: of the longest clips that were trained on)",
+    )
+    parser.add_argument("--seed", type=flags.seed, metavar="N", help="seed of a prompt's first sample (default: 0)")
+    parser.add_argument(
+        "--samples",
+        type=flags.count,
+        metavar="N",
+        help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1, for --vbench the 5 that it needs)",
+    )
+    _add_modes(parser)
+    flags.add_sampler(parser)
+    parser.add_argument(
+        "--scale",
+        type=flags.count,
+        metavar="N",
+        help=f"enlarge every pixel to N x N (default: what makes a video at least {SHOWN_WIDTH} pixels wide; "
+        "for --vbench 1)",
+    )
+
+
+def _add_modes(parser: flags.Parser) -> None:
+    """What a video is made from beside text."""
+    modes = parser.add_argument_group(
+        "from an image or a video", "one of the first eight; none of them is a model or a sampler of its own"
+    )
+    files = {
+        "image": "an image that is the first frame",
+        "extend": "a video that goes on; see --direction, --frames, --seconds",
+        "edit": "a video that is made anew after the prompt, from this much noise: see --strength",
+        "inpaint": "a video or image of which the white part of --mask is made anew",
+        "outpaint": "a video or image that is continued by --left, --right, --top, --bottom pixels",
+        "interpolate": "a video that gets --factor times as many frames",
+    }
+    for name, words in files.items():
+        modes.add_argument(f"--{name}", metavar="FILE", help=f"{words} (default: none)")
+    modes.add_argument(
+        "--connect", nargs=2, metavar="FILE", help="two videos, and what happens between them (default: none)"
+    )
+    modes.add_argument(
+        "--loop",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="a video that is led back to its start; without FILE one that is made from the prompt, of which the way back knows "
+        "nothing (default: none)",
+    )
+    beside = parser.add_argument_group("beside these")
+    beside.add_argument(
+        "--direction", choices=("forward", "backward"), help="where --extend goes on (default: forward)"
+    )
+    beside.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="image or video for --inpaint and --edit, white where to make anew (default: none)",
+    )
+    beside.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how much noise --edit, --interpolate and --draft begin with, 0 = as it is, 1 = nothing of it (default: 0.6)",
+    )
+    for name in ("left", "right", "top", "bottom"):
+        beside.add_argument(f"--{name}", type=flags.count, metavar="PIXELS", help="for --outpaint (default: 0)")
+    beside.add_argument("--factor", type=flags.count, metavar="N", help="for --interpolate (default: 2)")
+    beside.add_argument(
+        "--draft",
+        type=float,
+        metavar="X",
+        help="make the video at this share of its size first, and then in full from it (default: no draft)",
+    )
+    beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
+    beside.add_argument("--start", type=float, metavar="SECONDS", help="where the video begins to be used (default: 0)")
+    beside.add_argument("--end", type=float, metavar="SECONDS", help="where it ends to be used (default: its end)")
+    beside.add_argument(
+        "--known_guidance",
+        type=float,
+        metavar="X",
+        help="how much to insist on what is given, 1 = no guidance (default: the checkpoint's config.sampler.known_guidance, "
+        "and 1 in windows of a long video that only go on from what was made)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +207,20 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.manifest is None and arguments.checkpoint is None:
         raise Failure("nothing says which model; give --checkpoint, the work dir of a trained diffusion transformer")
     if arguments.vbench is not None:
-        _refuse_flags(arguments, "VBench's videos are made from prompts alone", *_BEYOND_SIZE)
-        _sample_for_vbench(arguments, _prompts(arguments))
+        asked.refuse_flags(arguments, "VBench's videos are made from prompts alone", *_BEYOND_SIZE)
+        vbench.sample_for_vbench(arguments, asked.prompts_of(arguments))
         return
     from sora_jax.generate import manifest
 
     kept = None
     with errors_for_users(ValueError):
         if arguments.manifest is not None:
-            _refuse_flags(arguments, "--manifest says it all", "seed", *_ORDER_FLAGS, *SAMPLER_FLAGS, "scale")
+            asked.refuse_flags(arguments, "--manifest says it all", "seed", *asked.ORDER_FLAGS, *SAMPLER_FLAGS, "scale")
             kept = manifest.read(arguments.manifest)
             manifest.check_inputs(kept)
             orders = list(kept.orders)
         else:
-            orders = [variation for order in _orders(arguments) for variation in order.variations()]
+            orders = [variation for order in asked.orders_of(arguments) for variation in order.variations()]
         inputs = manifest.digests(orders)
     _refuse_place(arguments.out, arguments.outdir)
     again = _replaced(arguments, kept) if kept else []
@@ -83,7 +230,7 @@ def sample(arguments: argparse.Namespace) -> None:
         raise Failure(f"{arguments.manifest} is of {source}, which is not there; say where it is by --checkpoint")
     if kept and kept.step is not None and (source / str(kept.step)).is_dir():
         source = source / str(kept.step)  # it may have trained on
-    pipeline, (workdir, step), settings = _loaded(source, arguments)
+    pipeline, (workdir, step), settings = trained.load_with(source, arguments)
     from sora_jax import checkpoint, config, disk
 
     fingerprint = checkpoint.digest(workdir, step)
@@ -109,7 +256,7 @@ def sample(arguments: argparse.Namespace) -> None:
     for line in dict.fromkeys(line for job in jobs for line in job.told):
         logging.info("%s", line)
     for size in dict.fromkeys(job.size for job in jobs):
-        warn_of(size, world)
+        asked.warn_of(size, world)
     make_folder(told.parent)
     trained.tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
@@ -135,83 +282,6 @@ def sample(arguments: argparse.Namespace) -> None:
         disk.write_atomically(told, content.encode())
     for video, order in zip(videos, orders, strict=True):
         print(f"{video.path}  seed {video.seed}  {video.prompt or order.mode}")
-
-
-def _loaded(source: Path, arguments: argparse.Namespace) -> tuple[Pipeline, tuple[Path, int | None], SamplerConfig]:
-    """The model with its work dir and step, and the sampler that the flags ask for."""
-    pipeline, place = trained.load(source, arguments.mesh)
-    return pipeline, place, trained.settings(pipeline, arguments)
-
-
-def size_of(arguments: argparse.Namespace, usual: requests.Size) -> requests.Size:
-    """The size of the flags, and where there is none, the usual one."""
-    given = {name: getattr(arguments, name) for name in ("height", "width", "frames", "fps")}
-    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
-
-
-def warn_of(size: requests.Size, world: WorldConfig) -> None:
-    """Warns of a size that can be made but was not trained on."""
-    known = (size.height, size.width) in world.clip_sizes and size.frames <= max(world.frame_counts)
-    if known and (size.frames == 1 or size.fps in world.fps):
-        return
-    sizes, rates = ", ".join(f"{h}x{w}" for h, w in world.clip_sizes), ", ".join(f"{rate:g}" for rate in world.fps)
-    logging.warning(
-        "%s is not what the checkpoint was trained on, expect less of it; that was %s, up to %d frames, at %s fps",
-        size, sizes, max(world.frame_counts), rates,
-    )  # fmt: skip
-
-
-def _refuse_flags(arguments: argparse.Namespace, why: str, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) is not None:
-            raise Failure(f"{why}; leave --{name} out")
-
-
-def _orders(arguments: argparse.Namespace) -> list[requests.Order]:
-    """The orders of a request file or of the flags. Raises ValueError for what cannot be meant."""
-    from sora_jax.generate import requests
-
-    if arguments.requests is not None:
-        _refuse_flags(arguments, "the request file says it", "seed", *_ORDER_FLAGS)
-        return requests.read_orders(arguments.requests)
-    given = {name: value for name in _ORDER_FLAGS if (value := getattr(arguments, name)) is not None}
-    prompted = arguments.prompt is not None or arguments.prompts_file is not None
-    if not prompted and not any(name in given for name in requests.MODES):
-        raise Failure(
-            "nothing says what to make; give --prompt, --prompts_file, --requests, --manifest or an image or a video"
-        )
-    prompts = _prompts(arguments) if prompted else [""]
-    return [requests.from_mapping({"prompt": prompt, "seed": arguments.seed or 0} | given) for prompt in prompts]
-
-
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    """Prompts without outer spaces, and without the blank lines of a file. Raises Failure for an empty one or none."""
-    file = arguments.prompts_file
-    if file is None:
-        if arguments.prompt is None:
-            raise Failure("nothing says what to show; give --prompt or --prompts_file")
-        prompts = [prompt.strip() for prompt in arguments.prompt]
-        if not all(prompts):
-            raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
-        return prompts
-    try:
-        # A pipe will do, so there may be no size to ask for.
-        content = _first_bytes(file, MAX_PROMPT_BYTES + 1)
-        if len(content) > MAX_PROMPT_BYTES:
-            raise Failure(f"--prompts_file={file} has more than {MAX_PROMPT_BYTES} bytes; split it")
-        prompts = [line.strip() for line in content.decode().splitlines() if line.strip()]
-    except OSError as error:
-        raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Failure(f"--prompts_file={file} is not UTF-8 text") from error
-    if not prompts:
-        raise Failure(f"--prompts_file={file} holds no prompt; write one per line")
-    return prompts
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
 
 
 def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Video]:
@@ -278,55 +348,6 @@ def _manifest_path(out: Path | None, outdir: Path | None) -> Path:
     """Where the manifest goes. Raises Failure if another file is there, such as the config.json of a run."""
     path = out.with_suffix(".json") if out is not None else outdir / "manifest.json"  # type: ignore[operator]
     start = b'{\n  "sora_jax_sample"'
-    if path.exists() and (not path.is_file() or _first_bytes(path, len(start)) != start):
+    if path.exists() and (not path.is_file() or asked.first_bytes(path, len(start)) != start):
         raise Failure(f"{path} is no manifest, which would replace it; choose another name")
     return path
-
-
-def _sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> None:
-    """Five videos of every prompt, a few prompts at a time, in the folder that VBench reads."""
-    from sora_jax.evaluate import vbench
-
-    count, folder = vbench.SAMPLES_PER_PROMPT, arguments.vbench
-    if arguments.samples not in (None, count):
-        raise Failure(
-            f"--samples={arguments.samples}: VBench takes {count} videos of every prompt; leave --samples out"
-        )
-    if repeated := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
-        raise Failure(f"prompt {repeated[0]!r} comes twice; VBench names videos by their prompts")
-    with errors_for_users(FileExistsError):
-        vbench.new_folder(folder)
-    seeds = _seeds(arguments.seed or 0, count)
-    pipeline, _, settings = _loaded(arguments.checkpoint, arguments)
-    from sora_jax.data import pack
-    from sora_jax.generate import files
-    from sora_jax.generate.pipeline import Request
-
-    size = size_of(arguments, pipeline.usual_size)
-    with errors_for_users(ValueError):  # a size that cannot be made
-        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
-        pack.grid_shape(shape, pipeline.run.dit.patch)
-    warn_of(size, pipeline.run.data.world)
-    trained.tell_mesh(pipeline)
-    logging.info("sampling %d of %s", len(prompts) * count, size)
-
-    def samples() -> Iterator[vbench.Samples]:
-        for start in range(0, len(prompts), VBENCH_PROMPTS):
-            chosen = prompts[start : start + VBENCH_PROMPTS]
-            requests = [Request(prompt, **dataclasses.asdict(size), seed=seed) for prompt in chosen for seed in seeds]
-            made = pipeline.sample(requests, settings)
-            for number, prompt in enumerate(chosen):
-                yield vbench.Samples(prompt, made[number * count : (number + 1) * count], seeds)
-            logging.info("%d of %d prompts", start + len(chosen), len(prompts))
-
-    def write_video(path: Path, frames_THWC: np.ndarray, fps: float) -> None:
-        files.write_video(path, frames_THWC, fps, arguments.scale or 1)
-
-    with errors_of_writing(folder):
-        print(vbench.export(folder, samples(), size.fps, write_video))
-
-
-def _seeds(first: int, count: int) -> list[int]:
-    if first + count - 1 > MAX_SEED:
-        raise Failure(f"--seed={first} with --samples={count} goes beyond {MAX_SEED}; choose a smaller seed")
-    return list(range(first, first + count))

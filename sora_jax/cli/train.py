@@ -1,4 +1,4 @@
-"""The verbs train and study."""
+"""The verbs train and study, with their flags."""
 
 from __future__ import annotations
 
@@ -8,11 +8,106 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.cli import flags
 from sora_jax.cli.configs import load_run
 from sora_jax.cli.failures import INTERRUPTED, RUN_ERROR, Failure, errors_for_users, make_folder, refuse_file
 
 if TYPE_CHECKING:
     from sora_jax.config import CaptionerRun, DiTRun, VAERun
+
+
+LOST = 75  # processes.LOST, known here without jax
+# What faulthandler still counts, and more than anyone waits.
+LONGEST_SECONDS = 1e6
+
+
+def add_train(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "train",
+        train,
+        "train one stage: the VAE, the diffusion transformer or the captioner",
+        "Train one stage: the VAE, the diffusion transformer or the captioner.\n"
+        "The same command again resumes from the newest checkpoint.",
+        """examples:
+  sora-jax train --config=experiments/quickstart.py:vae --workdir=runs/vae
+  sora-jax train --config=experiments/quickstart.py:dit --config.vae_checkpoint=runs/vae --workdir=runs/dit
+  sora-jax train --config=experiments/quickstart.py:vae --config.loop.steps=50 --workdir=runs/short
+  sora-jax train --config=experiments/dit.py:full --workdir=/shared/dit --coordinator=host0:8476 --processes=2 --process=0""",
+    )
+    flags.add_run_flags(parser)
+    parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="N:M",
+        help="write a profile of steps N to M into DIR/profile; SIGUSR1 asks for one of the next 5 steps (default: only by signal)",
+    )
+    parser.add_argument(
+        "--hang_seconds",
+        type=_seconds,
+        default=600.0,
+        metavar="X",
+        help="where no step, evaluation or save finishes for so long, show the stacks of all threads, also in DIR/stacks.txt, and "
+        "go on; 0 = never; SIGUSR2 shows them at once (default: %(default)g)",
+    )
+    group = parser.add_argument_group(
+        "several processes",
+        "The same command on every machine, with a --workdir that all of them see. Where one dies the others stop within\n"
+        f"seconds with exit code {LOST}; started again they resume.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where the first process listens (default: one process)"
+    )
+    group.add_argument(
+        "--processes", type=flags.count, metavar="N", help="how many there are (required with --coordinator)"
+    )
+    group.add_argument(
+        "--process", type=int, metavar="I", help="which one this is, from 0 (required with --coordinator)"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the other processes by the environment: Slurm, Open MPI, a TPU pod, Kubernetes or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (default: one process)",
+    )
+
+
+def add_study(verbs: Any) -> None:
+    parser = flags.add_verb(
+        verbs,
+        "study",
+        study,
+        "train several stages, measure them and write a report",
+        "Train the stages of a study in order, measure the result and write DIR/report.html and DIR/report.json.\n"
+        "The same command again resumes.",
+        """examples:
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart
+  sora-jax study --config=experiments/quickstart.py --config.stages.dit.loop.steps=400 --workdir=runs/short
+  sora-jax study --config=experiments/quickstart.py --workdir=runs/quickstart --dry_run""",
+    )
+    flags.add_run_flags(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print size, steps, FLOPs and about the time of every stage, refuse what cannot work, and train nothing "
+        "(default: train)",
+    )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a first and a last step, counted from 1, such as 10:14")
+    if int(last) < int(first):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no step: the first comes after the last")
+    return int(first), int(last)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= LONGEST_SECONDS:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds in 0..{LONGEST_SECONDS:g}")
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -73,3 +73,9 @@ def settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig
         return dataclasses.replace(
             pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
         )
+
+
+def load_with(source: Path, arguments: argparse.Namespace) -> tuple[Pipeline, tuple[Path, int | None], SamplerConfig]:
+    """The model with its work dir and step, and the sampler that the flags ask for."""
+    pipeline, place = load(source, arguments.mesh)
+    return pipeline, place, settings(pipeline, arguments)

@@ -7,13 +7,14 @@ not a signal that ends the process. numpy only: loader workers read it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -155,10 +156,6 @@ def _header(path: Path) -> tuple[int, tuple[int, int]]:
 
 def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:
     """Write a store in one go; the folder appears when it is whole. meta says how it was made."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     items = list(latents)
     if not items:
         raise ValueError(f"no clips to write to {folder}")
@@ -181,41 +178,46 @@ def write(folder: Path, latents: Iterable[Latent], meta: dict) -> LatentStore:
     ends = np.cumsum(np.prod(arrays["shapes"], axis=1))[:-1]
     pieces = zip(*(np.split(arrays[name], ends) for name in VALUES), strict=True)
     arrays["checks"] = np.array([_check(part.tobytes() for part in parts) for parts in pieces], np.uint32)
-    for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
-    (partial / "store.json").write_text(json.dumps({"meta": meta, "captions": list(words)}))
+    with _appearing(folder) as partial:
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        (partial / "store.json").write_text(json.dumps({"meta": meta, "captions": list(words)}))
+    return LatentStore(folder)
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that becomes it, whatever was there, once all is written."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return LatentStore(folder)
 
 
 def join(folder: Path, parts: Sequence[LatentStore], meta: dict) -> LatentStore:
     """The store that write would have made of all clips of the parts, in order, whose values are copied part by part."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in VALUES:
-        shape = (int(sum(part.starts[-1] for part in parts)), parts[0].channels)
-        values = np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float16, shape)
-        end = 0
-        for part in parts:
-            start, end = end, end + int(part.starts[-1])
-            values[start:end] = part.values(name)
-        values.flush()
     words: dict[str, int] = {}
     most = max(part.caption_ids.shape[1] for part in parts)
-    captions = []
+    caption_ids = []
     for part in parts:
         places = np.array([words.setdefault(caption, len(words)) for caption in part.captions] + [-1], np.int32)
         ids = places[part.caption_ids]  # -1, which is none, is the last of the places
-        captions.append(np.pad(ids, ((0, 0), (0, most - ids.shape[1])), constant_values=-1))
-    for name in PER_CLIP:
-        arrays = captions if name == "caption_ids" else [getattr(part, name) for part in parts]
-        np.save(partial / f"{name}.npy", np.concatenate(arrays))
-    (partial / "store.json").write_text(json.dumps({"meta": meta, "captions": list(words)}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+        caption_ids.append(np.pad(ids, ((0, 0), (0, most - ids.shape[1])), constant_values=-1))
+    with _appearing(folder) as partial:
+        for name in VALUES:
+            shape = (int(sum(part.starts[-1] for part in parts)), parts[0].channels)
+            values = np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float16, shape)
+            end = 0
+            for part in parts:
+                start, end = end, end + int(part.starts[-1])
+                values[start:end] = part.values(name)
+            values.flush()
+        for name in PER_CLIP:
+            arrays = caption_ids if name == "caption_ids" else [getattr(part, name) for part in parts]
+            np.save(partial / f"{name}.npy", np.concatenate(arrays))
+        (partial / "store.json").write_text(json.dumps({"meta": meta, "captions": list(words)}))
     return LatentStore(folder)
 
 

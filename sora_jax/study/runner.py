@@ -148,13 +148,14 @@ def judged(study: StudyRun, workdir: Path, clock: Clock) -> Judged:
 def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sections: Sections) -> report.Page:
     """Everything the report says, from the last checkpoints of the stages and what was judged."""
     names = {kind: name for name, stage in study.stages.items() for kind in (VAERun, DiTRun) if isinstance(stage, kind)}
+    encoding = encoding_flops(workdir, study)
     numbers: dict[str, Any] = {
         "title": study.title,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": loop.versions(),
-        "encoding_flops": encoding_flops(workdir, study),
-        "total_flops": sum(own_flops(workdir / name) for name in study.stages) + encoding_flops(workdir, study),
+        "encoding_flops": encoding,
+        "total_flops": sum(own_flops(workdir / name) for name in study.stages) + encoding,
     }
     samples: Sequence[report.Video] = ()
     pairs: Sequence[report.Pair] = ()

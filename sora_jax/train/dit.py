@@ -97,34 +97,18 @@ class Objective:
         """
         root = jax.random.key(self.run.seed)
         normal_BS = flow.slot_normal(jax.random.fold_in(root, TIME), batch.clip_BS, batch.draw_BS)
-        loss, _, weight_BN = self.at(
-            params,
-            batch,
-            flow.times(normal_BS, self.run.flow),
-            root,
-            self.run.flow.known_noise,
-            self._emphasis(rest, batch.mean_BNP.shape[-1]),
-        )
-        return loss, {"weight": weight_BN.sum()}
+        asked = self.asked(batch, flow.times(normal_BS, self.run.flow), root, self.run.flow.known_noise)
+        predicted_BNP = self.predicted(params, batch, asked)
+        emphasis_P = self._emphasis(rest, batch.mean_BNP.shape[-1])
+        loss, _ = flow.loss(emphasis_P * predicted_BNP, emphasis_P * asked.target_BNP, asked.weight_BN)
+        return loss, {"weight": asked.weight_BN.sum()}
 
-    def at(
-        self,
-        params: Any,
-        batch: PackedBatch,
-        time_BS: Array,
-        root: Array,
-        known_noise: float = 0.0,
-        emphasis_P: Array | float = 1.0,
-    ) -> tuple[Array, Array, Array]:
-        """(loss, weighted squared error of each token, weights). known_noise is as in flow.TimeConfig, emphasis_P multiplies
-        the errors of a patch's values."""
-        asked = self.asked(batch, time_BS, root, known_noise)
-        predicted_BNP = nnx.merge(self.graphdef, params)(asked.noisy_BNP, asked.time_BS, batch.layout)
-        loss, error_BN = flow.loss(emphasis_P * predicted_BNP, emphasis_P * asked.target_BNP, asked.weight_BN)
-        return loss, error_BN * asked.weight_BN, asked.weight_BN
+    def predicted(self, params: Any, batch: PackedBatch, asked: Asked) -> Array:
+        """The model's velocities (B, N, P)."""
+        return nnx.merge(self.graphdef, params)(asked.noisy_BNP, asked.time_BS, batch.layout)
 
     def asked(self, batch: PackedBatch, time_BS: Array, root: Array, known_noise: float = 0.0) -> Asked:
-        """What a model of a batch is asked at these times, which a slot's ceiling lowers."""
+        """What a model of a batch is asked at these times, which a slot's ceiling lowers. known_noise is as in flow.TimeConfig."""
         layout = batch.layout
         clip_BN = flow.spread(batch.clip_BS, layout.slot_BN)
         draw_BN = flow.spread(batch.draw_BS, layout.slot_BN)
@@ -152,16 +136,12 @@ class Objective:
         )
 
     def bounds(self, batch: PackedBatch, asked: Asked) -> dict[str, Array]:
-        """Weighted squared errors (B, N) between which those of a model lie. 'floor' is of who knows the clip and all of it but
-        what of its posterior's noise is trained on; 'ceiling' of who knows only that latents have a deviation of one."""
+        """Velocities (B, N, P) between which a model's are good. 'floor' are those of who knows the clip and all of it but what of
+        its posterior's noise is trained on; 'ceiling' those of who knows only that latents have a deviation of one."""
         time_BN = flow.spread(asked.time_BS, batch.layout.slot_BN)
         known = {"floor": (batch.mean_BNP, self.run.flow.posterior * batch.std_BNP), "ceiling": (0.0, 1.0)}
         return {
-            name: flow.loss(
-                flow.velocity_of_gaussian(asked.noisy_BNP, *gaussian, time_BN), asked.target_BNP, asked.weight_BN
-            )[1]
-            * asked.weight_BN
-            for name, gaussian in known.items()
+            name: flow.velocity_of_gaussian(asked.noisy_BNP, mean, std, time_BN) for name, (mean, std) in known.items()
         }
 
     def _emphasis(self, rest: Any, patch_dim: int) -> Array | float:
@@ -219,21 +199,20 @@ class DiTTask(OnLatents):
 
     @functools.cached_property
     def _slot_errors(self) -> Any:
-        """(tokens, time, squared errors of the model, and of the loss's floor and ceiling) of every slot of a batch."""
+        """(time, tokens, squared errors of the model, and of the loss's floor and ceiling) of every slot of a batch."""
 
         def one(params: Any, batch: PackedBatch) -> tuple[Array, ...]:
             # Stratified: clip ids walk through the quantiles of the training times.
             quantile_BS = ((batch.clip_BS + 0.5) * GOLDEN) % 1.0
             root = jax.random.fold_in(jax.random.key(0), VALIDATION)
             time_BS = flow.times(ndtri(quantile_BS), self.run.flow)
-            _, error_BN, weight_BN = self.objective.at(params, batch, time_BS, root)
-            bounds = self.objective.bounds(batch, self.objective.asked(batch, time_BS, root))
+            asked = self.objective.asked(batch, time_BS, root)
+            bounds = self.objective.bounds(batch, asked)
+            predictions = self.objective.predicted(params, batch, asked), *(bounds[name] for name in validation.BOUNDS)
+            errors = [flow.loss(each, asked.target_BNP, asked.weight_BN)[1] * asked.weight_BN for each in predictions]
             slots_BNS = jax.nn.one_hot(batch.layout.slot_BN, batch.clip_BS.shape[1])
-            tokens_BS, *errors = (
-                jnp.einsum("bn,bns->bs", x_BN, slots_BNS)
-                for x_BN in (weight_BN, error_BN, *(bounds[name] for name in validation.BOUNDS))
-            )
-            return sharding.everywhere((tokens_BS, time_BS, *errors))
+            sums = [jnp.einsum("bn,bns->bs", x_BN, slots_BNS) for x_BN in (asked.weight_BN, *errors)]
+            return sharding.everywhere((time_BS, *sums))
 
         return jax.jit(one)
 
@@ -251,12 +230,12 @@ class DiTTask(OnLatents):
                 *(np.ravel(x).tolist() for x in jax.device_get(self._slot_errors(state.ema, batch))),
                 strict=True,
             )
-            for clip, tokens, *others in slots:
+            for clip, time, tokens, *errors in slots:
                 if tokens:
                     t, h, w = shapes[clip]
-                    found.append((tokens, *others))
+                    found.append((time, tokens, *errors))
                     sizes.append((1 + (t - 1) * st, h * sh, w * sw))
-        tokens_n, time_n, error_n, *bounds = np.array(found, np.float64).T
+        time_n, tokens_n, error_n, *bounds = np.array(found, np.float64).T
         of_bounds = dict(zip(validation.BOUNDS, bounds, strict=True))
         return validation.scores(validation.Errors(error_n, tokens_n, time_n, sizes, of_bounds))
 

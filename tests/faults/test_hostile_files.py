@@ -62,7 +62,7 @@ def readers():
     import argparse
 
     from sora_jax import checkpoint, config, disk, export
-    from sora_jax.cli import failures, sample
+    from sora_jax.cli import asked, failures
     from sora_jax.data import latents
     from sora_jax.evaluate import i3d, torch_file
     from sora_jax.generate import pipeline
@@ -120,7 +120,7 @@ def readers():
         return None if found is None else [video.tobytes() for video in found[1]]
 
     def prompts(folder):
-        assert sample._prompts(argparse.Namespace(prompts_file=folder / "prompts.txt"))
+        assert asked.prompts_of(argparse.Namespace(prompts_file=folder / "prompts.txt"))
 
     refused = (disk.FileError,)
     of_steps = (checkpoint.CorruptCheckpointError, FileNotFoundError, *refused)
