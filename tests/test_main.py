@@ -277,6 +277,12 @@ def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
     assert "--fps" in refuse("--fps=nan", folder=missing)
     assert "--seed" in refuse("--seed=-1", folder=missing)
     assert "smaller seed" in refuse(f"--seed={2**31 - 1}", "--samples=2", folder=missing)
+    assert "the most is 1024" in refuse("--scale=1025", folder=missing)
+    assert "backslash" in refuse(out="a\\b.png", folder=missing)
+    said = refuse(f"--image={tmp_path / 'no.png'}", folder=missing)
+    assert "is not a file that is there; name an image or a video" in said and "manifest" not in said
+    assert "in UTF-8" in refuse("--image=a\udcff.png", folder=missing)
+    assert "give --out, --outdir or --vbench" in refusal(capsys, "sample", f"--checkpoint={missing}", "--prompt=x")
     # The model knows which sizes it can make.
     assert "6 frames are not 1 + 4k; 5 and 9 are the nearest that work" in refuse("--frames=6")
     assert "width 20 is not a multiple of 8; 16 and 24 are the nearest that work" in refuse("--width=20")
@@ -551,10 +557,11 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         # The manifest says which model, too.
         assert main.run(["sample", kept, f"--outdir={tmp_path / 'two'}"]) == 0
         assert by_path.load.call_args.args[0] == trained / "3"
-        assert main.run(["sample", checkpoint, kept, f"--outdir={tmp_path / 'three'}"]) == 0
+        # As long as nothing says where, it goes beside the manifest.
+        assert main.run(["sample", checkpoint, kept]) == 0
         for name in names[:-1]:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "one" / "manifest-again" / name).read_bytes()
         assert "leave --seed out" in refusal(capsys, "sample", kept, "--outdir=x", "--seed=3")
         assert "is no interval" in refusal(capsys, "sample", checkpoint, "--out=x.mp4", "--guidance_interval=0.5")
         moved = json.loads((tmp_path / "one" / "manifest.json").read_text()) | {"checkpoint": "/not/there"}

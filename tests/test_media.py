@@ -9,6 +9,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from sora_jax.generate import files, media
@@ -88,6 +90,19 @@ def test_what_was_enlarged_for_the_eye_comes_back_as_it_was(height, width, scale
     large = small.repeat(scale, 1).repeat(scale, 2)
     for how in media.HOW:
         np.testing.assert_array_equal(media.fit(large, Fit(height, width, how)).frames_THWC, small)
+
+
+@given(st.integers(8, 4096), st.integers(8, 4096), st.integers(1, 8))
+def test_the_nearest_shape_loses_least_to_a_crop(height, width, scale):
+    sizes = ((32, 32), (48, 32), (32, 48), (64, 64))
+
+    def kept(size):
+        return min(height * size[1], width * size[0]) / max(height * size[1], width * size[0])
+
+    nearest = media.nearest_shape(sizes, (height, width))
+    assert kept(nearest) >= max(map(kept, sizes)) * (1 - 1e-6)
+    assert media.nearest_shape(sizes, (48 * scale, 32 * scale)) == (48, 32)
+    assert media.nearest_shape(sizes, (scale, scale)) == (32, 32)
 
 
 def test_a_letterbox_begins_with_a_cell():
@@ -308,7 +323,7 @@ def test_rotation_of_phones_is_applied(tmp_path, turn, matrix):
     (tmp_path / "a.mp4").write_bytes(content[:at] + turned + content[at + len(turned) :])
     upright = np.rot90(picture(16, 32), -turn)
     found = media.read(tmp_path / "a.mp4").frames_THWC[0]
-    assert found.shape == upright.shape
+    assert found.shape == upright.shape and media.size_of(tmp_path / "a.mp4") == upright.shape[:2]
     assert np.abs(found.astype(int) - upright).mean() < 6
 
 

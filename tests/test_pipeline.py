@@ -191,6 +191,26 @@ def test_orders_become_videos_and_their_samples_are_read_once(sampler, tmp_path,
     assert np.abs(again[0].astype(int) - videos[1]).max() <= 1
 
 
+def test_a_file_is_taken_at_the_shape_of_training_that_is_nearest_to_its_own(sampler, tmp_path, monkeypatch):
+    from sora_jax.generate import files
+    from sora_jax.generate.requests import Order
+
+    world = dataclasses.replace(sampler.run.data.world, frame_sizes=((32, 32), (48, 32), (32, 48)))
+    run = dataclasses.replace(sampler.run, data=dataclasses.replace(sampler.run.data, world=world))
+    monkeypatch.setattr(sampler, "run", run)
+    path = str(tmp_path / "tall.mp4")
+    files.write_video(tmp_path / "tall.mp4", np.zeros((5, 96, 64, 3), np.uint8), 8)  # 48x32, enlarged
+    orders = [
+        Order(extend=path),
+        Order(outpaint=path, left=8, top=16),
+        Order(extend=path, height=32),
+        Order(prompt="a", loop=True, window=9),
+    ]
+    sizes = [(job.size.height, job.size.width) for job in sampler.prepare(orders)]
+    assert sizes == [(48, 32), (64, 40), (32, 32), (32, 32)]
+    assert not any("cut off" in line for line in sampler.prepare(orders[:2])[0].told)
+
+
 def test_a_row_has_room_for_some_of_the_smallest_not_for_all():
     few = pipeline.packing_for([2000, 1], 10)
     assert few.row_slots == 4 and few.row_text < 200

@@ -44,7 +44,7 @@ def add_sample(verbs: Any) -> None:
   sora-jax sample --checkpoint=runs/prompting/dit --prompt="a blue star moves up" --image=star.png --out=up.mp4
   sora-jax sample --checkpoint=runs/prompting/dit --prompt="..." --extend=up.mp4 --direction=backward --seconds=4 --out=more.mp4
   sora-jax sample --checkpoint=runs/prompting/dit --requests=requests.yaml --outdir=out
-  sora-jax sample --manifest=out/manifest.json --outdir=again
+  sora-jax sample --manifest=out/manifest.json
   sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
     )
     flags.add_checkpoint(parser, ", but with --manifest the step that it names")
@@ -57,37 +57,43 @@ def add_sample(verbs: Any) -> None:
         "--requests",
         type=flags.path,
         metavar="FILE",
-        help="JSON, JSON lines or YAML file of requests, whose keys are the names of these flags (default: none)",
+        help="JSON, JSON lines or YAML file of requests; their keys are prompt, seed, samples, the flags under size, from an image "
+        "or a video and beside these, and README.md shows one (default: none)",
     )
     what.add_argument(
         "--manifest", type=flags.path, metavar="FILE", help="a manifest, whose files are made again (default: none)"
     )
-    out = parser.add_mutually_exclusive_group(required=True)
+    out = parser.add_mutually_exclusive_group()
     out.add_argument(
         "--out",
         type=flags.path,
         metavar="FILE",
-        help="file to write (required, or --outdir or --vbench): .mp4 or .gif, which several videos turn into FILE-0, FILE-1, ...; "
-        "or .png, frames side by side, all videos on one sheet",
+        help="file to write (required, or --outdir, --vbench or --manifest): .mp4 or .gif, which several videos turn into FILE-0, "
+        "FILE-1, ...; or .png, frames side by side, all videos on one sheet",
     )
     out.add_argument(
         "--outdir",
         type=flags.path,
         metavar="DIR",
-        help="folder to write to, for --requests and --manifest: 000.mp4, 001.png, ... and manifest.json (required, or --out)",
+        help="folder to write to: 000.mp4, 001.png, ... and manifest.json (required, or --out or --vbench; with --manifest by "
+        "default the folder NAME-again beside it)",
     )
     out.add_argument(
         "--vbench",
         type=flags.path,
         metavar="DIR",
-        help="new folder for five videos of every prompt as VBench reads them (required, or --out)",
+        help="new folder for five videos of every prompt as VBench reads them (required, or --out or --outdir)",
     )
     size = parser.add_argument_group("size")
     size.add_argument(
-        "--height", type=flags.count, metavar="PIXELS", help="height (default: of the first size that was trained on)"
+        "--height",
+        type=flags.count,
+        metavar="PIXELS",
+        help="height of the result (default: of the first size that was trained on; with a file, unless --height or --width is "
+        "given, of the one whose shape is nearest to the file's; plus what --outpaint adds)",
     )
     size.add_argument(
-        "--width", type=flags.count, metavar="PIXELS", help="width (default: of the first size that was trained on)"
+        "--width", type=flags.count, metavar="PIXELS", help="width of the result (default: as --height's)"
     )
     size.add_argument(
         "--frames",
@@ -98,7 +104,10 @@ def add_sample(verbs: Any) -> None:
     )
     size.add_argument("--seconds", type=float, metavar="X", help="the same in seconds (default: --frames)")
     size.add_argument(
-        "--fps", type=flags.rate, metavar="X", help="frames per second (default: the first rate that was trained on)"
+        "--fps",
+        type=flags.rate,
+        metavar="X",
+        help="frames per second (default: the first rate that was trained on; of --interpolate the file's times --factor)",
     )
     size.add_argument(
         "--window",
@@ -206,6 +215,10 @@ def sample(arguments: argparse.Namespace) -> None:
         raise Failure(f"--{sources[0]} and --{sources[1]} both say what to make; give one of them")
     if arguments.manifest is None and arguments.checkpoint is None:
         raise Failure("nothing says which model; give --checkpoint, the work dir of a trained diffusion transformer")
+    if arguments.out is arguments.outdir is arguments.vbench is None:
+        if arguments.manifest is None:
+            raise Failure("nothing says where to write; give --out, --outdir or --vbench")
+        arguments.outdir = arguments.manifest.with_name(f"{arguments.manifest.stem}-again")
     if arguments.vbench is not None:
         asked.refuse_flags(arguments, "VBench's videos are made from prompts alone", *_BEYOND_SIZE)
         vbench.sample_for_vbench(arguments, asked.prompts_of(arguments))
@@ -222,6 +235,8 @@ def sample(arguments: argparse.Namespace) -> None:
         else:
             orders = [variation for order in asked.orders_of(arguments) for variation in order.variations()]
         inputs = manifest.digests(orders)
+    if (arguments.scale or 1) > manifest.MOST_SCALE:
+        raise Failure(f"--scale={arguments.scale}: the most is {manifest.MOST_SCALE}; enlarge with a video tool")
     _refuse_place(arguments.out, arguments.outdir)
     again = _replaced(arguments, kept) if kept else []
     told = _manifest_path(arguments.out, arguments.outdir)
@@ -313,6 +328,8 @@ def _refuse_place(out: Path | None, outdir: Path | None) -> None:
         raise Failure(f"--outdir={outdir} is a file; name a folder")
     if out is not None and out.suffix not in SUFFIXES:
         raise Failure(f"--out={out}: the file must end in one of {', '.join(SUFFIXES)}")
+    if out is not None and "\\" in out.name:
+        raise Failure(f"--out={out}: a manifest names no file with a backslash; choose another name")
     if out is not None and out.is_dir():
         raise Failure(f"--out={out} is a folder; name a file in it, or give --outdir")
 

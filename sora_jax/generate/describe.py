@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,11 @@ class Describer:
         world, (st, pt) = self.run.data.world, (self.geometry.stride[0], self.geometry.patch[0])
         fps, longest = world.fps[0], max(world.frame_counts)
         video = media.read(path, fps, part=media.Part(0.0, longest / fps), limits=limits)
-        count, (height, width) = len(video.frames_THWC), video.source_size
+        count = len(video.frames_THWC)
         groups = ((min(count, longest) - 1) // st + 1) // pt
         if not groups:
             raise media.MediaError(f"{path} has {count} frames, and this captioner reads {1 + st * (pt - 1)} or more")
-        aspect = height / width
-        size = min(world.clip_sizes, key=lambda size: abs(math.log(size[0] / size[1] / aspect)))
+        size = media.nearest_shape(world.clip_sizes, video.source_size)
         fitted = media.fit(video.frames_THWC[: 1 + st * (groups * pt - 1)], media.Fit(*size))
         told = [*video.told, *([f"{path.name}: {fitted.told}"] if fitted.told else [])]
         return video._replace(frames_THWC=fitted.frames_THWC, given_HW=fitted.given_HW, told=tuple(told))

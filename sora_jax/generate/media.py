@@ -12,7 +12,7 @@ import functools
 import math
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -182,6 +182,11 @@ def _told(height: int, width: int, box: _Box, size: Fit) -> str:
     return f"{height}x{width} is scaled to {size.height}x{size.width}{cropped}"
 
 
+def nearest_shape(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int]:
+    """Of (height, width)s the one whose aspect is nearest to that of `size`; of several, the first."""
+    return min(sizes, key=lambda each: round(abs(math.log(each[0] * size[1] / (each[1] * size[0]))), 9))
+
+
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +217,11 @@ def read(
         if rate is not None and source.rate is not None and not math.isclose(rate, source.rate, rel_tol=1e-3):
             told.append(f"{path.name} has {source.rate:.4g} frames a second and is taken at {rate:g}")
     return Video(frames, given[0] if given else np.ones(source_size, bool), rate, source_size, tuple(told))
+
+
+def size_of(path: Path, limits: Limits = LIMITS) -> tuple[int, int]:
+    """(height, width) of an image or a video as it is shown. Raises MediaError."""
+    return read(path, part=Part(0.0, 0.0), limits=limits).source_size
 
 
 def read_image(path: Path, size: Fit | None = None, limits: Limits = LIMITS) -> Video:

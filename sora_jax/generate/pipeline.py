@@ -24,7 +24,7 @@ from sora_jax import checkpoint, config, sharding
 from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
-from sora_jax.generate import canvas, layouts
+from sora_jax.generate import canvas, layouts, media
 from sora_jax.generate.canvas import Job, Pass
 from sora_jax.generate.codec import Codec
 from sora_jax.generate.known import Known, known_cells, known_patches
@@ -122,7 +122,7 @@ class Pipeline:
         for order in orders:
             alike = dataclasses.replace(order, seed=0)
             if alike not in laid:
-                laid[alike] = layouts.prepare(alike, self.usual_size, grid)
+                laid[alike] = layouts.prepare(alike, self._defaults(alike), grid)
             jobs.append(dataclasses.replace(laid[alike], order=order))
         return jobs
 
@@ -132,6 +132,14 @@ class Pipeline:
         world = self.run.data.world
         height, width = world.clip_sizes[0]
         return Size(height, width, max(world.frame_counts), world.fps[0])
+
+    def _defaults(self, order: Order) -> Size:
+        """The usual size, but of an order's file the size of training whose shape is nearest."""
+        paths = [path for mode, several in order.paths().items() if mode == order.mode for path in several]
+        if not paths or order.height is not None or order.width is not None:
+            return self.usual_size
+        height, width = media.nearest_shape(self.run.data.world.clip_sizes, media.size_of(Path(paths[0])))
+        return dataclasses.replace(self.usual_size, height=height, width=width)
 
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
         """uint8 videos (T, H, W, 3) of orders that are laid out (layouts.prepare), in order.

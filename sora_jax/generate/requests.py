@@ -154,11 +154,16 @@ def _is_int(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     # Halves of characters, which JSON can escape, have no bytes.
-    return isinstance(value, str) and len(value) <= 10_000 and value.encode(errors="replace").decode() == value
+    return isinstance(value, str) and len(value) <= 10_000 and _is_unicode(value)
+
+
+def _is_unicode(value: str) -> bool:
+    return value.encode(errors="replace").decode() == value
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value
+    # A manifest, which is UTF-8, names it.
+    return isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value and _is_unicode(value)
 
 
 def _whole(low: int, high: int) -> _Check:
@@ -180,7 +185,7 @@ def _one_of(names: Iterable[str]) -> _Check:
 
 _PIXELS = _whole(1, 2**14)
 _BORDER = _whole(0, 2**14)
-_PATH = _Check("the path of a file", _is_path)
+_PATH = _Check("the path of a file, in UTF-8", _is_path)
 _CHECKS: dict[str, _Check] = {
     "prompt": _Check("text of up to 10000 characters", _is_text),
     "height": _PIXELS,
@@ -194,11 +199,11 @@ _CHECKS: dict[str, _Check] = {
     "extend": _PATH,
     "direction": _one_of(DIRECTIONS),
     "connect": _Check(
-        "a list of the paths of two files",
+        "a list of the paths of two files, in UTF-8",
         lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_path, value)),
         tuple,
     ),
-    "loop": _Check("the path of a file, or true", lambda value: value is True or _is_path(value)),
+    "loop": _Check("the path of a file, in UTF-8, or true", lambda value: value is True or _is_path(value)),
     "edit": _PATH,
     "strength": _number(0, 1),
     "inpaint": _PATH,
@@ -338,7 +343,7 @@ def _text(path: Path) -> str:
             raise RequestError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; split it")
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+        raise RequestError(f"cannot read {path}: {error.strerror}; name a request file that can be read") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text; save it as such") from error
 
@@ -373,7 +378,8 @@ def _yaml(path: Path, text: str) -> Entries:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RequestError(f"{path}{line}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or error
+        raise RequestError(f"{path}{line}: this is no YAML, mend it there: {problem}") from error
     except (RecursionError, ValueError) as error:  # ValueError: dates that do not exist
         if isinstance(error, RequestError):
             raise
@@ -415,7 +421,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise RequestError(f"{where}: this is no JSON: {error}") from error
+        raise RequestError(f"{where}: this is no JSON, mend it there: {error}") from error
     except (RecursionError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
