@@ -44,7 +44,7 @@ def get_config(arg: str = "compact") -> ConfigDict:
     if arg in CLUSTERS:
         return cluster(*CLUSTERS[arg])
     if arg == "compact":
-        return parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="runs/vae")
+        return parts.compact_dit_run("runs/vae")
     if arg in LADDER:
         run = parts.rung(LADDER[arg], "frontier")
         run.vae_checkpoint = "runs/vae"

@@ -12,7 +12,7 @@ DIAGONALS = ("up-left", "up-right", "down-left", "down-right")
 
 # Steps of the quickstart's stages.
 VAE_STEPS = 450
-DIT_STEPS = 1700
+DIT_STEPS = 3400
 
 # The ladder: FLOPs of the training steps of its first rung, and its rungs as multiples.
 BASE_FLOPS = 1.25e12
@@ -222,6 +222,13 @@ def dit_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:
             mesh=mesh(),
         )
     )
+
+
+def compact_dit_run(vae_checkpoint: str) -> ConfigDict:
+    """The quickstart's DiT: many steps of few clips."""
+    run = dit_run(compact_world(), DIT_STEPS, vae_checkpoint)
+    run.dit.heads, run.pack.rows, run.optimizer.rate, run.loop.log_every = 4, 4, 0.02, 50
+    return run
 
 
 def captioner_run(world: ConfigDict, steps: int, vae_checkpoint: str) -> ConfigDict:

@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
     vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
-    dit = parts.dit_run(parts.compact_world(), steps=parts.DIT_STEPS, vae_checkpoint="vae")
+    dit = parts.compact_dit_run("vae")
     stages = {"vae": vae, "dit": dit}
     if arg:
         dit.vae_checkpoint = "runs/quickstart/vae"

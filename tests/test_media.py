@@ -327,6 +327,20 @@ def test_rotation_of_phones_is_applied(tmp_path, turn, matrix):
     assert np.abs(found.astype(int) - upright).mean() < 6
 
 
+@pytest.mark.parametrize(
+    ("shape", "shown"), [((1, 1), (16, 32)), ((2, 1), (16, 64)), ((1, 2), (32, 32)), ((4, 3), (16, 43))]
+)
+def test_pixels_that_are_not_square_are_drawn_out(tmp_path, shape, shown):
+    with av.open(tmp_path / "a.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(*shape)
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(16, 32), format="rgb24")))
+        container.mux(stream.encode())
+    assert media.read(tmp_path / "a.mp4").frames_THWC.shape == (2, *shown, 3)
+
+
 def test_reading_fits_frame_by_frame(tmp_path, rng):
     frames = np.repeat(picture()[None], 3, 0)
     files.write_video(tmp_path / "a.mp4", frames, 8)

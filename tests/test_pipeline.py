@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import decoding
 import jax
 import numpy as np
 import pytest
@@ -252,7 +253,10 @@ def test_requests_of_all_kinds_in_one_batch_are_as_alone(sampler, rng):
     asked = [prompted(where, rng) for where in GIVEN] + [request("a blue star", seed=1, frames=1)]
     together = sampler.sample_latents(asked, settings)
     for each, found in zip(asked, together, strict=True):
-        assert np.allclose(sampler.sample_latents([each], settings)[0], found, atol=1e-4)
+        alone = sampler.sample_latents([each], settings)[0]
+        assert np.allclose(alone, found, atol=1e-4)
+        one, other = decoding.pixels(sampler.codec, [alone, found])
+        assert np.abs(one - other).max() <= 1e-4
 
 
 def test_steps_taken_once_more_make_all_but_what_is_given_anew(sampler, rng):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sora_jax.generate import manifest, requests
+    from sora_jax.generate.pipeline import Pipeline
 
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
 SHOWN_WIDTH = 256
@@ -182,7 +183,8 @@ def _add_modes(parser: flags.Parser) -> None:
         "--draft",
         type=float,
         metavar="X",
-        help="make the video at this share of its size first, and then in full from it (default: no draft)",
+        help="make the video at this share of its size first, as the seed makes it there, and then in full from it "
+        "(default: no draft)",
     )
     beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
     beside.add_argument("--start", type=float, metavar="SECONDS", help="where the video begins to be used (default: 0)")
@@ -249,7 +251,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from sora_jax import checkpoint, config, disk
 
     fingerprint = checkpoint.digest(workdir, step)
-    versions = manifest.versions(_device())
+    versions = manifest.versions(_device(pipeline))
     if kept:
         with errors_for_users(ValueError):
             manifest.check_fingerprint(kept, fingerprint)
@@ -263,10 +265,10 @@ def sample(arguments: argparse.Namespace) -> None:
     videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
     if replaced := {video.path.resolve() for video in videos} & {Path(path).resolve() for path in inputs}:
         raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
-    if arguments.out is not None and told.exists():
+    if told.exists():
         with errors_for_users(ValueError):
             beside = [told.with_name(name) for name in manifest.read(told).files]
-        if others := [path for path in beside if path.suffix != arguments.out.suffix and path.exists()]:
+        if others := [path for path in beside if path.exists() and path not in {video.path for video in videos}]:
             raise Failure(f"{told} says how {others[0]} was made and would be replaced; choose another name")
     for line in dict.fromkeys(line for job in jobs for line in job.told):
         logging.info("%s", line)
@@ -315,11 +317,12 @@ def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Vi
     return [Video(order.prompt, order.seed, path) for order, path in zip(kept.orders, paths, strict=True)]
 
 
-def _device() -> str:
-    """What the pixels are computed on."""
+def _device(pipeline: Pipeline) -> str:
+    """What the pixels are computed on, and over which mesh."""
     import jax
 
-    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+    kind = jax.devices()[0].device_kind
+    return f"{kind} x {jax.device_count()}" + (f", {words}" if (words := trained.mesh_in_words(pipeline)) else "")
 
 
 def _refuse_place(out: Path | None, outdir: Path | None) -> None:

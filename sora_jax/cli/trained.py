@@ -58,12 +58,18 @@ def load(path: Path, mesh: Mapping[str, int]) -> tuple[Pipeline, tuple[Path, int
     return loaded, (path, checkpoint.latest_step(path) if step is None else step)
 
 
-def tell_mesh(pipeline: Pipeline) -> None:
-    """Which devices work, where there are several."""
-    if pipeline.mesh is not None and pipeline.mesh.size > 1:
-        from sora_jax import sharding
+def mesh_in_words(pipeline: Pipeline) -> str:
+    """Which devices work, where there are several, else nothing."""
+    if pipeline.mesh is None or pipeline.mesh.size == 1:
+        return ""
+    from sora_jax import sharding
 
-        logging.info("on %d devices: %s", pipeline.mesh.size, sharding.in_words(pipeline.mesh.shape))
+    return f"on {pipeline.mesh.size} devices: {sharding.in_words(pipeline.mesh.shape)}"
+
+
+def tell_mesh(pipeline: Pipeline) -> None:
+    if words := mesh_in_words(pipeline):
+        logging.info("%s", words)
 
 
 def settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:

@@ -196,8 +196,8 @@ def read(
     """The frames of an image or a video, fitted one by one.
 
     A video is resampled to fps by its time stamps (None: to its own mean rate): frame k of the result is what a player shows
-    at second part.start + k / fps. EXIF orientation and a video's rotation are applied; transparent pixels are shown on
-    white. Raises MediaError.
+    at second part.start + k / fps. EXIF orientation and a video's rotation are applied, a video's pixels are made
+    square, transparent ones are shown on white. Raises MediaError.
     """
     with _opened(path, limits, background=255) as source:
         rate = source.rate if fps is None or source.rate is None else fps
@@ -457,10 +457,13 @@ def _open_video(path: Path, file: IO[bytes], limits: Limits, stack: contextlib.E
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     if not 0 < rate < 10_000:
         raise MediaError(f"{path} tells no frame rate; encode it anew")
-    return _Source(rate, _video(path, container, rate, limits), animated=False)
+    shape = float(stream.sample_aspect_ratio or 1)
+    if not 0.01 < shape < 100:
+        raise MediaError(f"{path} has pixels {shape:.3g} times as wide as high; encode it anew")
+    return _Source(rate, _video(path, container, rate, shape, limits), animated=False)
 
 
-def _video(path: Path, container: Any, rate: float, limits: Limits) -> Iterator[_Stamped]:
+def _video(path: Path, container: Any, rate: float, shape: float, limits: Limits) -> Iterator[_Stamped]:
     """Frames in order of time; one is known to end when the next begins."""
     held: tuple[float, Any] | None = None
     zero = 0.0
@@ -468,22 +471,24 @@ def _video(path: Path, container: Any, rate: float, limits: Limits) -> Iterator[
         time = frame.time if frame.time is not None else zero + number / rate
         zero = time if held is None else zero
         start = max(time - zero, held[0] if held else 0.0)
-        _check_size(path, frame.height, frame.width, limits)
+        _check_size(path, round(frame.height * max(1.0, 1 / shape)), round(frame.width * max(1.0, shape)), limits)
         if start > limits.seconds or number >= limits.frames:
             raise MediaError(
                 f"{path} has more than {limits.frames:,} frames or {limits.seconds:g} seconds; cut it shorter"
             )
         if held is not None:
-            yield _Stamped(held[0], start, functools.partial(_upright, held[1]))
+            yield _Stamped(held[0], start, functools.partial(_upright, held[1], shape))
         held = start, frame
     if held is not None:
         frame = held[1]
         seconds = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
         yield _Stamped(
-            held[0], held[0] + min(max(seconds, 0.5 / rate), limits.seconds), functools.partial(_upright, frame)
+            held[0], held[0] + min(max(seconds, 0.5 / rate), limits.seconds), functools.partial(_upright, frame, shape)
         )
 
 
-def _upright(frame: Any) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
+def _upright(frame: Any, shape: float) -> np.ndarray:
+    """RGB as it is shown. shape is the width of a pixel over its height: where they are not square, the wider side is drawn out."""
+    width, height = (frame.width * max(1.0, shape), frame.height * max(1.0, 1 / shape))
+    pixels = frame.reformat(width=round(width), height=round(height), format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
