@@ -32,7 +32,7 @@ def test_stages_cost_what_they_train_for(study):
     run = study.stages["vae"]
     assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
     assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
-    assert (dit.steps, dit.units, dit.unit) == (1700, 1700 * 10 * 144, "tokens")
+    assert (dit.steps, dit.units, dit.unit) == (3400, 3400 * 4 * 144, "tokens")
     assert 5e5 < vae.parameters < 2e6 and 5e5 < dit.parameters < 3e6
 
 
@@ -99,11 +99,11 @@ def test_a_frontier_is_found_before_it_is_followed(study):
 
 
 def test_what_does_not_divide_over_the_devices_is_refused(study):
-    with pytest.raises(sharding.MeshError, match="stage dit: 10 rows do not divide over 4 devices"):
-        plan(study, count=4)
-    split = dataclasses.replace(study.stages["dit"].mesh, tensor=4)
-    with pytest.raises(sharding.MeshError, match="stage dit: 2 heads do not divide over 4 devices"):
-        plan(with_dit(study, mesh=split), count=4)
+    with pytest.raises(sharding.MeshError, match="stage dit: 4 rows do not divide over 8 devices"):
+        plan(study, count=8)
+    split = dataclasses.replace(study.stages["dit"].mesh, tensor=8)
+    with pytest.raises(sharding.MeshError, match="stage dit: 4 heads do not divide over 8 devices"):
+        plan(with_dit(study, mesh=split), count=8)
     many = dataclasses.replace(study.stages["dit"].mesh, data=3)
     with pytest.raises(sharding.MeshError, match=r"stage dit: mesh data=3 .* does not cover 2 devices"):
         plan(with_dit(study, mesh=many), count=2)
