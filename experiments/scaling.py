@@ -27,7 +27,7 @@ PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36,
 MODEL_STEPS = 1000
 # Seeds of the ladder in 'seeds'.
 SEEDS = 3
-# Widths with their heads, and rates as multiples of the quickstart's, of both optimizers.
+# Widths with their heads, and rates as multiples of the ladder's, of both optimizers.
 WIDTHS = ((32, 1), (64, 2), (128, 4))
 RATES = (0.25, 0.5, 1, 2, 4)
 RATE_STEPS = 300

@@ -542,7 +542,7 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
     requests.write_text(
         "- {prompt: a red circle, frames: 1, height: 8, width: 8}\n"
         "- {prompt: a red circle, image: start.png, frames: 5, height: 8, width: 8, samples: 2, known_guidance: 2}\n"
-        "- {prompt: a blue square, extend: start.png, frames: 9, window: 5, height: 8, width: 8}\n"
+        "- {prompt: a blue square, extend: start.png, frames: 9, window: 5}\n"
     )
     checkpoint = f"--checkpoint={trained}"
     loaded = by_path.load(trained / "3", {})
@@ -556,6 +556,8 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         fewer = refusal(capsys, "sample", checkpoint, "--prompt=x", f"--outdir={tmp_path / 'one'}")
         assert "says how" in fewer and "000.png was made" in fewer
         kept = f"--manifest={tmp_path / 'one' / 'manifest.json'}"
+        told = json.loads((tmp_path / "one" / "manifest.json").read_text())["orders"]
+        assert [(order["height"], order["width"]) for order in told] == [(8, 8)] * 3 + [(32, 32)]
         # The manifest says which model, too.
         assert main.run(["sample", kept, f"--outdir={tmp_path / 'two'}"]) == 0
         assert by_path.load.call_args.args[0] == trained / "3"

