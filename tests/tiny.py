@@ -63,6 +63,8 @@ def _dit():
     tree["loader"]["known"] |= {"first_frames": 0.5, "box": 0.2, "less_noise": 0.2}
     tree["flow"] |= {"known_noise": 0.1}
     tree["sampler"] |= {"steps": 2}
+    # Its own: what rounding does to a run grows with the rate, and the laws bound it.
+    tree["optimizer"] |= {"rate": 0.014}
     tree["loop"] |= {"steps": 4, "log_every": 2}
     tree["mesh"] = MESH
     return tree
