@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -35,6 +37,28 @@ MOST_SEAM, MOST_LOOP, MOST_BRIDGE, MOST_MOVED = 1.5, 1.25, 2.0, 2.0
 LONGER = 8
 SHOWN = 4  # videos a mode
 ENDLESS = ("still", "orbit")
+# Pixels of the margin of what is shown, even for the codecs, and its colour beside what was given and beside what was made.
+MARGIN, GIVEN, MADE = 2, (0, 150, 80), (225, 225, 225)
+# Seeds of the judge are of other scenes, too.
+SCENES_A_SEED = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Made(report.Video):
+    """A video with what of it was given; None is nothing."""
+
+    given_THW: np.ndarray | None = None
+
+    def marked(self) -> report.Video:
+        """With a margin that is green beside what was given."""
+        given_THW = np.zeros(self.frames_THWC.shape[:3], bool) if self.given_THW is None else self.given_THW
+        edges = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
+        frames_THWC = np.where(np.pad(given_THW, edges, mode="edge")[..., None], GIVEN, MADE).astype(np.uint8)
+        frames_THWC[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = self.frames_THWC
+        return report.Video(frames_THWC, self.fps, self.prompt, self.seed)
+
+
+Mode = tuple[dict[str, float], Sequence[Made]]
 
 
 def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
@@ -46,7 +70,9 @@ def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, 
             return Prompting(made, settings, study.prompts, study.seed, Path(inputs)).judge()
 
     found = {name: judgement.once(study, workdir / name, "prompted", judges, judged) for name in names}
-    words = "Prompted with real held-out clips; what was given comes back, the rest is made."
+    words = (
+        "Prompted with real held-out clips. The margin is green beside what was given, and grey beside what was made."
+    )
     shown = [rung for rung in found[names[-1]] if rung.samples]
     numbers = {name: {rung.name: dict(rung.scores) for rung in rungs} for name, rungs in found.items()}
     return numbers, report.Section("prompting", "Prompting", words, shown)
@@ -72,7 +98,8 @@ class Prompting:
                 "prompting is judged on worlds of one thing at one frame rate; this one has pairs or several rates"
             )
         self.window, (self.fps,) = max(self.world.frame_counts), self.world.fps
-        self.scenes = dit.heldout_videos(self.world, self.count, frames=self.window)
+        self.start = self.seed * SCENES_A_SEED
+        self.scenes = dit.heldout_videos(self.world, self.count, self.start, self.window)
         self.real = clips.render_mixed(self.scenes)
         self.round_trips = self._round_trips(self.real)
         # About half of a clip, in whole groups.
@@ -86,163 +113,250 @@ class Prompting:
     def judge(self) -> list[report.Rung]:
         """Every mode with its scores and some of its videos."""
         rungs: list[report.Rung] = []
-        for mode in (
+        for name, mode in self.modes().items():
+            began = time.perf_counter()
+            found, videos = mode()
+            shown = [video.marked() for video in videos[:SHOWN]]
+            rungs.append(report.Rung(name, shown, found | {"count": len(videos)}))
+            logging.info("%s: %s in %.1f s", name, _told(found), time.perf_counter() - began)
+        return rungs
+
+    def modes(self) -> dict[str, Callable[[], Mode]]:
+        """The ways of prompting by name, in the order of the page."""
+        ways = (
             self.image,
             self.extend_forward,
             self.extend_backward,
             self.long,
             self.loop,
+            self.loop_file,
             self.connect,
+            self.connect_others,
             self.edit,
+            self.edit_masked,
             self.inpaint,
+            self.inpaint_time,
             self.outpaint,
             self.interpolate,
             self.draft,
             self.still,
-        ):
-            began = time.perf_counter()
-            found, videos = mode()
-            rungs.append(report.Rung(mode.__name__, videos[:SHOWN], found | {"count": len(videos)}))
-            logging.info("%s: %s in %.1f s", mode.__name__, _told(found), time.perf_counter() - began)
-        for name, part in self.sizes().items():
-            rungs.append(report.Rung(f"sizes_{name}", (), part))
-            logging.info("sizes %s: %s", name, _told(part))
-        return rungs
+            self.variations,
+        )
+        sizes = {f"sizes_{name}": functools.partial(self.sizes, name) for name in self.groups_of_sizes()}
+        return {way.__name__: way for way in ways} | sizes
 
     # Modes -----------------------------------------------------------------------------------------------------------
 
-    def image(self) -> tuple[dict[str, float], list[report.Video]]:
+    def image(self) -> Mode:
         """The first frame of a real clip is animated."""
         videos = self._made(self.scenes, lambda number: {"image": self._file(self.real[number][:1])})
         firsts = self._round_trips([clip[:1] for clip in self.real])
         made = [video.frames_THWC for video in videos]
-        return {
-            "first_frame_psnr": reconstruction.psnr(firsts, [frames_THWC[:1] for frames_THWC in made]),
+        return _returned(firsts, [frames_THWC[:1] for frames_THWC in made]) | {
             "identity": _identity(made, self.scenes),
             "identity_ceiling": _identity(self.round_trips, self.scenes),
             "motion": reader.score(made, self.scenes)["motion"],
             "motion_of_text": reader.score(self.from_text, self.scenes)["motion"],
         }, videos
 
-    def extend_forward(self) -> tuple[dict[str, float], list[report.Video]]:
+    def extend_forward(self) -> Mode:
         """The first half of a real clip goes on."""
         return self._extended(self.half, lambda clip: clip[: self.half], {})
 
-    def extend_backward(self) -> tuple[dict[str, float], list[report.Video]]:
+    def extend_backward(self) -> Mode:
         """What was before the second half of a real clip."""
         return self._extended(self.half, lambda clip: clip[self.half :], {"direction": "backward"})
 
-    def _extended(
-        self, seam: int, part: Callable[[np.ndarray], np.ndarray], more: dict[str, Any]
-    ) -> tuple[dict[str, float], list[report.Video]]:
+    def _extended(self, seam: int, part: Callable[[np.ndarray], np.ndarray], more: dict[str, Any]) -> Mode:
         def given(number: int) -> dict[str, Any]:
             clip = part(self.real[number])
             return {"extend": self._file(clip), "frames": self.window - len(clip)} | more
 
         videos = self._made(self.scenes, given)
-        return _seams([video.frames_THWC for video in videos], seam) | {
+        made, wanted = [video.frames_THWC for video in videos], self._round_trips([part(clip) for clip in self.real])
+        place = slice(seam, None) if more else slice(seam)
+        return _seams(made, seam) | {
             f"{name}_ceiling": share for name, share in _seams(self.round_trips, seam).items()
-        }, videos
+        } | _returned(wanted, [frames_THWC[place] for frames_THWC in made]), videos
 
-    def long(self) -> tuple[dict[str, float], list[report.Video]]:
-        """LONGER times as long as any clip of training, of motions that stay in the frame; half as many, as each takes long."""
-        scenes = of_motions(self.world, ENDLESS, max(1, self.count // 2), self.window)
-        frames = 1 + self.stride * ((LONGER * self.window - 1) // self.stride)
-        videos = self._made(scenes, lambda number: {"frames": frames})
-        kept = [continuity.kept(video.frames_THWC, self.window) for video in videos]
-        windows = canvas.plan(0, frames, window=self.window, stride=self.stride)
-        at = [window.first for window in windows[1:]]
-        seams = [max(seam.values()) for video in videos for seam in continuity.seams(video.frames_THWC, at)]
+    def long(self) -> Mode:
+        """The first half of a real clip goes on to LONGER times the length of any clip of training, of motions that stay in the
+        frame; half as many, as each takes long."""
+        scenes = of_motions(self.world, ENDLESS, max(1, self.count // 2), self.window, self.start)
+        frames = 1 + self.stride * math.ceil((LONGER * self.window - 1) / self.stride)
+        beginnings = [clip[: self.half] for clip in clips.render_mixed(scenes)]
+        videos = self._made(
+            scenes, lambda number: {"extend": self._file(beginnings[number]), "frames": frames - self.half}
+        )
+        made = [video.frames_THWC for video in videos]
+        windows = canvas.plan(self.half, frames, window=self.window, stride=self.stride, before=self.half)
+        at = [window.first for window in windows]
+        seams = [max(seam.values()) for frames_THWC in made for seam in continuity.seams(frames_THWC, at)]
         return {
-            "kept": float(np.mean(kept)),
+            "kept": float(np.mean([continuity.kept(frames_THWC, self.window) for frames_THWC in made])),
+            "identity_at_start": _identity([frames_THWC[: self.window] for frames_THWC in made], scenes),
+            "identity_at_end": _identity([frames_THWC[-self.window :] for frames_THWC in made], scenes),
             "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
             "frames": float(frames),
-        }, videos
+        } | _returned(self._round_trips(beginnings), [frames_THWC[: self.half] for frames_THWC in made]), videos
 
-    def loop(self) -> tuple[dict[str, float], list[report.Video]]:
+    def loop(self) -> Mode:
         """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
         videos = self._made(self.scenes, lambda number: {"loop": True})
+        return self._looped([video.frames_THWC for video in videos], self.from_text), videos
+
+    def loop_file(self) -> Mode:
+        """The first half of a real clip is led back to its start."""
+        halves = [clip[: self.half] for clip in self.real]
+        videos = self._made(self.scenes, lambda number: {"loop": self._file(halves[number])})
+        made = [video.frames_THWC for video in videos]
+        given = [frames_THWC[: self.half] for frames_THWC in made]
+        return self._looped(made, halves) | _returned(self._round_trips(halves), given), videos
+
+    def _looped(self, made: Sequence[np.ndarray], led: Sequence[np.ndarray]) -> dict[str, float]:
+        """Do loops close, and move, beside videos that were not led back."""
 
         def closed(frames: Sequence[np.ndarray]) -> np.ndarray:
             return np.array([continuity.loop_change(each) <= MOST_LOOP for each in frames])
 
-        made = [video.frames_THWC for video in videos]
         motions = np.array([scene.things[0].motion for scene in self.scenes])
         returns, moves = np.isin(motions, ENDLESS), motions != "still"
         # All the way round: one that jumps elsewhere closes, too.
         smooth = np.array([continuity.worst_change(np.concatenate([each, each[:1]])) <= MOST_BRIDGE for each in made])
-        changes = zip(
-            *([continuity.changes(each).mean() for each in group] for group in (made, self.from_text)), strict=True
-        )
+        changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, led)), strict=True)
         return {
             "closed": float(closed(made).mean()),
-            "closed_floor": float(closed(self.from_text).mean()),
+            "closed_floor": float(closed(led).mean()),
             "closed_of_endless_motions": float(closed(made)[returns].mean()) if returns.any() else 0.0,
             "smooth_of_moving": float(smooth[moves].mean()) if moves.any() else 0.0,
             # A loop of something at rest is none.
             "alive": float(np.mean([one >= other / 2 for one, other in changes])),
             "identity": _identity(made, self.scenes),
-        }, videos
+        }
 
-    def connect(self) -> tuple[dict[str, float], list[report.Video]]:
-        """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time.
-
-        Of things that move: one at rest has no usual change to hold that of its bridge against.
-        """
-        moving = [motion for motion in self.world.motions if motion != "still"]
-        scenes = of_motions(self.world, moving, self.count, self.window)
+    def connect(self) -> Mode:
+        """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time."""
+        scenes = self._moving()
         ends = [(clip[: self.half], clip[self.half :][::-1]) for clip in clips.render_mixed(scenes)]
+        return self._connected(scenes, ends)
+
+    def connect_others(self) -> Mode:
+        """The first half of a clip is led to the second half of another one of that size, of another thing."""
+        scenes = self._moving()
+        sizes = [(scene.height, scene.width) for scene in scenes]
+        ends, led_to = [], []
+        real = clips.render_mixed(scenes)
+        for number, (size, scene) in enumerate(zip(sizes, scenes, strict=True)):
+            others = [*range(number + 1, len(scenes)), *range(number)]
+            to = next(each for each in others if sizes[each] == size and _looks(scenes[each]) != _looks(scene))
+            ends.append((real[number][: self.half], real[to][self.half :]))
+            led_to.append(scenes[to])
+        return self._connected(led_to, ends)
+
+    def _moving(self) -> list[Scene]:
+        """Scenes of things that move: one at rest has no usual change to hold that of its bridge against."""
+        motions = [motion for motion in self.world.motions if motion != "still"]
+        return of_motions(self.world, motions, self.count, self.window, self.start)
+
+    def _connected(self, scenes: Sequence[Scene], ends: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mode:
+        """Bridges between ends, with the prompts of scenes."""
         videos = self._made(scenes, lambda number: {"connect": tuple(self._file(end) for end in ends[number])})
 
         def smooth(frames: Sequence[np.ndarray]) -> float:
             return float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in frames]))
 
+        frames = [video.frames_THWC for video in videos]
         wanted = [self._round_trips([pair[place] for pair in ends]) for place in range(2)]
-        made = [
-            [video.frames_THWC[: len(start)] for video, start in zip(videos, wanted[0], strict=True)],
-            [video.frames_THWC[-len(end) :] for video, end in zip(videos, wanted[1], strict=True)],
-        ]
+        first = [each[: len(start)] for each, start in zip(frames, wanted[0], strict=True)]
+        last = [each[-len(end) :] for each, end in zip(frames, wanted[1], strict=True)]
         return {
-            "smooth": smooth([video.frames_THWC for video in videos]),
+            "smooth": smooth(frames),
             "smooth_floor": smooth([np.concatenate(pair) for pair in ends]),
             "smooth_ceiling": smooth(self.round_trips),
-            "ends_psnr": min(reconstruction.psnr(one, other) for one, other in zip(wanted, made, strict=True)),
-        }, videos
+        } | _returned([*wanted[0], *wanted[1]], [*first, *last]), videos
 
-    def edit(self) -> tuple[dict[str, float], list[report.Video]]:
+    def edit(self) -> Mode:
         """Real clips are made anew with another colour in the prompt, any of the others."""
+        videos = self._made(self.recoloured, lambda number: {"edit": self._file(self.real[number])})
+        return self._edited([video.frames_THWC for video in videos]), videos
+
+    def edit_masked(self) -> Mode:
+        """The same within a box around the thing alone."""
+        masks = [_box(clip) for clip in self.real]
+
+        def given(number: int) -> dict[str, Any]:
+            return {"edit": self._file(self.real[number]), "mask": self._file(_white(masks[number][None]))}
+
+        videos = self._made(self.recoloured, given)
+        made = [video.frames_THWC for video in videos]
+        black = [number for number, mask in enumerate(masks) if not mask.all()]
+        around = [[clips[number][:, ~masks[number]] for number in black] for clips in (self.real, made)]
+        return self._edited(made) | ({"given_psnr": reconstruction.psnr(*around)} if black else {}), videos
+
+    @functools.cached_property
+    def recoloured(self) -> list[Scene]:
+        """The scenes with another colour, any of the others."""
         rng = np.random.default_rng(self.seed)
-        wanted = []
+        found = []
         for scene in self.scenes:
             (thing,) = scene.things
             others = [colour for colour in self.world.colours if colour != thing.colour]
             recoloured = dataclasses.replace(thing, colour=others[int(rng.integers(len(others)))])
-            wanted.append(dataclasses.replace(scene, things=(recoloured,)))
-        videos = self._made(wanted, lambda number: {"edit": self._file(self.real[number])})
-        made = [video.frames_THWC for video in videos]
-        return {"changed": reader.score(made, wanted)["colour"], "place_kept": _place_kept(made, self.real)}, videos
+            found.append(dataclasses.replace(scene, things=(recoloured,)))
+        return found
 
-    def inpaint(self) -> tuple[dict[str, float], list[report.Video]]:
+    def _edited(self, made: Sequence[np.ndarray]) -> dict[str, float]:
+        return {
+            "changed": reader.score(made, self.recoloured)["colour"],
+            "place_kept": _place_kept(made, self.real),
+        }
+
+    def inpaint(self) -> Mode:
         """The right half of real clips is made anew."""
 
-        def given(number: int) -> dict[str, Any]:
-            clip = self.real[number]
-            white = np.zeros_like(clip[:1])
-            white[:, :, clip.shape[2] // 2 :] = 255
-            return {"inpaint": self._file(clip), "mask": self._file(white)}
+        def right(clip: np.ndarray) -> np.ndarray:
+            white_THW = np.zeros((1, *clip.shape[1:3]), bool)
+            white_THW[:, :, clip.shape[2] // 2 :] = True
+            return white_THW
 
-        videos = self._made(self.scenes, given)
+        videos = self._inpainted(right)
         made, halves = [video.frames_THWC for video in videos], [clip.shape[2] // 2 for clip in self.real]
+        left = [[clip[:, :, :half] for clip, half in zip(group, halves, strict=True)] for group in (self.real, made)]
         return {
             "identity": _identity(made, self.scenes),
             "place_kept": _place_kept(made, self.real),
-            "given_psnr": reconstruction.psnr(
-                [clip[:, :, :half] for clip, half in zip(self.real, halves, strict=True)],
-                [clip[:, :, :half] for clip, half in zip(made, halves, strict=True)],
-            ),
+            "given_psnr": reconstruction.psnr(*left),
         }, videos
 
-    def outpaint(self) -> tuple[dict[str, float], list[report.Video]]:
+    def inpaint_time(self) -> Mode:
+        """Frames in the middle of real clips are made anew, of whole groups."""
+        groups = (self.window - 1) // self.stride
+        first, last = (1 + self.stride * number for number in (groups // 4, groups - groups // 4))
+
+        def middle(clip: np.ndarray) -> np.ndarray:
+            white_THW = np.zeros(clip.shape[:3], bool)
+            white_THW[first:last] = True
+            return white_THW
+
+        videos = self._inpainted(middle)
+        made = [video.frames_THWC for video in videos]
+        both = [continuity.seams(frames_THWC, [first, last]) for frames_THWC in made]
+        smooth = [max(*one.values(), *other.values()) <= MOST_SEAM for one, other in both]
+        beginnings = [[clip[:first] for clip in group] for group in (self.round_trips, made)]
+        return {
+            "identity": _identity(made, self.scenes),
+            "place_kept": _place_kept(made, self.real),
+            "seams_smooth": float(np.mean(smooth)),
+        } | _returned(*beginnings), videos
+
+    def _inpainted(self, white: Callable[[np.ndarray], np.ndarray]) -> list[Made]:
+        def given(number: int) -> dict[str, Any]:
+            clip = self.real[number]
+            return {"inpaint": self._file(clip), "mask": self._file(_white(white(clip)))}
+
+        return self._made(self.scenes, given)
+
+    def outpaint(self) -> Mode:
         """Real clips go on to the left and to the right, by a cell of the VAE each."""
         border = self.made.geometry.stride[2]
         videos = self._made(
@@ -250,7 +364,7 @@ class Prompting:
         )
         return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
 
-    def interpolate(self) -> tuple[dict[str, float], list[report.Video]]:
+    def interpolate(self) -> Mode:
         """Every other frame of real clips is made anew from its neighbours."""
         videos = self._made(
             self.scenes, lambda number: {"interpolate": self._file(self.real[number]), "factor": 2, "fps": self.fps}
@@ -258,7 +372,7 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         return {"identity": _identity(made, self.scenes), "place_kept": _place_kept(made, self.real)}, videos
 
-    def draft(self) -> tuple[dict[str, float], list[report.Video]]:
+    def draft(self) -> Mode:
         """A draft of two thirds of the height and width first, then the same in full size, larger than those of training."""
         side = max(map(max, self.world.clip_sizes))
         scenes = dit.heldout_videos(
@@ -269,35 +383,51 @@ class Prompting:
         videos = self._made(scenes, lambda number: {"draft": 2 / 3})
         return {"adherence_all": reader.score([video.frames_THWC for video in videos], scenes)["all"]}, videos
 
-    def still(self) -> tuple[dict[str, float], list[report.Video]]:
+    def still(self) -> Mode:
         """Single images from text."""
         videos = self._made(self.scenes, lambda number: {"frames": 1})
         return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
 
-    def sizes(self) -> dict[str, dict[str, float]]:
-        """Adherence at sizes of training, at sizes between them, and at 1.5 times the largest area and side."""
+    def variations(self) -> Mode:
+        """SHOWN seeds of a prompt each."""
+        prompts = self.scenes[: max(1, self.count // SHOWN)]
+        scenes = [scene for scene in prompts for _ in range(SHOWN)]
+        videos = self._made(scenes, lambda number: {})
+        made = [video.frames_THWC for video in videos]
+        groups = [made[start : start + SHOWN] for start in range(0, len(made), SHOWN)]
+        apart = [_apart(*pair) > MOST_MOVED for group in groups for pair in itertools.combinations(group, 2)]
+        return {"adherence_all": reader.score(made, scenes)["all"], "apart": float(np.mean(apart))}, videos
+
+    def groups_of_sizes(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Sizes of training, sizes between them, and 1.5 times the largest area, the longest side and both sides."""
         known = self.world.clip_sizes
         low, high = min(map(min, known)), max(map(max, known))
         between = (low + high) // 2 // 8 * 8
+        more, less = high * 3 // 2 // 8 * 8, low * 3 // 2 // 8 * 8
         groups = {
-            "trained": known,
+            "trained": tuple(known),
             "between": ((between, low), (low, between), (between, between)),
             "larger_area": ((high, high),),
-            "longer_side": ((high * 3 // 2, low), (low, high * 3 // 2)),
+            "longer_side": ((more, low), (low, more)),
+            "both_sides": ((more, less), (less, more)),
         }
-        found = {}
-        for name, group in groups.items():
-            if name != "trained" and not set(group) - set(known):
-                continue
-            config = dataclasses.replace(self.world, frame_sizes=tuple(group), frame_size_weights=())
-            scenes = dit.heldout_videos(config, self.count)
-            videos = self.made.sample(judgement.asked(config, scenes, self.seed), self.settings)
-            found[name] = adherence.judge(videos, scenes, self.seed)[0]
-        return found
+        return {name: group for name, group in groups.items() if name == "trained" or set(group) - set(known)}
+
+    def sizes(self, name: str) -> Mode:
+        """Adherence at the sizes of a group."""
+        config = dataclasses.replace(self.world, frame_sizes=self.groups_of_sizes()[name], frame_size_weights=())
+        scenes = dit.heldout_videos(config, self.count, self.start)
+        requests = judgement.asked(config, scenes, self.seed)
+        made = self.made.sample(requests, self.settings)
+        videos = [
+            Made(frames_THWC, request.fps, request.prompt, request.seed)
+            for frames_THWC, request in zip(made, requests, strict=True)
+        ]
+        return adherence.judge(made, scenes, self.seed)[0], videos
 
     # Making ----------------------------------------------------------------------------------------------------------
 
-    def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[report.Video]:
+    def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[Made]:
         """Videos of the scenes' prompts, each with its order's own keys."""
         grid = layouts.Grid(self.made.geometry.stride, self.made.geometry.patch)
         several_sizes = len(self.world.sizes) > 1
@@ -308,7 +438,7 @@ class Prompting:
             jobs.append(layouts.prepare(order, usual, grid))
         made = self.made.make(jobs, self.settings)
         return [
-            report.Video(frames_THWC, job.size.fps, job.order.prompt, job.order.seed)
+            Made(frames_THWC, job.size.fps, job.order.prompt, job.order.seed, given_THW=job.timeline.given_THW)
             for frames_THWC, job in zip(made, jobs, strict=True)
         ]
 
@@ -341,11 +471,37 @@ def _seams(videos: Sequence[np.ndarray], at: int) -> dict[str, float]:
 
 def _place_kept(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> float:
     """The share of videos whose thing is within MOST_MOVED pixels of the real one's place, on the mean over frames."""
-    apart = [
-        np.nan_to_num(np.linalg.norm(reader.places(one) - reader.places(other), axis=1), nan=np.inf).mean()
-        for one, other in zip(made, real, strict=True)
-    ]
-    return float(np.mean(np.array(apart) <= MOST_MOVED))
+    return float(np.mean([_apart(one, other) <= MOST_MOVED for one, other in zip(made, real, strict=True)]))
+
+
+def _apart(one_THWC: np.ndarray, other_THWC: np.ndarray) -> float:
+    """Pixels between the things of two videos, on the mean over frames; infinite where one is out of sight."""
+    apart = np.linalg.norm(reader.places(one_THWC) - reader.places(other_THWC), axis=1)
+    return float(np.nan_to_num(apart, nan=np.inf).mean())
+
+
+def _returned(wanted: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> dict[str, float]:
+    """How what was given came back: beside its round trip, and the largest difference, in levels of 255."""
+    most = max(int(np.abs(one.astype(int) - other).max()) for one, other in zip(wanted, made, strict=True))
+    return {"given_psnr": reconstruction.psnr(wanted, made), "given_apart": float(most)}
+
+
+def _looks(scene: Scene) -> tuple[str, str]:
+    return scene.things[0].colour, scene.things[0].shape
+
+
+def _white(white_THW: np.ndarray) -> np.ndarray:
+    """A mask as frames."""
+    return np.repeat(np.where(white_THW, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _box(clip_THWC: np.ndarray) -> np.ndarray:
+    """(H, W), the box of all that is not background in any frame, and two pixels around it."""
+    away_HW = (np.abs(clip_THWC.astype(int) - clip_THWC[:, :1, :1]).sum(-1) > 60).any(0)
+    box_HW = np.zeros(away_HW.shape, bool)
+    rows, columns = np.flatnonzero(away_HW.any(1)), np.flatnonzero(away_HW.any(0))
+    box_HW[max(0, rows[0] - 2) : rows[-1] + 3, max(0, columns[0] - 2) : columns[-1] + 3] = True
+    return box_HW
 
 
 def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
@@ -353,18 +509,19 @@ def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
     kept = [
         reading is not None
         and len(reading.things) == 1
-        and (reading.things[0].colour, reading.things[0].shape) == (scene.things[0].colour, scene.things[0].shape)
+        and (reading.things[0].colour, reading.things[0].shape) == _looks(scene)
         for reading, scene in zip(reader.read_many(videos), scenes, strict=True)
     ]
     return float(np.mean(kept))
 
 
-def of_motions(config: world.WorldConfig, motions: Sequence[str], count: int, frames: int) -> list[Scene]:
-    """Held-out scenes of these motions, of those that the world has. Raises ValueError if it has none of them."""
+def of_motions(
+    config: world.WorldConfig, motions: Sequence[str], count: int, frames: int, start: int = 0
+) -> list[Scene]:
+    """Held-out scenes of these motions, of those that the world has, from `start` on. Raises ValueError if it has none of them."""
     if not set(motions) & set(config.motions):
         raise ValueError(f"this world has none of the motions {', '.join(motions)}")
     found: list[Scene] = []
-    start = 0
     while len(found) < count:
         drawn = dit.heldout_videos(config, count, start=start, frames=frames)
         found += [scene for scene in drawn if scene.things[0].motion in motions]
