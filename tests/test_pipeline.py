@@ -174,6 +174,51 @@ def test_what_has_nothing_given_does_not_pay_for_insisting_on_it(sampler, rng, m
     assert set(branches) == {3}
 
 
+def test_a_request_file_of_many_sizes_and_ways_is_one_program(sampler, tmp_path):
+    from sora_jax.generate import files
+    from sora_jax.generate.requests import Order
+
+    path = str(tmp_path / "clip.mp4")
+    files.write_video(tmp_path / "clip.mp4", np.full((5, 32, 32, 3), 90, np.uint8), sampler.usual_size.fps)
+    orders = [
+        Order(prompt="a", frames=1),
+        Order(prompt="a red circle", height=48, width=32, frames=9, draft=0.5),
+        Order(prompt="a", extend=path, frames=4),
+        Order(prompt="a", frames=17, window=9),
+        Order(prompt="a", frames=8, window=9, loop=True),
+        Order(prompt="a blue star", edit=path),
+    ]
+    before = sampler._denoise._cache_size()
+    videos = sampler.generate(orders)
+    assert [len(video) for video in videos] == [1, 9, 9, 17, 8, 5] and videos[1].shape == (9, 48, 32, 3)
+    assert sampler._denoise._cache_size() - before <= 1
+
+
+def test_a_longer_video_needs_no_more_memory_than_its_windows(sampler, monkeypatch):
+    from sora_jax.generate.requests import Order
+
+    sizes = []
+
+    def seen(of):
+        def spy(*values, **settings):
+            sizes.append(tuple(np.shape(leaf) for leaf in jax.tree.leaves(values)))
+            return of(*values, **settings)
+
+        return spy
+
+    # All that is computed on the device goes through these.
+    for holder, name in ((sampler, "_denoise"), (sampler.codec, "_encode_chunk"), (sampler.codec, "_decode_chunk")):
+        monkeypatch.setattr(holder, name, seen(getattr(holder, name)))
+
+    def needs(frames):
+        del sizes[:]
+        (video,) = sampler.generate([Order(prompt="a", frames=frames, window=9)])
+        assert len(video) == frames
+        return set(sizes)
+
+    assert needs(33) == needs(65)
+
+
 def test_orders_become_videos_and_their_samples_are_read_once(sampler, tmp_path, monkeypatch):
     from PIL import Image
 
