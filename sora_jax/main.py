@@ -24,9 +24,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     try:
         code = _run(sys.argv[1:])
-    except Exception:
+    except Exception as error:
         if not _one_of_several():
             raise
+        sys.modules["sora_jax.processes"].blame(error)
         traceback.print_exc()
         code = RUN_ERROR
     if code in (INTERRUPTED, TERMINATED) or (code and _one_of_several()):

@@ -13,23 +13,30 @@ import xla
 ROOT = Path(__file__).parent.parent
 # Trains a tiny VAE, and a DiT on it, for as many steps as its second argument says, in the folder that is its first; or, of very
 # many steps, the VAE alone. The DiT works on the VAE of its third argument, if there is one, and so on the very same latents.
+# It ends as the command does, whatever happens.
 PROGRAM = """
-import dataclasses, logging, pathlib, sys, tiny
+import dataclasses, jax, logging, pathlib, sys, tiny
 logging.basicConfig(level=logging.INFO, force=True)  # importing jax's friends may have set it up otherwise
-from sora_jax import processes, sharding
+from sora_jax import main, processes, sharding
 if "--distributed" in sys.argv:
     processes.start()
 from sora_jax.train import dit, loop, vae
-folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-mesh = sharding.MeshConfig(data=2, fsdp=4)
-save_every = 4 if steps > 1000 else steps // 2
-run = dataclasses.replace(tiny.vae_run(steps=steps, log_every=1, save_every=save_every), mesh=mesh)
-loop.fit(vae.VAETask(run), folder / "vae")
-trained = pathlib.Path(sys.argv[3]) if sys.argv[3:] and not sys.argv[3].startswith("-") else folder
-run = dataclasses.replace(tiny.dit_run(trained / "vae", steps=steps, log_every=1, save_every=save_every), mesh=mesh)
-run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
-loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
-processes.leave()
+
+def train(argv):
+    folder, steps = pathlib.Path(argv[0]), int(argv[1])
+    mesh = sharding.MeshConfig(data=2, fsdp=jax.device_count() // 2)
+    save_every = 4 if steps > 1000 else steps // 2
+    run = dataclasses.replace(tiny.vae_run(steps=steps, log_every=1, save_every=save_every), mesh=mesh)
+    loop.fit(vae.VAETask(run), folder / "vae")
+    trained = pathlib.Path(argv[2]) if argv[2:] and not argv[2].startswith("-") else folder
+    run = dataclasses.replace(tiny.dit_run(trained / "vae", steps=steps, log_every=1, save_every=save_every), mesh=mesh)
+    run = dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=2))
+    loop.fit(dit.DiTTask(run, folder / "encoded"), folder / "dit")
+    processes.leave()
+    return 0
+
+main._run = train
+sys.exit(main.run())
 """
 
 
