@@ -31,4 +31,8 @@ def test_a_killed_process_is_noticed_and_resumed_from(tmp_path, figures, victim,
         with launched(tmp_path, PROGRAM, tmp_path, 100_000, count=1, devices=8) as (process, log):
             until(lambda: "/100000  loss" in log.read_text(), process, log)
             assert "resumed from step" in log.read_text()
-    figures(f"process {victim} of two with {devices} devices killed", other_exits_with=processes.LOST, seconds=round(seconds, 1))
+    figures(
+        f"process {victim} of two with {devices} devices killed",
+        other_exits_with=processes.LOST,
+        seconds=round(seconds, 1),
+    )
