@@ -203,6 +203,14 @@ def test_clips_are_encoded_in_parts_and_not_again_after_a_stop(trained_dit, trai
         assert found[number].captions == latent.captions
 
 
+def test_clips_are_encoded_on_all_devices_of_a_process(trained_dit, trained_vae, tmp_path, monkeypatch):
+    task = dit.DiTTask(tiny.dit_run(trained_vae[0]), trained_dit[0])
+    over, store = [], task.stores["train"]
+    monkeypatch.setattr(encode, "encode_split", lambda *rest: (over.append(sharding.shards("rows")), store)[1])
+    encode.encode_all(tmp_path, task.run.data, task.vae_config, task.vae_params, task.vae_rest)
+    assert over == [jax.local_device_count()] * 2 and over[0] > 1
+
+
 def test_clips_are_encoded_in_parts_by_any_number_of_processes(trained_dit, trained_vae, tmp_path, monkeypatch):
     task = dit.DiTTask(tiny.dit_run(trained_vae[0]), trained_dit[0])
     codec = Codec(task.vae_config, task.vae_params, task.vae_rest)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from sora_jax import config, sharding
 from sora_jax.data import pack
-from sora_jax.generate import pipeline
+from sora_jax.generate import codec, pipeline
 from sora_jax.generate.known import Known
 from sora_jax.models import captioner, dit, text_encoder, vae
 from sora_jax.structs import Layout, TrainState
@@ -405,3 +405,30 @@ def test_one_sample_is_the_same_on_every_mesh(sampled, sizes):
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
     assert max(np.abs(a - b).max() for a, b in zip(shown, other_shown, strict=True)) <= 1e-4
     assert np.abs(one[0] - one[1]).max() > 0.1 and np.abs(one[0] - one[8]).max() > 0.1
+
+
+def test_clips_are_encoded_and_decoded_by_all_devices(run, rng):
+    _, _, vae_config, vae_weights = run
+    network = codec.Codec(vae_config, *vae_weights)
+    videos = [rng.integers(0, 256, (frames, 32, 32, 3), np.uint8) for frames in (5, 5, 5, 1, 5, 5, 5, 5, 5, 5)]
+    alone = network.encode(videos)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with jax.set_mesh(mesh):
+        spread = network.encode(videos)
+        decoded = network.decode([mean for mean, _ in spread])
+        costs = [
+            [
+                part.lower(network._weights, np.zeros((size, *shape), dtype), None).compile().cost_analysis()["flops"]
+                for size in (1, 8)
+            ]
+            for part, shape, dtype in (
+                (network._encode_chunk, (5, 32, 32, 3), np.uint8),
+                (network._decode_chunk, alone[0][0].shape, np.float32),
+            )
+        ]
+    for one, other in zip(alone, spread, strict=True):
+        assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
+    for one, other in zip(network.decode([mean for mean, _ in alone]), decoded, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+    # Eight clips on eight devices are on each the work of one.
+    assert all(parted == pytest.approx(whole, rel=0.1) for whole, parted in costs)

@@ -31,7 +31,7 @@ def to_uint8(frames: Any) -> Any:
 
 
 class Codec:
-    """A trained VAE as two functions of numpy arrays."""
+    """A trained VAE as two functions of numpy arrays; clips are shared out to the devices of the mesh of the context."""
 
     def __init__(self, config: vae.VAEConfig, params: Any, rest: Any) -> None:
         self.config = config
@@ -40,13 +40,13 @@ class Codec:
         @jax.jit
         def encode_chunk(weights: Any, frames: Any, pasts: Any) -> Any:
             model = nnx.merge(graphdef, *weights)
-            posterior, following = model.encode_chunk(to_unit(frames), pasts)
+            posterior, following = model.encode_chunk(_shared_out(to_unit(frames)), pasts)
             return sharding.everywhere(model.normalise(posterior)), following
 
         @jax.jit
         def decode_chunk(weights: Any, latent: Any, pasts: Any) -> Any:
             model = nnx.merge(graphdef, *weights)
-            frames, following = model.decode_chunk(model.denormalise(latent), pasts)
+            frames, following = model.decode_chunk(model.denormalise(_shared_out(latent)), pasts)
             return sharding.everywhere(to_uint8(frames)), following
 
         # On the host, so that they go wherever the context computes: one device or a mesh.
@@ -80,6 +80,10 @@ class Codec:
         return _by_shape(latents, one_batch, lambda latent: latent[..., 0].size * cells)
 
 
+def _shared_out(clips: jax.Array) -> jax.Array:
+    return sharding.constrain(clips, "rows", *["none"] * (clips.ndim - 1))
+
+
 def _chunks(frames: np.ndarray, first: int, following: int) -> Iterator[np.ndarray]:
     yield frames[:, :first]
     for start in range(first, frames.shape[1], following):
@@ -94,10 +98,11 @@ def _by_shape(
     for number, item in enumerate(items):
         groups[item.shape].append(number)
     results: list[Any] = [None] * len(items)
+    over = sharding.shards("rows")
     for members in groups.values():
-        # A power of two, so that groups of many sizes share few compiled programs.
-        most = max(1, BATCH_PIXELS // pixels(items[members[0]]))
-        size = min(1 << (most.bit_length() - 1), 1 << (len(members) - 1).bit_length())
+        # A power of two on each device, so that groups of many sizes share few compiled programs.
+        most, each = max(1, BATCH_PIXELS // pixels(items[members[0]])), -(-len(members) // over)
+        size = over * min(1 << (most.bit_length() - 1), 1 << (each - 1).bit_length())
         for start in range(0, len(members), size):
             some = members[start : start + size]
             padded = some + some[-1:] * (size - len(some))

@@ -39,9 +39,11 @@ def fingerprint_of(params: Any) -> str:
 def encode_all(
     folder: Path, data: DataConfig, config: VAEConfig, params: Any, rest: Any
 ) -> dict[Split, latents.LatentStore]:
-    """The stores of both splits in folder, encoded by the VAE of these weights; each of several processes does its part."""
+    """The stores of both splits in folder, encoded by the VAE of these weights; each of several processes does its part, on all
+    of its own devices."""
     network, name = Codec(config, params, rest), fingerprint_of(params)
-    return {split: encode_split(folder, data, split, network, name) for split in SPLITS}
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())):
+        return {split: encode_split(folder, data, split, network, name) for split in SPLITS}
 
 
 def encode_split(folder: Path, data: DataConfig, split: Split, network: Codec, fingerprint: str) -> latents.LatentStore:
