@@ -37,6 +37,7 @@ SLOW = (
     "test_lost_process",
     "test_runner",
     "test_sharding",
+    "test_plan_tpu",
     "test_optimizer",
     "test_loop",
     "test_plan",
