@@ -16,9 +16,9 @@ ARGUMENTS = ("", "seeds", "sharp", "models", "rates")
 # best of each: most that are too large or too small for a budget would say nothing of its bottom.
 SIZES = ((36, 2, 2), (48, 2, 2), (60, 2, 2), (72, 3, 2), (84, 3, 3), (96, 4, 3))
 SWEPT = {0.5: SIZES[:4], 1: SIZES[1:5], 2: SIZES[1:5], 4: SIZES[2:]}
-# The same of 'sharp', with a smaller size at every end.
-SHARP_SIZES = ((24, 2, 2), *SIZES)
-SHARP_SWEPT = {0.5: SHARP_SIZES[:4], 1: SHARP_SIZES[:5], 2: SHARP_SIZES[1:6], 4: SHARP_SIZES[2:]}
+# The same of 'sharp', of the shapes and heads that its ladder grows through.
+SHARP_SIZES = ((24, 1, 1), (36, 2, 2), (48, 2, 2), (60, 3, 3), (72, 3, 3), (84, 4, 3), (96, 4, 4))
+SHARP_SWEPT = {0.5: SHARP_SIZES[:4], 1: SHARP_SIZES[1:5], 2: SHARP_SIZES[2:6], 4: SHARP_SIZES[2:]}
 SHARP_VAE_STEPS = 3000
 # The models whose Frechet distances are compared.
 MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
@@ -77,6 +77,9 @@ def sharp() -> ConfigDict:
     swept = sweep(SHARP_SWEPT)
     for run in (*swept.values(), *rungs.values()):
         run.flow.posterior, run.sampler.guidance = 0.0, 3.0
+        # Many steps of few clips.
+        run.pack.rows, run.optimizer.rate = 3, 0.02
+        run.loop.log_every, run.loop.save_every = 100, 1000
     vae = parts.joining_vae_run(parts.compact_world(), SHARP_VAE_STEPS)
     return study(dict(isoflop=swept, ladder=rungs), vae)
 

@@ -53,6 +53,22 @@ def test_muon_takes_hidden_matrices_alone():
     assert (convolution.reduction_axis, convolution.output_axis) == ((0, 1, 2), (3,))
 
 
+def test_flops_of_an_update_are_as_xla_counts_them():
+    """Of matrices wide enough that what goes element by element is little beside the products."""
+    shapes = {
+        "blocks": {"mlp": {"up": {"kernel": (2, 192, 768)}, "down": {"kernel": (2, 768, 192)}}},
+        "text_in": {"kernel": (384, 192)},
+        "stages": {"kernel": (3, 3, 32, 192)},
+        "patch_in": {"kernel": (24, 192)},
+    }
+    params = jax.tree.map(lambda shape: jnp.zeros(shape), shapes, is_leaf=lambda each: isinstance(each, tuple))
+    tx = optimizer.make(MUON, 10)
+    update = jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])
+    counted = update.lower(params).compile().cost_analysis()["flops"]
+    assert optimizer.flops(MUON, params) == pytest.approx(counted, rel=0.02)
+    assert optimizer.flops(dataclasses.replace(MUON, name="adamw"), params) == 0
+
+
 def test_every_layer_of_a_stack_moves_by_the_rate_in_every_direction(rng):
     update = first_update(MUON, PARAMS, rng)["blocks"]["mlp"]["up"]["kernel"]
     singular = np.linalg.svd(np.asarray(update), compute_uv=False)

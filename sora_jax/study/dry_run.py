@@ -22,7 +22,7 @@ from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
 from sora_jax.study import scaling
-from sora_jax.train import dit, progress
+from sora_jax.train import dit, optimizer, progress
 
 # Training reaches about this part of the speed of a large float32 matrix product (experiments/README.md).
 SHARE_OF_MATMUL = 0.25
@@ -31,8 +31,8 @@ MATMUL_SIZE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One stage: units are clips for a VAE and tokens, padding included, for a DiT. Of one that follows a frontier which is yet to
-    be found, parameters and steps are provisional."""
+    """One stage: units are clips for a VAE and tokens, padding included, for a DiT. optimizer_flops come on top of flops, by which
+    budgets are counted. Of one that follows a frontier which is yet to be found, parameters and steps are provisional."""
 
     name: str
     parameters: int
@@ -40,6 +40,7 @@ class StagePlan:
     units: float
     unit: str
     flops: float
+    optimizer_flops: float
     provisional: bool = False
 
 
@@ -87,7 +88,8 @@ def _vae_plan(name: str, run: VAERun, mesh: Mesh) -> StagePlan:
     shapes = nnx.eval_shape(lambda: vae_model.VAE(run.vae, nnx.Rngs(0)))
     _check_mesh(name, mesh, shapes, rows=run.vae_train.batch)
     flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
-    return StagePlan(name, _size(shapes), run.loop.steps, run.loop.steps * run.vae_train.batch, "clips", flops)
+    units = run.loop.steps * run.vae_train.batch
+    return StagePlan(name, _size(shapes), run.loop.steps, units, "clips", flops, _optimizer_flops(run, shapes))
 
 
 def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, mesh: Mesh) -> StagePlan:
@@ -112,7 +114,12 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
     _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     follows = stage.compute.along == "frontier" and stage.compute.multiplier != 1 and "isoflop" in study.groups
-    return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops, provisional=follows)
+    besides = _optimizer_flops(run, shapes)
+    return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops, besides, provisional=follows)
+
+
+def _optimizer_flops(run: VAERun | DiTRun, model: nnx.Module) -> float:
+    return run.loop.steps * optimizer.flops(run.optimizer, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _check_mesh(name: str, mesh: Mesh, model: nnx.Module, **sizes: int) -> None:
@@ -144,13 +151,13 @@ def _seconds(action: Any) -> float:
 
 def table(plans: Sequence[StagePlan], speed: float) -> str:
     """The plan as lines of text, with times at `speed` FLOP/s of matrix products."""
-    rows = [("stage", "parameters", "steps", "consumes", "FLOPs", "trains about")]
+    rows = [("stage", "parameters", "steps", "consumes", "FLOPs", "optimizer's", "trains about")]
     for each in plans:
-        seconds = progress.clock(each.flops / (speed * SHARE_OF_MATMUL))
+        cost = _cost(each.flops, each.optimizer_flops, speed)
         units = f"{progress.si(each.units)}{each.unit}"
-        rows.append((each.name, f"{each.parameters:,}", f"{each.steps:,}", units, f"{each.flops:.3g}", seconds))
-    flops = sum(each.flops for each in plans)
-    rows.append(("all", "", "", "", f"{flops:.3g}", progress.clock(flops / (speed * SHARE_OF_MATMUL))))
+        rows.append((each.name, f"{each.parameters:,}", f"{each.steps:,}", units, *cost))
+    totals = sum(each.flops for each in plans), sum(each.optimizer_flops for each in plans)
+    rows.append(("all", "", "", "", *_cost(*totals, speed)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -160,6 +167,7 @@ def table(plans: Sequence[StagePlan], speed: float) -> str:
         for row in rows
     ]
     note = (
+        "FLOPs are of the model, as budgets are; what its optimizer multiplies comes on top.\n"
         f"Times: training alone, at {SHARE_OF_MATMUL:.0%} of a large matrix product's speed here, "
         f"{progress.si(speed)}FLOP/s; encoding and judging come on top."
     )
@@ -169,3 +177,8 @@ def table(plans: Sequence[StagePlan], speed: float) -> str:
             "compute.exponent. FLOPs stay."
         )
     return "\n".join([*lines, note])
+
+
+def _cost(flops: float, optimizer_flops: float, speed: float) -> tuple[str, str, str]:
+    seconds = (flops + optimizer_flops) / (speed * SHARE_OF_MATMUL)
+    return f"{flops:.3g}", f"{optimizer_flops:.3g}", progress.clock(seconds)

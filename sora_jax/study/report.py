@@ -377,6 +377,7 @@ _RUN_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "parameters", lambda value: f"{value:,.0f}"),
     ("steps", "steps", lambda value: f"{value:,.0f}"),
     ("FLOP", "flops", lambda value: progress.si(float(value)).strip()),
+    ("optimizer\u2019s", "optimizer_flops", lambda value: progress.si(float(value)).strip()),
     ("time", "seconds", lambda value: progress.clock(float(value))),
     ("held-out loss", "val_loss", lambda value: f"{value:.4f}"),
     *(

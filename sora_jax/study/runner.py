@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from sora_jax import checkpoint, compute, config, disk
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
+from sora_jax.models import dit as dit_model
 from sora_jax.study import baselines, judgement, prompting, report, scaling
-from sora_jax.train import dit, lock, loop, progress, vae
+from sora_jax.train import dit, lock, loop, optimizer, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
@@ -89,7 +91,8 @@ def encoding_flops(workdir: Path, study: StudyRun) -> float:
 
 
 def run_numbers(directory: Path) -> dict[str, Any]:
-    """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips."""
+    """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips;
+    optimizer_flops come on top."""
     meta = checkpoint.read_meta(directory)
     run = pipeline.load_run(directory)
     steps, packing = run.loop.steps, packing_totals(directory)
@@ -107,6 +110,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
             "steps": steps,
             "seconds": config.stored_number(meta, "seconds", directory),
             "flops": steps * step.total,
+            "optimizer_flops": steps * optimizer.flops(run.optimizer, _shapes(run)),
             "flops_by_part": {part: steps * flops for part, flops in step.by_part().items()},
             "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
             "fill": packing["fill"],
@@ -114,6 +118,11 @@ def run_numbers(directory: Path) -> dict[str, Any]:
         | parameters(directory)
         | {name: value for name, value in last_evaluation(directory).items() if name.startswith("val_loss")}
     )
+
+
+def _shapes(run: DiTRun) -> Any:
+    """Of a DiT's parameters."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0))), nnx.Param))
 
 
 def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:

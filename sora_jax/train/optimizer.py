@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ TEXT_ENCODER_RATE = 0.1
 # fixed spectral norm and needs no such factor (arXiv:2310.17813).
 BASE_WIDTH = 96
 WIDE_INPUTS = ("time_out/kernel", "modulation/kernel", "patch_out/kernel")
+# Iterations of Newton and Schulz by which Muon makes a step orthogonal.
+ITERATIONS = 5
 
 
 def rates(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -82,8 +85,28 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             adam_b2=0.99,
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=matrix_axes,
+            ns_steps=ITERATIONS,
         )
     scale = optax.stateless(
         lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, rate_factors(updates, config.name))
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), step, scale)
+
+
+def flops(config: OptimizerConfig, params: Any) -> float:
+    """FLOPs of the matrix products of one update, whatever the batch: of Muon, X X^T, its square and their product with X a time.
+
+    params are arrays or their shapes. What goes element by element is not counted, as in compute.py.
+    """
+    if config.name == "adamw":
+        return 0.0
+    total = 0
+    axes = jax.tree.leaves(
+        matrix_axes(params), is_leaf=lambda each: each is None or isinstance(each, contrib.MuonDimensionNumbers)
+    )
+    for of, leaf in zip(axes, jax.tree.leaves(params), strict=True):
+        if of is not None:
+            sides = [math.prod(leaf.shape[axis] for axis in side) for side in (of.reduction_axis, of.output_axis)]
+            short, long = sorted(sides)
+            total += leaf.size // (short * long) * ITERATIONS * (4 * short**2 * long + 2 * short**3)
+    return float(total)
