@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """'' is a sweep of sizes at equal budgets, then a ladder along the frontier that the sweep found.
 
     'seeds' is the same with the ladder from three seeds; in the work dir of '' it trains only what is missing there.
-    'sharp' is a sweep and a ladder on a VAE that is sharper, and on its posterior's means.
+    'sharp' is a sweep and a ladder on a VAE that is sharper and its posterior's means, of many steps of few clips.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
     'rates' are three widths at five rates each: is one rate the best for all?
     """
@@ -72,7 +72,7 @@ def ladder(seeds: int) -> dict[str, ConfigDict]:
 
 
 def sharp() -> ConfigDict:
-    """As '', but for the VAE, its posterior's noise, the sizes and the guidance."""
+    """As '', but for the VAE, its posterior's noise, the sizes, the clips a step, the rate and the guidance."""
     rungs = {f"{multiplier}x": parts.rung(multiplier, "frontier", width=48) for multiplier in parts.RUNGS}
     swept = sweep(SHARP_SWEPT)
     for run in (*swept.values(), *rungs.values()):
