@@ -44,9 +44,11 @@ def test_a_multiplied_budget_shows(study):
 
 def test_the_table_has_a_line_a_stage(study):
     lines = dry_run.table(plan(study), speed=160e9).splitlines()
-    assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "Times:"]
-    total = sum(stage.flops for stage in plan(study))
-    assert f"{total:.3g}" in lines[3] and dry_run.progress.clock(total / 40e9) in lines[3]
+    assert [line.split()[0] for line in lines] == ["stage", "vae", "dit", "all", "FLOPs", "Times:"]
+    total, besides = (sum(getattr(stage, name) for stage in plan(study)) for name in ("flops", "optimizer_flops"))
+    assert besides > 0.1 * total  # of few clips a step Muon's products are no small part
+    assert f"{total:.3g}" in lines[3] and f"{besides:.3g}" in lines[3]
+    assert dry_run.progress.clock((total + besides) / 40e9) in lines[3]
 
 
 def test_what_the_sweep_will_decide_is_said_to_be_provisional():
