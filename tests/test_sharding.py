@@ -431,4 +431,23 @@ def test_clips_are_encoded_and_decoded_by_all_devices(run, rng):
     for one, other in zip(network.decode([mean for mean, _ in alone]), decoded, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
     # Eight clips on eight devices are on each the work of one.
-    assert all(parted == pytest.approx(whole, rel=0.1) for whole, parted in costs)
+    assert [parted for _, parted in costs] == pytest.approx([whole for whole, _ in costs], rel=0.1)
+
+
+def test_what_is_little_or_large_is_not_shared_out(run, monkeypatch):
+    """What goes in and comes out lies on every device: copies for all of one clip, or a large one for each, would not fit."""
+    _, _, vae_config, vae_weights = run
+    network, sizes = codec.Codec(vae_config, *vae_weights), []
+    decode = network._decode_chunk
+    monkeypatch.setattr(
+        network, "_decode_chunk", lambda weights, x, pasts: (sizes.append(len(x)), decode(weights, x, pasts))[1]
+    )
+    latents = [np.zeros(vae_config.latent_shape(5, 32, 32), np.float32)] * 12
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+        network.decode(latents[:3])
+        network.decode(latents)
+        monkeypatch.setattr(codec, "MOST_PIXELS", 8 * 8 * 32 * 32)
+        network.decode(latents)
+        monkeypatch.setattr(codec, "MOST_PIXELS", 8 * 8 * 32 * 32 - 1)
+        network.decode(latents)
+    assert sizes == [4, 16, 8, 8, 4, 4, 4]

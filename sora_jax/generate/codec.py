@@ -16,8 +16,10 @@ from sora_jax.models import vae
 
 # Latent frames a chunk: large enough for short clips to be one chunk, small enough for long ones to fit.
 CHUNK = 8
-# Pixels that are processed together: clips of one size share a batch up to this.
+# Pixels that a device processes together: clips of one size share a batch up to this.
 BATCH_PIXELS = 2**21
+# Pixels of a batch that is shared out: all devices hold what goes in and what comes out.
+MOST_PIXELS = 2**28
 
 
 def to_unit(frames: Any) -> Any:
@@ -46,8 +48,9 @@ class Codec:
         @jax.jit
         def decode_chunk(weights: Any, latent: Any, pasts: Any) -> Any:
             model = nnx.merge(graphdef, *weights)
-            frames, following = model.decode_chunk(model.denormalise(_shared_out(latent)), pasts)
-            return sharding.everywhere(to_uint8(frames)), following
+            frames, following = model.decode_chunk(model.denormalise(latent), pasts)
+            # Rounded by each device, so that bytes are what goes to the others.
+            return sharding.everywhere(_shared_out(to_uint8(frames))), following
 
         # On the host, so that they go wherever the context computes: one device or a mesh.
         self._weights = sharding.on_host((params, rest))
@@ -81,6 +84,9 @@ class Codec:
 
 
 def _shared_out(clips: jax.Array) -> jax.Array:
+    """A batch over devices, if it is one that _by_shape made for them; else each does all of it."""
+    if clips.shape[0] % sharding.shards("rows"):
+        return clips
     return sharding.constrain(clips, "rows", *["none"] * (clips.ndim - 1))
 
 
@@ -98,10 +104,13 @@ def _by_shape(
     for number, item in enumerate(items):
         groups[item.shape].append(number)
     results: list[Any] = [None] * len(items)
-    over = sharding.shards("rows")
     for members in groups.values():
+        one = pixels(items[members[0]])
+        over = sharding.shards("rows")
+        if len(members) < over or over * one > MOST_PIXELS:
+            over = 1
         # A power of two on each device, so that groups of many sizes share few compiled programs.
-        most, each = max(1, BATCH_PIXELS // pixels(items[members[0]])), -(-len(members) // over)
+        most, each = max(1, min(BATCH_PIXELS, MOST_PIXELS // over) // one), -(-len(members) // over)
         size = over * min(1 << (most.bit_length() - 1), 1 << (each - 1).bit_length())
         for start in range(0, len(members), size):
             some = members[start : start + size]
