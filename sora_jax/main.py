@@ -27,7 +27,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _one_of_several():
             raise
-        sys.modules["sora_jax.processes"].blame(error)
+        from sora_jax import processes
+
+        processes.blame(error)
         traceback.print_exc()
         code = RUN_ERROR
     if code in (INTERRUPTED, TERMINATED) or (code and _one_of_several()):

@@ -100,17 +100,12 @@ def stop_after(number: int) -> int | None:
 
 
 def blame(error: BaseException) -> None:
-    """Ends this process as lost if an error of the runtime came of another's end; returns if it is this one's own.
+    """Ends this process as lost if its error came of another's end; returns if it is this one's own.
 
     A collective fails as soon as the connection to a process that died is closed; only after PATIENCE do heartbeats say so.
     """
-    if _watch is None:
-        return
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        logging.error("%s; looking whether another process is lost", str(cause).splitlines()[0])
+    if _watch is not None:
+        logging.error("%.200r; looking whether another process is lost", error)
         _watch.join(PATIENCE + 3 * BEAT)
 
 
