@@ -89,7 +89,7 @@ def _vae_plan(name: str, run: VAERun, mesh: Mesh) -> StagePlan:
     _check_mesh(name, mesh, shapes, rows=run.vae_train.batch)
     flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
     units = run.loop.steps * run.vae_train.batch
-    return StagePlan(name, _size(shapes), run.loop.steps, units, "clips", flops, _optimizer_flops(run, shapes))
+    return StagePlan(name, _size(shapes), run.loop.steps, units, "clips", flops, optimizer_flops(run, shapes))
 
 
 def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, mesh: Mesh) -> StagePlan:
@@ -114,11 +114,12 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
     _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     follows = stage.compute.along == "frontier" and stage.compute.multiplier != 1 and "isoflop" in study.groups
-    besides = _optimizer_flops(run, shapes)
+    besides = optimizer_flops(run, shapes)
     return StagePlan(name, _size(shapes), run.loop.steps, tokens, "tokens", flops, besides, provisional=follows)
 
 
-def _optimizer_flops(run: VAERun | DiTRun, model: nnx.Module) -> float:
+def optimizer_flops(run: VAERun | DiTRun, model: nnx.Module) -> float:
+    """What the optimizer of a run multiplies in all its steps. The model may be of shapes alone."""
     return run.loop.steps * optimizer.flops(run.optimizer, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 

@@ -21,8 +21,8 @@ from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
-from sora_jax.study import baselines, judgement, prompting, report, scaling
-from sora_jax.train import dit, lock, loop, optimizer, progress, vae
+from sora_jax.study import baselines, dry_run, judgement, prompting, report, scaling
+from sora_jax.train import dit, lock, loop, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
@@ -97,6 +97,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
     run = pipeline.load_run(directory)
     steps, packing = run.loop.steps, packing_totals(directory)
     step = compute.dit_step(run.dit, run.pack)
+    model = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
     # The packer counts a window when its first row is drawn: of all rows that it packed, those of the steps were used.
     used = steps * run.pack.rows * run.pack.row_tokens / max(1.0, packing["row_tokens"])
     pairs = {name: packing[name] * used / steps for name in ("pairs", "text_pairs")}
@@ -110,7 +111,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
             "steps": steps,
             "seconds": config.stored_number(meta, "seconds", directory),
             "flops": steps * step.total,
-            "optimizer_flops": steps * optimizer.flops(run.optimizer, _shapes(run)),
+            "optimizer_flops": dry_run.optimizer_flops(run, model),
             "flops_by_part": {part: steps * flops for part, flops in step.by_part().items()},
             "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
             "fill": packing["fill"],
@@ -118,11 +119,6 @@ def run_numbers(directory: Path) -> dict[str, Any]:
         | parameters(directory)
         | {name: value for name, value in last_evaluation(directory).items() if name.startswith("val_loss")}
     )
-
-
-def _shapes(run: DiTRun) -> Any:
-    """Of a DiT's parameters."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0))), nnx.Param))
 
 
 def make_task(run: VAERun | DiTRun, encoded: Path) -> Any:
