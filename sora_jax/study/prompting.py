@@ -236,27 +236,25 @@ class Prompting:
 
     def connect(self) -> Mode:
         """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time."""
-        scenes = self._moving()
+        scenes = self._moving(self.count)
         ends = [(clip[: self.half], clip[self.half :][::-1]) for clip in clips.render_mixed(scenes)]
         return self._connected(scenes, ends)
 
     def connect_others(self) -> Mode:
         """The first half of a clip is led to the second half of another one of that size, of another thing."""
-        scenes = self._moving()
-        sizes = [(scene.height, scene.width) for scene in scenes]
-        ends, led_to = [], []
-        real = clips.render_mixed(scenes)
-        for number, (size, scene) in enumerate(zip(sizes, scenes, strict=True)):
-            others = [*range(number + 1, len(scenes)), *range(number)]
-            to = next(each for each in others if sizes[each] == size and _looks(scenes[each]) != _looks(scene))
-            ends.append((real[number][: self.half], real[to][self.half :]))
-            led_to.append(scenes[to])
-        return self._connected(led_to, ends)
+        # Enough for each to find another, however few are judged.
+        scenes = self._moving(self.count + 100)
+        led_to = []
+        for number, scene in enumerate(scenes[: self.count]):
+            others = (each for each in scenes[number + 1 :] if (each.height, each.width) == (scene.height, scene.width))
+            led_to.append(next(each for each in others if _looks(each) != _looks(scene)))
+        both = clips.render_mixed(scenes[: self.count]), clips.render_mixed(led_to)
+        return self._connected(led_to, [(a[: self.half], b[self.half :]) for a, b in zip(*both, strict=True)])
 
-    def _moving(self) -> list[Scene]:
+    def _moving(self, count: int) -> list[Scene]:
         """Scenes of things that move: one at rest has no usual change to hold that of its bridge against."""
         motions = [motion for motion in self.world.motions if motion != "still"]
-        return of_motions(self.world, motions, self.count, self.window, self.start)
+        return of_motions(self.world, motions, count, self.window, self.start)
 
     def _connected(self, scenes: Sequence[Scene], ends: Sequence[tuple[np.ndarray, np.ndarray]]) -> Mode:
         """Bridges between ends, with the prompts of scenes."""
@@ -378,7 +376,8 @@ class Prompting:
         scenes = dit.heldout_videos(
             dataclasses.replace(self.world, frame_sizes=((side, side),), frame_size_weights=()),
             self.count,
-            frames=self.window,
+            self.start,
+            self.window,
         )
         videos = self._made(scenes, lambda number: {"draft": 2 / 3})
         return {"adherence_all": reader.score([video.frames_THWC for video in videos], scenes)["all"]}, videos
