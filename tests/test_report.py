@@ -290,6 +290,16 @@ def make_ladder(*names, seeds=(3, 4)):
     ]
 
 
+def test_of_many_stages_the_headline_tells_the_longest():
+    seconds = {f"run {number}": 60.0 * number for number in range(1, 10)}
+    page = make_page()
+    told = report.render(dataclasses.replace(page, numbers={"seconds": seconds | {"total": 2700.0}}))
+    card = told[told.index("45:00") :].split("</div>")[0]
+    assert "run 5 05:00 · run 6 06:00 · run 7 07:00 · run 8 08:00 · run 9 09:00 · 4 more" in card
+    few = report.render(dataclasses.replace(page, numbers={"seconds": {"vae": 60.0, "total": 61.0}}))
+    assert "vae 01:00" in few and "more<" not in few
+
+
 def test_a_ladder_shows_every_prompt_on_every_rung():
     runs = {"1x": {"flops": 2e12, "adherence": {"all": 0.25}}, "32x <b>": {"flops": 64e12}}
     page = make_page(rungs=make_ladder(*runs), numbers={"runs": runs})

@@ -29,6 +29,7 @@ SCALES = (6, 5, 4, 3, 2, 1)
 LONGEST_SIDE = 288  # pixels
 MOST_BYTES = 60_000  # of a video or picture: 32 of them make a page of less than 3 MB
 SHARP_SIDE = 192  # pixels; what is smaller would look blurred when the browser enlarges it
+MOST_PARTS = 5  # of the time, in a headline
 DIVIDER = 2  # pixels, even, between an original and its reconstruction
 # Keys of numbers that have a place of their own, beside the tables.
 _ELSEWHERE = ("title", "created", "machine", "versions", "commands", "runs", "scaling")
@@ -686,12 +687,13 @@ def _speed(numbers: Mapping[str, Any]) -> str:
 
 
 def _shares(numbers: Mapping[str, Any]) -> str:
-    """'vae 1:20 · dit 8:03'."""
+    """'vae 1:20 · dit 8:03'; of many parts the longest and how many others there are. The table has all."""
     seconds = numbers.get("seconds")
-    parts = seconds.items() if isinstance(seconds, Mapping) else ()
-    return " · ".join(
-        f"{name} {progress.clock(float(each))}" for name, each in parts if name != "total" and _is_number(each)
-    )
+    every = seconds.items() if isinstance(seconds, Mapping) else ()
+    parts = {str(name): float(each) for name, each in every if name != "total" and _is_number(each)}
+    longest = sorted(parts, key=lambda name: -parts[name])[:MOST_PARTS]
+    told = [f"{name} {progress.clock(each)}" for name, each in parts.items() if name in longest]
+    return " · ".join(told + [f"{len(parts) - len(told)} more"] * (len(parts) > len(told)))
 
 
 def _duration(seconds: int | float) -> str:
