@@ -19,12 +19,14 @@ def test_every_rung_is_held_against_the_law(found):
     law = laws.Law(*(found["law"][name] for name in ("irreducible", "scale", "exponent", "unit")))
     rows = scaling_text.rungs(found)
     assert [row[0] for row in rows] == list(found["rungs"])
-    for (_, _, told, measured, off, kind), rung in zip(rows, found["rungs"].values(), strict=True):
+    for (_, _, measured, told, off, best, best_off, kind), rung in zip(rows, found["rungs"].values(), strict=True):
         assert told.startswith(f"{float(law(rung['flops'])):.3f} [")
         assert float(measured) == pytest.approx(rung["val_loss"], abs=5e-4)
         sign = "\u2212" if law(rung["flops"]) < rung["val_loss"] else "+"
         assert off.startswith(sign) and (kind == "foretold") == (rung["flops"] > 1.05 * found["law"]["fitted_up_to"])
-    assert {row[0]: row[5] for row in rows}["32x"] == "foretold"
+        # The best sizes of this sweep are at its ends, and have no law of their own.
+        assert best == best_off == ""
+    assert {row[0]: row[-1] for row in rows}["32x"] == "foretold"
 
 
 def test_what_is_not_sure_is_said(found):
@@ -34,6 +36,20 @@ def test_what_is_not_sure_is_said(found):
     assert "2.8 % on average and 5.0 % at worst" in backtest
     inside = found | {"optima": [each | {"inside": True} for each in found["optima"]]}
     assert "may lie beyond" not in scaling_text.sentences(inside)[1]
+
+
+def test_the_law_of_the_best_is_told_beside_the_other(found):
+    best = found["law"] | {"irreducible": 0.05, "budgets": 4}
+    rung = found["rungs"]["32x"]
+    told = found | {
+        "law_of_optima": best,
+        "rungs": {"32x": rung | {"of_optima": {"law": 0.3, "low": 0.28, "high": 0.33, "off_by": -0.04}}},
+        "backtest": found["backtest"] | {"of_optima_off_by": -0.019},
+    }
+    assert scaling_text.rungs(told)[0][5:7] == ("0.300 [0.280, 0.330]", "\u22124.0 %")
+    words = scaling_text.sentences(told)
+    assert "best of each of 4 budgets" in words[1] and "loss(C) = 0.050 +" in words[1]
+    assert "its best with one of 1.9 %" in words[3]
 
 
 def runs_of(losses):

@@ -2,7 +2,7 @@
 
 After Hoffmann et al. (arXiv:2203.15556): their approach 3 fits loss(N, D) to all runs of all budgets together, and with what a
 step costs the best size of every budget and the law loss(C) = E + A C^-a follow from it (their section 3.3 and equation 4). Their
-approach 2 finds the best size of every budget by itself. numpy and scipy alone.
+approach 2 finds the best size of every budget by itself, and a law goes through the losses of these. numpy and scipy alone.
 """
 
 from __future__ import annotations
@@ -148,6 +148,34 @@ def fit_surface(runs: Runs) -> Surface:
     return _surface(min(fits, key=lambda fit: fit.cost).x, units, power(N, C / D))
 
 
+def fit_law(flops: Numbers, losses: Numbers) -> Law:
+    """The law through the best losses of budgets, with the smallest squares of relative residuals and nothing negative.
+
+    Raises ValueError for fewer than three budgets, as a law has three constants, or for numbers that are not positive.
+    """
+    C, loss = np.asarray(flops, float), np.asarray(losses, float)
+    if len(C) < 3 or _different(C) < 3:
+        raise ValueError(f"{len(C)} budgets do not fix a law of 3 constants; give 3 or more")
+    if not all(np.all(values > 0) and np.all(np.isfinite(values)) for values in (C, loss)):
+        raise ValueError("FLOPs and losses must be positive and finite")
+    unit = float(np.exp(np.mean(np.log(C))))
+
+    def constants(exponent: float) -> tuple[np.ndarray, float]:
+        """(irreducible, scale) of the law with this exponent, which is linear in them, and how far it misses."""
+        return optimize.nnls(np.stack([1 / loss, (C / unit) ** -exponent / loss], axis=1), np.ones(len(C)))
+
+    tried = np.geomspace(*EXPONENTS, 24)
+    best = int(np.argmin([constants(exponent)[1] for exponent in tried]))
+    near = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
+    exponent = float(
+        optimize.minimize_scalar(
+            lambda a: constants(a)[1] ** 2, bounds=near, options={"xatol": 1e-6}, method="bounded"
+        ).x
+    )
+    irreducible, scale = map(float, constants(exponent)[0])
+    return Law(irreducible, scale, exponent, unit)
+
+
 def _surface(constants: np.ndarray, units: Sequence[float], cost: Power) -> Surface:
     irreducible, log_A, a, log_B, b = map(float, constants)
     size, data = (
@@ -161,6 +189,12 @@ def _log_loss(constants: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     """A surface's logarithm, from logarithms of parameters and steps in their units."""
     irreducible, log_A, a, log_B, b = constants
     return np.log(np.maximum(irreducible + np.exp(log_A - a * x) + np.exp(log_B - b * y), 1e-12))
+
+
+def deviation(surface: Surface, runs: Runs) -> float:
+    """Standard deviation of the logarithms of runs' losses around the surface that was fitted to them."""
+    residuals = np.log(np.asarray(runs.losses, float) / surface.after(runs.parameters, runs.steps))
+    return float(np.sqrt(np.sum(residuals**2) / (len(residuals) - CONSTANTS)))
 
 
 def band(surface: Surface, runs: Runs, at: Numbers, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +213,7 @@ def band(surface: Surface, runs: Runs, at: Numbers, level: float = 0.9) -> tuple
             -surface.data.exponent,
         ]
     )
-    N, D, _, loss = (np.asarray(values, float) for values in runs)
+    N, D = np.asarray(runs.parameters, float), np.asarray(runs.steps, float)
     wanted = np.asarray(at, float)
 
     def slopes(of: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
@@ -188,10 +222,8 @@ def band(surface: Surface, runs: Runs, at: Numbers, level: float = 0.9) -> tuple
 
     J = slopes(lambda values: _log_loss(values, np.log(N / units[0]), np.log(D / units[1])), len(N))
     g = slopes(lambda values: np.log(_surface(values, units, surface.cost).law(wanted)), len(wanted))
-    residuals = np.log(loss / surface.after(N, D))
-    free = len(N) - CONSTANTS
-    covariance = np.linalg.pinv(J.T @ J) * np.sum(residuals**2) / free
-    width = stats.t.ppf((1 + level) / 2, free) * np.sqrt(np.einsum("na,ab,nb->n", g, covariance, g))
+    covariance = np.linalg.pinv(J.T @ J) * deviation(surface, runs) ** 2
+    width = stats.t.ppf((1 + level) / 2, len(N) - CONSTANTS) * np.sqrt(np.einsum("na,ab,nb->n", g, covariance, g))
     law = surface.law
     return law(wanted) * np.exp(-width), law(wanted) * np.exp(width)
 

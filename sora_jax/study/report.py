@@ -318,7 +318,7 @@ def _scaling(numbers: Mapping[str, Any]) -> str:
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
         for name, *cells in scaling_text.rungs(found)
     )
-    titles = ("", "FLOP", "law", "measured", "law is off by", "")
+    titles = ("", "FLOP", "measured", "law", "is off by", "law of the best", "is off by", "")
     head = "".join(f"<th>{title}</th>" for title in titles)
     table = (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>' if rows else ""

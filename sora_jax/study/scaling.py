@@ -16,7 +16,8 @@ from sora_jax.study import laws
 
 # Runs whose costs differ by less than this ratio have one budget.
 SAME_BUDGET = 1.05
-LEVEL = 0.9  # of the band
+LEVEL = 0.9  # of the bands
+DRAWS = 200  # of a sweep's losses, for the band of the law of its optima
 
 
 def budgets(runs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -73,7 +74,7 @@ def _columns(runs: Mapping[str, Mapping[str, Any]]) -> laws.Runs:
 
 
 def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
-    """Numbers of the report: optima, frontier, law with its band, the law's loss beside that of every rung, and a backtest.
+    """Numbers of the report: optima, frontier, laws with their bands, their losses beside that of every rung, and a backtest.
 
     runs maps a stage to its flops, steps, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says
     of a rung that cost more is foretold. Parts that the runs do not fix are left out.
@@ -105,18 +106,63 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
         }
         for number, name in enumerate(ladder)
     }
+    if of_best := law_of_optima(swept, at, laws.deviation(found, columns)):
+        law, low, high = of_best
+        numbers["law_of_optima"] = dataclasses.asdict(law) | {
+            "fitted_up_to": up_to,
+            "budgets": len(best),
+            "band": LEVEL,
+        }
+        for number, rung in enumerate(numbers["rungs"].values()):
+            told = float(law(rung["flops"]))
+            rung["of_optima"] = {
+                "law": told,
+                "low": float(low[number]),
+                "high": float(high[number]),
+                "off_by": told / rung["val_loss"] - 1,
+            }
     numbers |= backtest(runs, ladder, isoflop)
     return numbers
+
+
+def law_of_optima(
+    swept: Mapping[str, Mapping[str, Any]], at: Sequence[float], deviation: float
+) -> tuple[laws.Law, np.ndarray, np.ndarray] | None:
+    """The law through the best of every budget, and where it lies at some FLOPs in LEVEL of sweeps whose losses differ at random.
+
+    Of a deviation of their logarithms. None if the budgets are fewer than three, or if the best of one is the smallest or the
+    largest that was run: the best of all may lie beyond.
+    """
+    best = optima(swept)
+    if len(best) < 3 or not all(each.inside for each in best):
+        return None
+
+    def fit(found: Sequence[laws.Optimum]) -> laws.Law:
+        return laws.fit_law([each.flops for each in found], [each.loss for each in found])
+
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(DRAWS):
+        noise = np.exp(rng.normal(0, deviation, len(swept)))
+        other = {
+            name: {**run, "val_loss": run["val_loss"] * by}
+            for (name, run), by in zip(swept.items(), noise, strict=True)
+        }
+        drawn.append(fit(optima(other))(at))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return fit(best), low, high
 
 
 def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
     """How well the sweep without its largest budget foretells all runs of that budget: what a law of these runs is worth.
 
-    Nothing if the smaller budgets alone fix no law.
+    And the best of that budget by the law of the optima, where there is one. Nothing if the smaller budgets alone fix no law.
     """
-    *smaller, largest = budgets({name: runs[name] for name in isoflop})
+    swept = {name: runs[name] for name in isoflop}
+    *smaller, largest = budgets(swept)
+    fewer = {name: runs[name] for names in smaller for name in names}
     try:
-        found = laws.fit_surface(_columns({name: runs[name] for names in smaller for name in names}))
+        found = laws.fit_surface(_columns(fewer))
     except ValueError:
         return {}
     cost = runs[largest[0]]["flops"]
@@ -124,7 +170,12 @@ def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isofl
     N, D, _, losses = _columns({name: runs[name] for name in foretold})
     off = found.after(N, D) / np.asarray(losses) - 1
     mean = float(np.abs(off).mean())
-    return {"backtest": {"off_by": dict(zip(foretold, off.tolist(), strict=True)), "mean_absolute": mean}}
+    numbers: dict[str, Any] = {"off_by": dict(zip(foretold, off.tolist(), strict=True)), "mean_absolute": mean}
+    *lower, last = optima(swept)
+    if len(lower) >= 3 and last.inside and all(each.inside for each in lower):
+        law = laws.fit_law([each.flops for each in lower], [each.loss for each in lower])
+        numbers["of_optima_off_by"] = float(law(last.flops)) / last.loss - 1
+    return {"backtest": numbers}
 
 
 def repeats(study: StudyRun) -> dict[str, list[str]]:

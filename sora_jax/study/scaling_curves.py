@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,11 +66,13 @@ def _family(lines: Mapping[str, Sequence[Point]], x_name: str, best: Sequence[Po
 def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> curves.Plot:
     def plot(axes: Any, colours: curves.Colours) -> None:
         axes.set_xscale("log")
-        constants = {name: found["law"][name] for name in ("irreducible", "scale", "exponent", "unit")}
-        law, fitted_up_to = laws.Law(**constants), found["law"]["fitted_up_to"]
+        fitted_up_to = found["law"]["fitted_up_to"]
         costs = [run["flops"] for run in runs.values()]
         line = np.geomspace(min(costs), max(costs), POINTS)
-        axes.plot(line, law(line), color=colours.line, linewidth=1.4, label="law")
+        for key, label, style in (("law", "law of all", "-"), ("law_of_optima", "law of the best", "--")):
+            if key in found:
+                law = laws.Law(*(found[key][field.name] for field in dataclasses.fields(laws.Law)))
+                axes.plot(line, law(line), style, color=colours.line, linewidth=1.4, label=label)
         axes.plot(
             costs,
             [run["val_loss"] for run in runs.values()],

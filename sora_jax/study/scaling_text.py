@@ -10,34 +10,54 @@ from sora_jax.train.progress import si
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """One for each finding (scaling.findings) that there is, with what it leaves unsure."""
-    said = (_law, _frontier, _backtest, _rates, _models)
+    said = (_law, _law_of_optima, _frontier, _backtest, _rates, _models)
     return [words for each in said if (words := each(found))]
 
 
 def rungs(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of every rung: name, FLOPs, what the law says with its band, what was measured, by how much the law is off, and whether it
-    was foretold."""
+    """Of every rung: name, FLOPs, what was measured, what the law says with its band, by how much it is off, the same of the law of
+    the best of every budget (empty without one), and whether it was foretold."""
     return [
         (
             name,
             f"{si(rung['flops'])}FLOP",
-            f"{rung['law']:.3f} [{rung['low']:.3f}, {rung['high']:.3f}]",
             f"{rung['val_loss']:.3f}",
-            f"{100 * rung['off_by']:+.1f} %".replace("-", "\u2212"),
+            *_told(rung),
+            *_told(rung.get("of_optima")),
             "foretold" if rung["foretold"] else "within the sweep",
         )
         for name, rung in found.get("rungs", {}).items()
     ]
 
 
+def _told(by: Mapping[str, Any] | None) -> tuple[str, str]:
+    if not by:
+        return "", ""
+    off = f"{100 * by['off_by']:+.1f} %".replace("-", "\u2212")
+    return f"{by['law']:.3f} [{by['low']:.3f}, {by['high']:.3f}]", off
+
+
 def _law(found: Mapping[str, Any]) -> str:
     if not (law := found.get("law")):
         return ""
     return (
-        f"loss(C) = {law['irreducible']:.3f} + {law['scale']:.3f} (C / {si(law['unit'])}FLOP)^-{law['exponent']:.3f}, fitted to "
-        f"{law['runs']} runs of up to {si(law['fitted_up_to'])}FLOP; in brackets is where the law itself is with {law['band']:.0%} "
-        "confidence, of which single runs differ more."
+        f"{_formula(law)}, fitted to {law['runs']} runs of up to {si(law['fitted_up_to'])}FLOP; in brackets is where the law "
+        f"itself is with {law['band']:.0%} confidence, of which single runs differ more."
     )
+
+
+def _law_of_optima(found: Mapping[str, Any]) -> str:
+    if not (law := found.get("law_of_optima")):
+        return ""
+    return (
+        f"Through the best of each of {law['budgets']} budgets alone (approach 2 of arXiv:2203.15556, where the other is its "
+        f"approach 3) {_formula(law)}; in brackets is where {law['band']:.0%} of such laws are if losses differ at random as "
+        "they do from the first law."
+    )
+
+
+def _formula(law: Mapping[str, Any]) -> str:
+    return f"loss(C) = {law['irreducible']:.3f} + {law['scale']:.3f} (C / {si(law['unit'])}FLOP)^-{law['exponent']:.3f}"
 
 
 def _frontier(found: Mapping[str, Any]) -> str:
@@ -59,9 +79,11 @@ def _backtest(found: Mapping[str, Any]) -> str:
     if not (test := found.get("backtest")):
         return ""
     worst = max(abs(each) for each in test["off_by"].values())
+    optima = test.get("of_optima_off_by")
+    told = "" if optima is None else f", and its best with one of {100 * abs(optima):.1f} % by the law of the best"
     return (
         f"Fitted without its largest budget, the sweep foretells that budget's {len(test['off_by'])} runs with an error of "
-        f"{100 * test['mean_absolute']:.1f} % on average and {100 * worst:.1f} % at worst."
+        f"{100 * test['mean_absolute']:.1f} % on average and {100 * worst:.1f} % at worst{told}."
     )
 
 
