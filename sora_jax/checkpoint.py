@@ -1,19 +1,19 @@
-"""Checkpoints: save, restore on any mesh, verify, describe. The only module that imports orbax.
+"""Checkpoints: save, restore on any mesh, verify, compare. The only module that imports orbax.
 
 A directory of checkpoints holds one directory a step. A step holds *items* ("params", "ema", "opt_state", ...), each a
 tree of arrays that can be read alone, and *meta*, whatever JSON the caller needs to go on (config, FLOPs spent, loader
 position).
 
 Orbax neither notices damaged array data nor falls back to an older step, and casts dtypes without a word (measured: 22
-of 22 flipped bits loaded). So every save also stores a *record*: dtype, shape and fingerprint of every array, and a
-digest of the record itself. Every restore holds the request against the record before it reads, and the arrays against
-it after.
+of 22 flipped bits loaded). So every save also stores a *record*: dtype, shape and fingerprint (fingerprints.py) of every
+array, and a digest of the record itself. Every restore holds the request against the record before it reads, and the
+arrays against it after.
 
-What is on disk is held against a *seal*, SHA256SUMS: the digest of every file of the step, written last, when all processes
-have written theirs. A byte that changed anywhere is found before anything is parsed, and so is a file that is missing or was
-not there. The fingerprints are of what was in memory and the same on every mesh; the seal is of these very files. A step
-that has none by its record (an older one, or one in an object store, which checks its own objects) is held against its
-fingerprints alone.
+What is on disk is held against a *seal* (seal.py), SHA256SUMS: the digest of every file of the step, written last, when
+all processes have written theirs. A byte that changed anywhere is found before anything is parsed, and so is a file that
+is missing or was not there. The fingerprints are of what was in memory and the same on every mesh; the seal is of these
+very files. A step that has none by its record (an older one, or one in an object store, which checks its own objects) is
+held against its fingerprints alone.
 
 Items are stored as nested dicts, whatever containers they have in memory: names, not classes, are the format, so that
 optax states, empty states and None come back exactly as `like` has them.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -32,9 +31,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -44,7 +41,7 @@ import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sora_jax import disk, processes
+from sora_jax import disk, fingerprints, processes, seal
 
 PyTree = Any
 Flat = dict[str, Any]  # "blocks/0/kernel" -> array
@@ -55,11 +52,8 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the JSON file where orbax keeps cust
 _ORBAX_SHARDING = "_sharding"  # the JSON file where orbax keeps how the arrays of one item lay over devices
 _ORBAX_TREE = "_METADATA"  # the JSON file where orbax keeps the tree of one item
 _ORBAX_TEMPORARY = "*.orbax-checkpoint-tmp*"
-_SEAL = "SHA256SUMS"  # in the format of coreutils: `sha256sum --check SHA256SUMS` in a step does what verify does first
 _SEALED = "sealed"  # in a record: that a seal is part of the step
 _PART = ".part"  # follows the number of a step that is not whole, as it is being written or deleted
-_FAILED = "cannot be read: "
-_READERS = 8  # threads that digest files
 # Statuses of TensorStore and XLA that say nothing about the files.
 _NOT_THE_FILES = (
     "RESOURCE_EXHAUSTED",
@@ -182,14 +176,14 @@ def save(
     if step in steps(root):
         raise ValueError(f"{root} already holds step {step}; ask latest_step() first, or save to another directory")
     flat = {name: _flatten(name, tree) for name, tree in items.items()}
-    stored = {name: _nest(_storable(arrays)) for name, arrays in flat.items() if _storable(arrays)}
+    stored = {name: nest(_storable(arrays)) for name, arrays in flat.items() if _storable(arrays)}
     if not stored:
         raise ValueError(f"none of the items {sorted(items)} holds a value; there is nothing to save")
     record: dict[str, Any] = {
         "meta": _as_json(meta),
         "items": {name: _describe_arrays(arrays) for name, arrays in flat.items()},
     }
-    if sealed := _can_be_sealed(root):
+    if sealed := seal.possible(root):
         record[_SEALED] = True
     place = root / f"{step}{_PART}" if sealed else root / str(step)
     try:
@@ -197,8 +191,8 @@ def save(
         # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
         ocp.save_checkpointables(place, stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
         wrong = _wrong(place, record, {name: _abstracts(arrays) for name, arrays in flat.items()})
-        if not (damaged := _on_any_process(bool(wrong))) and sealed:
-            _seal(place, root / str(step))
+        if not (damaged := processes.on_any(bool(wrong))) and sealed:
+            seal.write(place, root / str(step))
     except Exception as error:
         if not _is_the_disk(error):
             raise
@@ -299,7 +293,7 @@ def _storable(arrays: Flat) -> Flat:
     return {path: leaf for path, leaf in arrays.items() if 0 not in leaf.shape}
 
 
-def _nest(flat: Flat) -> dict[str, Any]:
+def nest(flat: Flat) -> dict[str, Any]:
     """{"a/b": x} -> {"a": {"b": x}}. A tree that is one bare array becomes {"": x}."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -315,10 +309,10 @@ def _nest(flat: Flat) -> dict[str, Any]:
     return tree
 
 
-def _flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Flat:
+def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Flat:
     flat: Flat = {}
     for name, node in tree.items():
-        flat |= _flatten_dict(node, f"{prefix}{name}/") if isinstance(node, Mapping) else {prefix + name: node}
+        flat |= flatten_dict(node, f"{prefix}{name}/") if isinstance(node, Mapping) else {prefix + name: node}
     return flat
 
 
@@ -330,68 +324,12 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_arrays(arrays: Flat) -> dict[str, list[Any]]:
-    prints = fingerprints(arrays)
+    prints = fingerprints.of(arrays)
     return {path: [str(leaf.dtype), list(leaf.shape), *prints[path]] for path, leaf in arrays.items()}
 
 
 def _digest(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-# --- Fingerprints ---
-
-
-def fingerprints(arrays: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Two 32-bit numbers of every array: the sum of its words, and the sum weighted by position, modulo 2^32.
-
-    They depend on the bits alone, not on mesh or sharding. One flipped bit always changes the first; the second sees
-    values that moved. Arrays in host memory are summed where they are; others by a jitted function, so that each device
-    reads its own shard.
-    """
-    found = {path: _words_host(leaf) for path, leaf in arrays.items() if _on_host(leaf)}
-    # One program for all: many small ones at once, each of which waits for all devices, can starve each other of threads.
-    elsewhere = _fingerprints({path: leaf for path, leaf in arrays.items() if path not in found})
-    found |= {path: (int(one), int(other)) for path, (one, other) in jax.device_get(elsewhere).items()}
-    return {path: found[path] for path in arrays}
-
-
-def _on_host(leaf: Any) -> bool:
-    # On the CPU numpy reads a jax array in place, and needs no compilation, which costs 0.1 s for every shape.
-    if isinstance(leaf, np.ndarray):
-        return True
-    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
-
-
-def _words_host(leaf: Any) -> tuple[int, int]:
-    values = np.ascontiguousarray(leaf).reshape(-1)
-    words = values.view(np.uint32 if values.itemsize >= 4 else f"u{values.itemsize}")
-    total, weighted = 0, 0
-    block = 1 << 16  # fits the cache
-    positions = np.arange(min(block, words.size), dtype=np.uint32)
-    for start in range(0, words.size, block):
-        part = words[start : start + block].astype(np.uint32, copy=False)
-        part_total = int(part.sum(dtype=np.uint32))
-        total += part_total
-        weighted += start * part_total + int(np.dot(part, positions[: part.size]))
-    return total % 2**32, weighted % 2**32
-
-
-@jax.jit
-def _fingerprints(arrays: Flat) -> dict[str, tuple[jax.Array, jax.Array]]:
-    return {path: _fingerprint(leaf) for path, leaf in arrays.items()}
-
-
-def _fingerprint(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-    # 8 bytes become two words on a new last axis, low word first, as numpy views them.
-    width = min(bits.dtype.itemsize, 4)
-    words = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"u{width}")).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * position, dtype=jnp.uint32)
 
 
 # --- Restore ---
@@ -436,7 +374,7 @@ def restore_nested(directory: str | os.PathLike[str], item: str, step: int | Non
         record = _read_record(step_directory)
         _check_items(step_directory, record, [item])
         _check_seal(step_directory, record, [item])
-        return _nest(_read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item])
+        return nest(_read_arrays(step_directory, record, {item: _numpy_likes(record["items"][item])})[item])
 
     return _newest_good(_root(directory), step, read)
 
@@ -507,20 +445,12 @@ def _newest_good(root: epath.Path, step: int | None, read: Callable[[epath.Path]
             result = read(root / str(candidate))
         except CorruptCheckpointError as caught:
             error = caught
-        if not _on_any_process(error is not None):
+        if not processes.on_any(error is not None):
             _set_aside(root, damaged, candidate)
             return result
         damaged[candidate] = error or CorruptCheckpointError("another process found it damaged")
     reasons = "\n".join(f"  step {number}: {error}" for number, error in damaged.items())
     raise CorruptCheckpointError(f"no good checkpoint in {root}:\n{reasons}") from next(iter(damaged.values()))
-
-
-def _on_any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def _set_aside(root: epath.Path, damaged: Mapping[int, CorruptCheckpointError], good: int) -> None:
@@ -672,21 +602,21 @@ def _item_problems(item: str, held: Mapping[str, Sequence[Any]], wanted: Flat) -
 
 def _read_arrays(step_directory: epath.Path, record: Mapping[str, Any], wanted: Mapping[str, Flat]) -> dict[str, Flat]:
     """The wanted arrays by item and path, in the order of `wanted`. Raises CorruptCheckpointError."""
-    request = {name: _nest(_storable(arrays)) for name, arrays in wanted.items() if _storable(arrays)}
+    request = {name: nest(_storable(arrays)) for name, arrays in wanted.items() if _storable(arrays)}
     _check_memory(step_directory, wanted)
     for name, tree in request.items():
-        _check_stored(step_directory / name, record["items"][name], _flatten_dict(tree))
+        _check_stored(step_directory / name, record["items"][name], flatten_dict(tree))
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with _damage_told(step_directory), context:
         loaded = ocp.load_checkpointables(step_directory, request) if request else {}
-    arrays = {name: _flatten_dict(loaded.get(name, {})) for name in wanted}
+    arrays = {name: flatten_dict(loaded.get(name, {})) for name in wanted}
     arrays = {
         name: {path: arrays[name][path] if 0 not in leaf.shape else _zeros(leaf) for path, leaf in flat.items()}
         for name, flat in wanted.items()
     }
     for name, flat in arrays.items():
-        for path, found in fingerprints(flat).items():
+        for path, found in fingerprints.of(flat).items():
             if tuple(record["items"][name][path][2:]) != found:
                 raise CorruptCheckpointError(f"{step_directory}: {name}/{path} is not what was saved (fingerprint)")
     return arrays
@@ -715,9 +645,17 @@ def _check_memory(step_directory: epath.Path, wanted: Mapping[str, Flat]) -> Non
     memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
     if claimed > memory:
         raise disk.FileError(
-            f"{step_directory} claims arrays of {_megabytes(claimed)}, and this machine has {_megabytes(memory)} of memory; "
+            f"{step_directory} claims arrays of {megabytes(claimed)}, and this machine has {megabytes(memory)} of memory; "
             "use one with more, or more devices"
         )
+
+
+def megabytes(num_bytes: int) -> str:
+    """A number of bytes for people: 12.3 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"
 
 
 def _host_bytes(leaf: Any) -> int:
@@ -812,42 +750,6 @@ def _not_read(step_directory: epath.Path, why: str) -> ReadError:
     )
 
 
-# --- Seal ---
-
-
-def _can_be_sealed(root: epath.Path) -> bool:
-    """In an object store nothing is renamed at once, and others would see a step that has no seal yet."""
-    return "://" not in os.fspath(root)
-
-
-def _seal(place: epath.Path, final: epath.Path) -> None:
-    """Writes the seal of a step whose files are all there, and gives the step its name. All processes call it."""
-    # Of the first process's list, as in _broken.
-    names = processes.joined({"all": _files(place)} if processes.is_first() else {})["all"]
-    digests = _digests(place, names, to_disk=True)
-    failed = None
-    if processes.is_first():
-        body = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-        try:
-            with open(place / _SEAL, "w") as file:
-                file.write(_seal_head(body) + body)
-                file.flush()
-                _to_disk(file.fileno())
-            place.rename(final)
-            # What a directory lists is on the disk, too, before older steps go.
-            for directory in (final.parent, *(path for path, _, _ in os.walk(final))):
-                _sync_directory(directory)
-        except OSError as error:
-            failed = error
-    if _on_any_process(failed is not None):
-        raise failed or OSError(f"the first process could not seal {place}")
-
-
-def _seal_head(body: str) -> str:
-    """The first line, a comment to coreutils."""
-    return f"# sha256 of the lines below: {hashlib.sha256(body.encode()).hexdigest()}\n"
-
-
 def _check_seal(step_directory: epath.Path, record: Mapping[str, Any], items: Iterable[str]) -> None:
     if broken := _broken(step_directory, record, items):
         more = f" and {len(broken) - 1} more" if broken[1:] else ""
@@ -855,103 +757,13 @@ def _check_seal(step_directory: epath.Path, record: Mapping[str, Any], items: It
 
 
 def _broken(step_directory: epath.Path, record: Mapping[str, Any], items: Iterable[str]) -> list[str]:
-    """What is not as the seal says, of all files but those of other items. Several processes share the reading.
-
-    Raises ReadError if a file cannot be read, which says nothing about what is in it.
-    """
+    """What is not as the seal says, of all files but those of other items. Raises ReadError if a file cannot be read."""
     if not record.get(_SEALED):
         return []
-    # What the first process finds there counts for all: they must read the same files, and a shared disk may tell each its own.
-    told = _listed(step_directory, record["items"].keys() - set(items)) if processes.is_first() else {}
-    told = processes.joined(told)
-    found = _digests(step_directory, list(told["sealed"]))
-    return told["wrong"] + [
-        f"the file {name} is not what was saved" for name in sorted(found) if found[name] != told["sealed"][name]
-    ]
-
-
-def _listed(step_directory: epath.Path, others: Collection[str]) -> dict[str, Any]:
-    """The digests that the seal has of files that are there, and in words what is missing or not of the step."""
-
-    def asked(name: str) -> bool:
-        return name != _SEAL and name.split("/")[0] not in others
-
     try:
-        seal = disk.read_bytes(step_directory / _SEAL, _MAX_METADATA_BYTES, _REMEDY)
-        head, _, body = seal.decode().partition("\n")
-    except FileNotFoundError:
-        return {"sealed": {}, "wrong": [f"the file {_SEAL} is missing"]}
-    except (disk.FileError, UnicodeDecodeError):
-        head, body = "", ""
+        return seal.broken(step_directory, record["items"].keys() - set(items))
     except OSError as error:
-        raise _not_read(step_directory, repr(error)) from error
-    if f"{head}\n" != _seal_head(body):
-        return {"sealed": {}, "wrong": [f"the file {_SEAL} is not what was saved"]}
-    lines = (line.partition("  ") for line in body.splitlines())
-    sealed = {name: digest for digest, _, name in lines if asked(name)}
-    present = [name for name in _files(step_directory) if asked(name)]
-    return {
-        "sealed": {name: sealed[name] for name in present if name in sealed},
-        "wrong": [
-            *(f"the file {name} is missing" for name in sorted(sealed.keys() - set(present))),
-            *(f"the file {name} is not of this step; remove it" for name in sorted(set(present) - sealed.keys())),
-        ],
-    }
-
-
-def _files(directory: epath.Path) -> list[str]:
-    """All files below a directory by their paths in it, the largest first. Links to directories are files here: they lead out
-    of it."""
-    sizes = {}
-    for parent, below, names in os.walk(directory):
-        for name in (*names, *(each for each in below if os.path.islink(os.path.join(parent, each)))):
-            path = os.path.join(parent, name)
-            sizes[os.path.relpath(path, directory).replace(os.sep, "/")] = os.lstat(path).st_size
-    return sorted(sizes, key=lambda name: (-sizes[name], name))
-
-
-def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = False) -> dict[str, str]:
-    """The sha256 of files, of which each process reads its part; "" of one that is gone, a link or no regular file.
-
-    to_disk: what the system has not written yet is written first.
-    """
-
-    def digest(name: str) -> str:
-        if os.path.islink(directory / name):
-            return ""
-        try:
-            with disk.open_file(Path(directory / name), disk.ANY_SIZE) as file:
-                if to_disk:
-                    _to_disk(file.fileno())
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, disk.FileError):
-            return ""
-        except OSError as error:  # told to all, as all wait for each other
-            return f"{_FAILED}{error!r}"
-
-    own = names[jax.process_index() :: jax.process_count()]
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = processes.joined(dict(zip(own, pool.map(digest, own), strict=True)))
-    if failed := next((value for value in found.values() if value.startswith(_FAILED)), None):
-        why = failed.removeprefix(_FAILED)
-        raise (OSError(f"{directory}: {why}") if to_disk else _not_read(directory, why))
-    return found
-
-
-def _to_disk(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that has no such thing
-            raise
-
-
-def _sync_directory(path: str | os.PathLike[str]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _to_disk(descriptor)
-    finally:
-        os.close(descriptor)
+        raise _not_read(step_directory, str(error)) from error
 
 
 # --- Look ---
@@ -1069,7 +881,7 @@ def _nothing_there(root: epath.Path, step: int | None, available: Sequence[int])
 
 def _items_and_meta(step_directory: epath.Path) -> tuple[dict[str, tuple[ArrayInfo, ...]], dict[str, Any]]:
     # What has neither orbax's record nor our seal was never ours.
-    plain = not any((step_directory / name).exists() for name in (_ORBAX_METADATA, _SEAL))
+    plain = not any((step_directory / name).exists() for name in (_ORBAX_METADATA, seal.FILE))
     try:
         record = None if plain else _read_record(step_directory)
     except CorruptCheckpointError:
@@ -1247,125 +1059,3 @@ def _plain_arrays_of(step_directory: epath.Path, item: str) -> Flat:
             tree = ocp.load_checkpointables(step_directory, {item: jax.tree.map(on_host, metadata)})[item]
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
-
-
-# --- Show ---
-
-
-def format_description(description: Description, depth: int | None = 2) -> str:
-    """A page of text: what it is, a table of the arrays, and meta.
-
-    depth is how many levels below an item get rows of their own; deeper modules are summed. None shows every array.
-    Raises ValueError for a negative depth.
-    """
-    if depth is not None and depth < 0:
-        raise ValueError(f"depth is {depth}; it must be 0 or more")
-    others = f" (the directory holds {', '.join(map(str, description.steps))})" if len(description.steps) > 1 else ""
-    head = [
-        f"checkpoint  {description.path}",
-        f"step        {'-' if description.step is None else description.step}{others}",
-        f"on disk     {_megabytes(description.bytes_on_disk)}",
-    ]
-    rows: list[tuple[str, ...]] = [("item", "shape", "dtype", "values", "size", "sharding")]
-    for name, infos in description.items.items():
-        rows += _rows(name, _nest({info.path: info for info in infos}), 0, depth)
-    rows.append(("total", "", "", f"{description.num_parameters():,}", _megabytes(description.num_bytes()), ""))
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
-    meta = _outline(description.meta, 0) if description.meta else ["(none)"]
-    return "\n".join([*head, "", *_aligned(rows), "", "meta", *(f"  {line}" for line in meta)])
-
-
-def format_changes(found: Sequence[Change], depth: int | None = 2) -> str:
-    """A table of changed arrays, those of a module deeper than depth summed. None shows every array."""
-    if not found:
-        return "no array differs"
-    groups: dict[str, list[Change]] = {}
-    for change in found:
-        parts = (change.item, *change.path.split("/"))
-        groups.setdefault("/".join(parts if depth is None else parts[: depth + 1]), []).append(change)
-    rows: list[tuple[str, ...]] = [("changed", "arrays", "relative change", "")]
-    for name in groups:
-        members = groups[name]
-        norms = [change.norms for change in members if change.norms is not None]
-        moved, was = (
-            (sum(value**2 for value in column) ** 0.5 for column in zip(*norms, strict=True)) if norms else (0, 0)
-        )
-        words = {_told(change) for change in members if change.norms is None}
-        told = "; ".join(sorted(words)[:2]) + (f"; and {len(words) - 2} more" if len(words) > 2 else "")
-        rows.append((name, str(len(members)), f"{moved / was:.2e}" if was else "" if not norms else "from 0", told))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _told(change: Change) -> str:
-    if change.before is None or change.after is None:
-        return "only in the second" if change.before is None else "only in the first"
-    return f"{list(change.before.shape)} became {list(change.after.shape)}"
-
-
-def _rows(name: str, node: Any, level: int, depth: int | None) -> Iterator[tuple[str, ...]]:
-    infos = [node] if isinstance(node, ArrayInfo) else list(_flatten_dict(node).values())
-    folded = depth is not None and level >= depth
-    if isinstance(node, ArrayInfo):
-        shape = " x ".join(map(str, node.shape)) or "scalar"
-    else:
-        shape = (f"{len(infos)} array" + "s" * (len(infos) != 1)) if folded or not infos else ""
-    dtypes = sorted({info.dtype for info in infos}) if shape else []
-    values, size = sum(info.num_values for info in infos), sum(info.num_bytes for info in infos)
-    laid = {info.sharding for info in infos} if shape else set()
-    sharding = laid.pop() if len(laid) == 1 else "several" * bool(laid)
-    yield "  " * level + (name or "(array)"), shape, ", ".join(dtypes), f"{values:,}", _megabytes(size), sharding
-    if isinstance(node, dict) and not folded:
-        for child in sorted(node, key=_natural):
-            yield from _rows(child, node[child], level + 1, depth)
-
-
-def _natural(name: str) -> tuple[bool, int, str]:
-    """Block 10 comes after block 9."""
-    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = {"values", "size"}
-    sides = [">" if title in numeric else "<" for title in rows[0]]
-    lines = [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-
-
-def _megabytes(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes} B"
-
-
-def _outline(value: Any, level: int) -> list[str]:
-    """A JSON value as indented lines."""
-    pad = "  " * level
-    if isinstance(value, Mapping) and value:
-        return [line for key, child in value.items() for line in _outline_entry(f"{pad}{_scalar(key)}:", child, level)]
-    if isinstance(value, list) and any(isinstance(child, Mapping | list) for child in value):
-        return [line for child in value for line in _outline_entry(f"{pad}-", child, level)]
-    return [pad + _scalar(value)]
-
-
-def _outline_entry(label: str, child: Any, level: int) -> list[str]:
-    lines = _outline(child, level + 1)
-    nested = bool(child) and (
-        isinstance(child, Mapping) or (isinstance(child, list) and any(isinstance(x, Mapping | list) for x in child))
-    )
-    return [label, *lines] if nested else [f"{label} {lines[0].strip()}"]
-
-
-def _scalar(value: Any) -> str:
-    # What is not printable could steer a terminal.
-    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"

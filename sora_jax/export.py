@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_jax import checkpoint, config, disk
+from sora_jax import checkpoint, config, disk, fingerprints
 
 WEIGHTS = "model.safetensors"
 ITEMS = ("ema", "rest")
@@ -147,7 +147,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, np.ndarr
 
 
 def _with_prints(arrays: Mapping[str, np.ndarray]) -> Any:
-    return zip(arrays.items(), checkpoint.fingerprints(arrays).values(), strict=True)
+    return zip(arrays.items(), fingerprints.of(arrays).values(), strict=True)
 
 
 def _described(x: np.ndarray, prints: tuple[int, int]) -> list[Any]:

@@ -167,6 +167,13 @@ def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def on_any(flag: bool) -> bool:
+    """Whether it holds on any process. All processes call it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
 def joined(tree: Any) -> Any:
     """JSON dicts of all processes as one; where two say something of one key, the later process is believed."""
     if jax.process_count() == 1:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from sora_jax import checkpoint
+from sora_jax import checkpoint, checkpoint_text, seal
 
 META = {"config": {"model": {"width": 64, "patch": [1, 2, 2]}, "seed": 3}, "total_flops": 1.5e15, "loader": {"at": 7}}
 TOOL = Path(__file__).parent.parent / "tools" / "inspect_checkpoint"
@@ -62,7 +62,7 @@ def data_file(directory, step, item):
 @pytest.fixture
 def unsealed(monkeypatch):
     """Steps are saved without a seal, as they were before there was one: fingerprints alone must do."""
-    monkeypatch.setattr(checkpoint, "_can_be_sealed", lambda root: False)
+    monkeypatch.setattr(seal, "possible", lambda root: False)
 
 
 def flip_bit(path):
@@ -148,44 +148,12 @@ def test_restore_nested_needs_no_structure(tmp_path):
         checkpoint.restore_nested(tmp_path, "params")
 
 
-# --- Fingerprints ---
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool", "float8_e4m3fn"])
-def test_fingerprint_is_one_number_on_host_and_devices(dtype):
-    values = jax.random.uniform(jax.random.key(1), (8, 24, 3), minval=-100, maxval=100).astype(dtype)
-    expected = checkpoint.fingerprints({"": np.asarray(values)})[""]
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-    rows = 8 % jax.device_count() == 0
-    spec = jax.sharding.PartitionSpec("x") if rows else jax.sharding.PartitionSpec()
-    sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
-    assert tuple(map(int, checkpoint._fingerprints({"x": sharded})["x"])) == expected
-    assert checkpoint.fingerprints({"": sharded})[""] == expected
-    # By the definition, in unbounded integers.
-    array = np.asarray(values)
-    words = array.reshape(-1).view(f"u{array.itemsize}").astype(object)
-    assert expected == (words.sum() % 2**32, (words * np.arange(words.size)).sum() % 2**32)
-
-
-def test_fingerprint_sees_every_flipped_bit_and_moved_values():
-    values = np.random.default_rng(0).normal(size=(70_000,)).astype(np.float32)  # more than one block
-    expected = checkpoint.fingerprints({"": values})[""]
-    assert tuple(map(int, checkpoint._fingerprints({"x": values})["x"])) == expected
-    for bit in range(0, values.nbytes * 8, 17_001):
-        damaged = values.copy()
-        damaged.view(np.uint8)[bit // 8] ^= 1 << bit % 8
-        assert checkpoint.fingerprints({"": damaged})[""] != expected
-    moved = values.copy()
-    moved[[3, 3 + 2**16]] = moved[[3 + 2**16, 3]]  # the same place in another block
-    assert checkpoint.fingerprints({"": moved})[""] != expected
-
-
 # --- Damage ---
 
 
-@pytest.mark.parametrize("seal", [True, False])
-def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog, request, seal):
-    if not seal:
+@pytest.mark.parametrize("sealed", [True, False])
+def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog, request, sealed):
+    if not sealed:
         request.getfixturevalue("unsealed")
     older, newer = make_items(1), make_items(2)
     save(tmp_path, 1, older)
@@ -197,7 +165,7 @@ def test_flipped_bit_falls_back_to_the_older_step(tmp_path, caplog, request, sea
     assert_same(restored.items, older)
     assert checkpoint.steps(tmp_path) == [1]
     assert (tmp_path / "2.corrupt").is_dir()
-    assert ("the file params/" if seal else "params/blocks/0/kernel") in caplog.text
+    assert ("the file params/" if sealed else "params/blocks/0/kernel") in caplog.text
     assert "using step 1" in caplog.text
     # The run goes on and reaches the same step again, and the disk fails again.
     save(tmp_path, 2, newer)
@@ -566,7 +534,7 @@ def test_changes_are_told_by_norm_and_by_shape(tmp_path):
     assert set(found) == {"ema/blocks/0/kernel", "params/scale", "new/x"}
     moved, was = found["ema/blocks/0/kernel"].norms
     assert moved / was == pytest.approx(0.01, rel=1e-4)
-    table = checkpoint.format_changes(list(found.values()), depth=1)
+    table = checkpoint_text.changes(list(found.values()), depth=1)
     assert "1.00e-02" in table and "[] became [3]" in table and "only in the second" in table
 
 
@@ -591,7 +559,7 @@ def test_describe_reads_no_arrays(tmp_path):
 def test_format_description_sums_modules_and_aligns_columns(tmp_path):
     layers = {str(index): {"w": np.zeros((10, 10), np.float32), "b": np.zeros(10, np.int8)} for index in range(11)}
     save(tmp_path, 1, {"params": {"layers": layers, "scale": np.zeros((), np.float32)}})
-    text = checkpoint.format_description(checkpoint.describe(tmp_path), depth=2)
+    text = checkpoint_text.description(checkpoint.describe(tmp_path), depth=2)
     lines = text.splitlines()
     (layers_row,) = (line for line in lines if line.split()[:1] == ["layers"])
     assert layers_row.split() == ["layers", "1,210", "4.5", "kB"]
@@ -605,7 +573,7 @@ def test_format_description_sums_modules_and_aligns_columns(tmp_path):
     assert "    model:\n      width: 64\n      patch: [1, 2, 2]\n    seed: 3" in text
     assert " w " not in text
     assert text.count("10 x 10") == 0
-    assert checkpoint.format_description(checkpoint.describe(tmp_path), depth=None).count("10 x 10") == 11
+    assert checkpoint_text.description(checkpoint.describe(tmp_path), depth=None).count("10 x 10") == 11
 
 
 def test_describes_how_arrays_lay_over_devices(tmp_path):
@@ -621,7 +589,7 @@ def test_describes_how_arrays_lay_over_devices(tmp_path):
     description = checkpoint.describe(tmp_path)
     laid = {info.path: info.sharding for info in description.items["params"]}
     assert laid == {"a/b": "data 2 fsdp 4, -", "c": "-, fsdp 4", "d": ""}
-    text = checkpoint.format_description(description)
+    text = checkpoint_text.description(description)
     (row,) = (line for line in text.splitlines() if line.strip().startswith("c "))
     assert "sharding" in text and row.endswith("-, fsdp 4")
     (tmp_path / "1" / "params" / "_sharding").write_text('{"YQ==": "[[[", "b": 3}')
@@ -673,7 +641,7 @@ def test_inspect_checkpoint_shows_the_same_and_fails_with_one_sentence(tmp_path)
     save(tmp_path, 1, {"params": make_params()})
     shown = subprocess.run([sys.executable, TOOL, tmp_path, "--depth", "1"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == checkpoint.format_description(checkpoint.describe(tmp_path), depth=1) + "\n"
+    assert shown.stdout == checkpoint_text.description(checkpoint.describe(tmp_path), depth=1) + "\n"
     missing = subprocess.run([sys.executable, TOOL, tmp_path / "none"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stdout == ""

@@ -12,15 +12,15 @@ PACKAGE = ROOT / "sora_jax"
 
 # A module may import modules of its own floor and of the floors above its own in this list.
 FLOORS = [
-    {"structs", "disk"},
+    {"structs", "disk", "fingerprints"},
     {"processes"},
-    {"sharding", "signals"},
+    {"sharding", "signals", "seal"},
     {"nn"},
     {"models"},
     {"diffusion", "data"},
     {"config"},
     {"compute", "checkpoint", "text", "evaluate", "hlo"},
-    {"generate", "export"},
+    {"generate", "export", "checkpoint_text"},
     {"train"},
     {"study", "plan"},
     {"cli"},

@@ -93,7 +93,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     # A look at a checkpoint must not claim the chips of the run that writes it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     prepare_jax()
-    from sora_jax import checkpoint, config
+    from sora_jax import checkpoint, checkpoint_text, config
 
     depth = None if arguments.depth < 0 else arguments.depth
     refuse_file(arguments.path)
@@ -118,11 +118,11 @@ def inspect(arguments: argparse.Namespace) -> None:
             found = checkpoint.changes(arguments.path, arguments.diff)
         for line in config.differences(description.meta, other.meta):
             print(line)
-        print(checkpoint.format_changes(found, depth))
+        print(checkpoint_text.changes(found, depth))
         return
     metrics = _metrics(description)
     if not arguments.json:
-        print(checkpoint.format_description(description, depth))
+        print(checkpoint_text.description(description, depth))
         for kind, last in metrics.items():
             print(f"\n{kind} metrics at step {last['step']:,}")
             print("\n".join(f"  {name}: {value:.6g}" for name, value in last.items() if isinstance(value, float)))

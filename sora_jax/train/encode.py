@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 
-from sora_jax import processes, sharding
-from sora_jax.checkpoint import fingerprints
+from sora_jax import fingerprints, processes, sharding
 from sora_jax.config import DataConfig
 from sora_jax.data import latents
 from sora_jax.data.worlds import clips
@@ -32,7 +31,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 def fingerprint_of(params: Any) -> str:
     """What tells the weights of one VAE from those of another, wherever they lie."""
-    prints = fingerprints({sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)})
+    prints = fingerprints.of({sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)})
     return hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
 
 

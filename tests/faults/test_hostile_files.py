@@ -61,7 +61,7 @@ def readers():
     """name -> (reader of a folder, its errors). A reader gives what it read, or None where files like it have no checks."""
     import argparse
 
-    from sora_jax import checkpoint, config, disk, export
+    from sora_jax import checkpoint, checkpoint_text, config, disk, export
     from sora_jax.cli import asked, failures
     from sora_jax.data import latents
     from sora_jax.evaluate import i3d, torch_file
@@ -93,7 +93,7 @@ def readers():
 
     def steps(folder):
         with contextlib.suppress(FileNotFoundError, checkpoint.CorruptCheckpointError):
-            checkpoint.format_description(checkpoint.describe(folder))
+            checkpoint_text.description(checkpoint.describe(folder))
             checkpoint.verify(folder)
         return {item: checkpoint.restore_nested(folder, item) for item in ("ema", "rest")}
 
@@ -108,7 +108,7 @@ def readers():
         else:
             pipeline.load_run(folder)
         export.card({"meta": checkpoint.read_meta(folder), "step": 1, "source": ""}, 1, {}, "name")
-        checkpoint.format_description(checkpoint.describe(folder), None)
+        checkpoint_text.description(checkpoint.describe(folder), None)
         assert run == config.from_stored(config.to_dict(run))
 
     def legacy(folder):
