@@ -35,7 +35,7 @@ ARGUMENTS = (
 def get_config(arg: str = "compact") -> ConfigDict:
     """'compact' is the quickstart's, 'full' a small one for the whole world.
 
-    '1x', '4x' and '32x' spend multiples of one budget on the compact world, along the frontier (see scaling.py).
+    '1x', '4x' and '32x' spend multiples of one budget on the compact world, along the frontier, on vae.py:sharp (see scaling.py).
     'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to 'XL/2' sizes for accelerators; '0.7b', '7b' and '30b' are for clusters and
     long videos of up to 768x768 in patches of 1x2x2, to be looked at with sora-jax plan first.
     """
@@ -47,7 +47,7 @@ def get_config(arg: str = "compact") -> ConfigDict:
         return parts.compact_dit_run("runs/vae")
     if arg in LADDER:
         run = parts.rung(LADDER[arg], "frontier")
-        run.vae_checkpoint = "runs/vae"
+        run.vae_checkpoint = "runs/vae-sharp"
         return run
     run = parts.dit_run(parts.full_world(), steps=6000, vae_checkpoint="runs/vae-full")
     run.data.train_clips, run.data.heldout_clips = 16384, 512

@@ -17,6 +17,7 @@ DIT_STEPS = 3400
 # The ladder: FLOPs of the training steps of its first rung, and its rungs as multiples.
 BASE_FLOPS = 1.25e12
 RUNGS = (1, 4, 32)
+LADDER_VAE_STEPS = 3000
 
 
 def compact_world() -> ConfigDict:
@@ -287,11 +288,19 @@ def study(
     )
 
 
-def rung(multiplier: float, along: str, width: int = 60, blocks: int = 2, heads: int = 2) -> ConfigDict:
-    """A DiT on the compact world with a budget in FLOPs, from which its steps follow; as written the best size of 1x."""
+def ladder_vae_run() -> ConfigDict:
+    """The ladder's VAE."""
+    return joining_vae_run(compact_world(), LADDER_VAE_STEPS)
+
+
+def rung(multiplier: float, along: str, width: int = 48, blocks: int = 2, heads: int = 2) -> ConfigDict:
+    """A DiT on the compact world with a budget in FLOPs, from which its steps follow: many steps of few clips, on the means of
+    the VAE's posterior."""
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
     run.data.heldout_clips = 512
-    run.loop.save_every = 200
     run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
+    run.pack.rows, run.optimizer.rate = 3, 0.02
+    run.flow.posterior, run.sampler.guidance = 0.0, 3.0
+    run.loop.log_every, run.loop.save_every = 100, 1000
     run.compute = ConfigDict(dict(budget=BASE_FLOPS, multiplier=float(multiplier), along=along, exponent=0.5))
     return run

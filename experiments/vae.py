@@ -6,13 +6,18 @@ sora-jax train --config=experiments/vae.py:full --workdir=runs/vae-full
 import parts
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("compact", "full", "video")
+ARGUMENTS = ("compact", "sharp", "full", "video")
 
 
 def get_config(arg: str = "compact") -> ConfigDict:
-    """'compact' is the quickstart's; 'full' learns the whole world; 'video' is the three-level network for real footage."""
+    """'compact' is the quickstart's, 'sharp' the ladder's (scaling.py); 'full' learns the whole world.
+
+    'video' is the three-level network for real footage.
+    """
     if arg == "compact":
         return parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
+    if arg == "sharp":
+        return parts.ladder_vae_run()
     if arg == "full":
         run = parts.vae_run(parts.full_world(), steps=3000)
         run.vae.widths = (192,)

@@ -25,7 +25,7 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
         swept = {name: run for name, run in known.items() if name in groups.get("isoflop", known)}
         made.append(("loss over parameters, one line a budget", _isoflop(swept, found)))
     if found.get("law"):
-        made.append(("loss over compute, with its law", _law(known, found)))
+        made.append(("loss over compute, with its laws", _law(known, found)))
     for name, key, of in (
         ("correlation", "frechet", "real clips"),
         ("correlation_latent", "frechet_latent", "real clips through the VAE"),
