@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore on any mesh, verify, compare. The only module that imports orbax.
+"""Checkpoints: save, restore on any mesh, verify, describe, compare. The only module that imports orbax.
 
 A directory of checkpoints holds one directory a step. A step holds *items* ("params", "ema", "opt_state", ...), each a
 tree of arrays that can be read alone, and *meta*, whatever JSON the caller needs to go on (config, FLOPs spent, loader

@@ -21,8 +21,7 @@ from sora_jax import disk, processes
 FILE = "SHA256SUMS"
 _FAILED = "cannot be read: "
 _READERS = 8  # threads that digest files
-_MAX_BYTES = 2**25
-_REMEDY = "use another step, or fetch the checkpoint again"
+_MAX_BYTES = 2**25  # of a seal
 
 
 def possible(root: epath.Path) -> bool:
@@ -79,7 +78,7 @@ def _listed(directory: epath.Path, others: Collection[str]) -> dict[str, Any]:
         return name != FILE and name.split("/")[0] not in others
 
     try:
-        seal = disk.read_bytes(directory / FILE, _MAX_BYTES, _REMEDY)
+        seal = disk.read_bytes(directory / FILE, _MAX_BYTES)
         head, _, body = seal.decode().partition("\n")
     except FileNotFoundError:
         return {"sealed": {}, "wrong": [f"the file {FILE} is missing"]}
@@ -127,13 +126,13 @@ def _digests(directory: epath.Path, names: Sequence[str], *, to_disk: bool = Fal
         except (FileNotFoundError, disk.FileError):
             return ""
         except OSError as error:  # told to all, as all wait for each other
-            return f"{_FAILED}{error!r}"
+            return f"{_FAILED}{name}: {error!r}"
 
     own = names[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_READERS) as pool:
         found = processes.joined(dict(zip(own, pool.map(digest, own), strict=True)))
     if failed := next((value for value in found.values() if value.startswith(_FAILED)), None):
-        raise OSError(f"{directory}: {failed.removeprefix(_FAILED)}")
+        raise OSError(failed.removeprefix(_FAILED))
     return found
 
 

@@ -159,21 +159,24 @@ def fit_law(flops: Numbers, losses: Numbers) -> Law:
     if not all(np.all(values > 0) and np.all(np.isfinite(values)) for values in (C, loss)):
         raise ValueError("FLOPs and losses must be positive and finite")
     unit = float(np.exp(np.mean(np.log(C))))
-
-    def constants(exponent: float) -> tuple[np.ndarray, float]:
-        """(irreducible, scale) of the law with this exponent, which is linear in them, and how far it misses."""
-        return optimize.nnls(np.stack([1 / loss, (C / unit) ** -exponent / loss], axis=1), np.ones(len(C)))
-
     tried = np.geomspace(*EXPONENTS, 24)
-    best = int(np.argmin([constants(exponent)[1] for exponent in tried]))
+    best = int(np.argmin([_linear_constants(C / unit, loss, exponent)[1] for exponent in tried]))
     near = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
     exponent = float(
         optimize.minimize_scalar(
-            lambda a: constants(a)[1] ** 2, bounds=near, options={"xatol": 1e-6}, method="bounded"
+            lambda a: _linear_constants(C / unit, loss, a)[1] ** 2,
+            bounds=near,
+            options={"xatol": 1e-6},
+            method="bounded",
         ).x
     )
-    irreducible, scale = map(float, constants(exponent)[0])
-    return Law(irreducible, scale, exponent, unit)
+    (irreducible, scale), _ = _linear_constants(C / unit, loss, exponent)
+    return Law(float(irreducible), float(scale), exponent, unit)
+
+
+def _linear_constants(x: np.ndarray, loss: np.ndarray, exponent: float) -> tuple[np.ndarray, float]:
+    """(irreducible, scale) of the law of this exponent, which is linear in them, and how far it misses the losses."""
+    return optimize.nnls(np.stack([1 / loss, x**-exponent / loss], axis=1), np.ones(len(x)))
 
 
 def _surface(constants: np.ndarray, units: Sequence[float], cost: Power) -> Surface:

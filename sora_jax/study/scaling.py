@@ -17,7 +17,7 @@ from sora_jax.study import laws
 # Runs whose costs differ by less than this ratio have one budget.
 SAME_BUDGET = 1.05
 LEVEL = 0.9  # of the bands
-DRAWS = 200  # of a sweep's losses, for the band of the law of its optima
+DRAWS = 200  # of sweeps, for the band of the law of optima
 
 
 def budgets(runs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -98,59 +98,56 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
             "flops": runs[name]["flops"],
             "parameters_of_frontier": float(found.frontier(runs[name]["flops"])),
             "val_loss": runs[name]["val_loss"],
-            "law": float(law(runs[name]["flops"])),
-            "low": float(low[number]),
-            "high": float(high[number]),
-            "off_by": float(law(runs[name]["flops"])) / runs[name]["val_loss"] - 1,
+            **_beside(runs[name], law, low[number], high[number]),
             "foretold": runs[name]["flops"] > SAME_BUDGET * up_to,
         }
         for number, name in enumerate(ladder)
     }
-    if of_best := law_of_optima(swept, at, laws.deviation(found, columns)):
+    if of_best := law_of_optima(swept, found, at):
         law, low, high = of_best
-        numbers["law_of_optima"] = dataclasses.asdict(law) | {
-            "fitted_up_to": up_to,
-            "budgets": len(best),
-            "band": LEVEL,
-        }
-        for number, rung in enumerate(numbers["rungs"].values()):
-            told = float(law(rung["flops"]))
-            rung["of_optima"] = {
-                "law": told,
-                "low": float(low[number]),
-                "high": float(high[number]),
-                "off_by": told / rung["val_loss"] - 1,
-            }
+        numbers["law_of_optima"] = dataclasses.asdict(law) | {"budgets": len(best)}
+        for number, name in enumerate(ladder):
+            numbers["rungs"][name]["of_optima"] = _beside(runs[name], law, low[number], high[number])
     numbers |= backtest(runs, ladder, isoflop)
     return numbers
 
 
-def law_of_optima(
-    swept: Mapping[str, Mapping[str, Any]], at: Sequence[float], deviation: float
-) -> tuple[laws.Law, np.ndarray, np.ndarray] | None:
-    """The law through the best of every budget, and where it lies at some FLOPs in LEVEL of sweeps whose losses differ at random.
+def _beside(run: Mapping[str, Any], law: laws.Law, low: float, high: float) -> dict[str, float]:
+    """What a law and its band say of a run, and by what share of the loss that it reached the law is off."""
+    told = float(law(run["flops"]))
+    return {"law": told, "low": float(low), "high": float(high), "off_by": told / run["val_loss"] - 1}
 
-    Of a deviation of their logarithms. None if the budgets are fewer than three, or if the best of one is the smallest or the
-    largest that was run: the best of all may lie beyond.
+
+def law_of_optima(
+    swept: Mapping[str, Mapping[str, Any]], surface: laws.Surface, at: Sequence[float]
+) -> tuple[laws.Law, np.ndarray, np.ndarray] | None:
+    """The law through the best of every budget, and its band (low, high) at some FLOPs.
+
+    The band is what such laws miss that of the surface by, of sweeps drawn from the surface with the noise that its own runs have
+    around it (a parametric bootstrap). None where optima fix no law, or hardly any sweep that was drawn has such ones.
     """
-    best = optima(swept)
+    if not (law := _through(optima(swept))):
+        return None
+    columns = _columns(swept)
+    exact, deviation = surface.after(columns.parameters, columns.steps), laws.deviation(surface, columns)
+    missed = []
+    for noise in np.random.default_rng(0).normal(0, deviation, (DRAWS, len(swept))):
+        losses = exact * np.exp(noise)
+        drawn = {name: {**run, "val_loss": loss} for (name, run), loss in zip(swept.items(), losses, strict=True)}
+        if other := _through(optima(drawn)):
+            missed.append(other(at) / surface.law(at))
+    if len(missed) < DRAWS / 10:
+        return None
+    below, above = np.quantile(missed, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return law, law(at) / above, law(at) / below
+
+
+def _through(best: Sequence[laws.Optimum]) -> laws.Law | None:
+    """The law through optima; None of fewer than three, or if one is the smallest or the largest size that was run: the best of
+    all may lie beyond."""
     if len(best) < 3 or not all(each.inside for each in best):
         return None
-
-    def fit(found: Sequence[laws.Optimum]) -> laws.Law:
-        return laws.fit_law([each.flops for each in found], [each.loss for each in found])
-
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS):
-        noise = np.exp(rng.normal(0, deviation, len(swept)))
-        other = {
-            name: {**run, "val_loss": run["val_loss"] * by}
-            for (name, run), by in zip(swept.items(), noise, strict=True)
-        }
-        drawn.append(fit(optima(other))(at))
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return fit(best), low, high
+    return laws.fit_law([each.flops for each in best], [each.loss for each in best])
 
 
 def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop: Sequence[str]) -> dict[str, Any]:
@@ -172,8 +169,7 @@ def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isofl
     mean = float(np.abs(off).mean())
     numbers: dict[str, Any] = {"off_by": dict(zip(foretold, off.tolist(), strict=True)), "mean_absolute": mean}
     *lower, last = optima(swept)
-    if len(lower) >= 3 and last.inside and all(each.inside for each in lower):
-        law = laws.fit_law([each.flops for each in lower], [each.loss for each in lower])
+    if last.inside and (law := _through(lower)):
         numbers["of_optima_off_by"] = float(law(last.flops)) / last.loss - 1
     return {"backtest": numbers}
 

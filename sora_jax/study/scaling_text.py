@@ -51,8 +51,7 @@ def _law_of_optima(found: Mapping[str, Any]) -> str:
         return ""
     return (
         f"Through the best of each of {law['budgets']} budgets alone (approach 2 of arXiv:2203.15556, where the other is its "
-        f"approach 3) {_formula(law)}; in brackets is where {law['band']:.0%} of such laws are if losses differ at random as "
-        "they do from the first law."
+        f"approach 3) {_formula(law)}; its band is of sweeps that differ from the first law by chance as this one does."
     )
 
 
