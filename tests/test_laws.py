@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from sora_jax.study import laws
 
@@ -99,13 +100,18 @@ def test_the_law_of_optima_falls_to_nothing_below_zero(rng):
     assert found.irreducible == 0 and found(1e30) > 0
     level = laws.fit_law(BUDGETS, 0.5 + 0 * BUDGETS)
     assert level(128e12) == pytest.approx(0.5)
-    noisy = SURFACE.law(BUDGETS) * np.exp(rng.normal(0, 0.003, len(BUDGETS)))
+    noisy = SURFACE.law(BUDGETS) * np.exp(rng.normal(0, 0.01, len(BUDGETS)))
     fitted = laws.fit_law(BUDGETS, noisy)
     # No other constants of the kind miss by less.
-    missed = np.sum((fitted(BUDGETS) / noisy - 1) ** 2)
-    for factors in np.exp(rng.normal(0, 0.02, (200, 3))):
-        other = laws.Law(*np.array([fitted.irreducible, fitted.scale, fitted.exponent]) * factors, fitted.unit)
-        assert np.sum((other(BUDGETS) / noisy - 1) ** 2) >= missed * (1 - 1e-6)
+
+    def missed(constants):
+        return np.sum((laws.Law(*constants, fitted.unit)(BUDGETS) / noisy - 1) ** 2)
+
+    own = [fitted.irreducible, fitted.scale, fitted.exponent]
+    other = optimize.minimize(
+        missed, own, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-15, "maxiter": 4000}
+    )
+    assert missed(own) > 0 and other.fun >= missed(own) * (1 - 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +128,10 @@ def test_what_fixes_no_law_of_optima_is_refused(flops, losses, message):
         laws.fit_law(flops, losses)
 
 
-def test_the_deviation_is_that_of_the_noise(runs):
-    exact = laws.fit_surface(runs)
-    assert laws.deviation(exact, runs) < 1e-4
-    told = [
-        laws.deviation(laws.fit_surface(noisy), noisy)
-        for seed in range(10)
-        for noisy in [
-            runs._replace(losses=runs.losses * np.exp(np.random.default_rng(seed).normal(0, 0.01, len(runs.losses))))
-        ]
-    ]
-    assert np.mean(told) == pytest.approx(0.01, rel=0.2)
+def test_the_deviation_is_that_of_what_is_left_once_constants_are_fitted(runs, rng):
+    noise = rng.normal(0, 0.01, len(runs.losses))
+    noisy = runs._replace(losses=runs.losses * np.exp(noise))
+    assert laws.deviation(SURFACE, noisy) == pytest.approx(np.sqrt(np.sum(noise**2) / (len(noise) - 5)))
 
 
 @pytest.mark.parametrize("spoil", ["few", "budgets", "sizes", "zero", "none"])

@@ -67,10 +67,24 @@ def test_the_law_of_the_best_is_fitted_beside_the_law_of_all(runs):
     assert scaling.fitted(runs, ("x1", "x32"), group)["law_of_optima"] == best
     # Of a budget whose best size is the smallest that was run the best of all is not known, and of two budgets no law.
     smaller = [name for name in group if not name.startswith(("iso_0_4e+12", "iso_1_4e+12"))]
-    for fewer in (smaller, [name for name in group if not name.endswith(("1e+12", "2e+12"))]):
+    two = [name for name in group if name.endswith(("4e+12", "8e+12"))]
+    # Of the smaller budgets two sizes each, which have no best one.
+    thin = [name for name in group if name.endswith(("4e+12", "8e+12")) or name.startswith(("iso_1", "iso_2"))]
+    assert "law" in scaling.fitted(runs, (), thin)
+    for fewer in (smaller, two, thin):
         others = scaling.fitted(runs, ("x1", "x32"), fewer)
         assert "law_of_optima" not in others and "of_optima_off_by" not in others.get("backtest", {})
         assert all("of_optima" not in rung for rung in others.get("rungs", {}).values())
+
+
+def test_what_the_law_of_the_best_misses_for_certain_is_not_in_its_band(runs):
+    """A parabola through three sizes misses the bottom, and so the law; without noise the band is at the truth."""
+    exact = {name: runs[name] for name in runs if name.startswith("iso")}
+    at = [runs["x32"]["flops"]]
+    law, low, high = scaling.law_of_optima(exact, SURFACE, at)
+    truth = float(SURFACE.law(at[0]))
+    assert abs(law(at[0]) / truth - 1) > 1e-4
+    assert (low[0], high[0]) == (pytest.approx(truth, rel=1e-6), pytest.approx(truth, rel=1e-6))
 
 
 def test_most_bands_of_the_law_of_the_best_hold_the_truth(runs):
@@ -114,7 +128,9 @@ def test_the_backtest_knows_nothing_of_what_it_foretells(runs):
     for name in group:
         if name.endswith("8e+12"):
             runs[name]["val_loss"] *= 2
-    found = scaling.fitted(runs, ("x1", "x8", "x32"), group)["backtest"]["off_by"]
+    backtest = scaling.fitted(runs, ("x1", "x8", "x32"), group)["backtest"]
+    assert backtest["of_optima_off_by"] == pytest.approx(-0.5, abs=0.005)
+    found = backtest["off_by"]
     assert found.pop("x8") == pytest.approx(0, abs=0.005)
     assert len(found) == len(SIZES) and all(off == pytest.approx(-0.5, abs=0.005) for off in found.values())
     # Two of three budgets fix no law.
