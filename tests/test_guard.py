@@ -52,3 +52,17 @@ def test_skipped_steps_in_a_row_are_counted_and_leave_the_window_alone(bad):
     state, _ = after([bad] * 3, state=before)
     assert int(state.skipped) == 3 and np.array_equal(state.norms_W, before.norms_W)
     assert int(after([1.0], state=state)[0].skipped) == 0
+
+
+def test_the_median_is_worked_out_once_however_many_parameters_ask():
+    """A program in which every update has its own is half as large again, and as long in compiling."""
+
+    def program(count):
+        def step(state, norm, leaves):
+            after, counts, _ = guard.judged(state, jnp.isfinite(norm), norm, 10.0)
+            return after, [jnp.where(counts, leaf, 0) for leaf in leaves]
+
+        leaves = [jnp.ones(shape) for shape in range(2, 2 + count)]
+        return jax.jit(step).lower(guard.fresh(), jnp.float32(1), leaves).compile().as_text()
+
+    assert program(8).count("nanmedian") == program(1).count("nanmedian") > 0

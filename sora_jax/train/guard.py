@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -27,10 +28,17 @@ def fresh() -> Guard:
 
 def judged(guard: Guard, finite: Array, norm: Array, factor: float) -> tuple[Guard, Array, Array]:
     """(guard after a step, whether the step counts, whether it is a spike); factor 0 holds nothing for a spike."""
-    spike = jnp.bool_(False)
-    if factor:
-        enough = jnp.isfinite(guard.norms_W).sum() >= WINDOW // 2
-        spike = finite & enough & (norm > factor * jnp.nanmedian(guard.norms_W))
-    counts = finite & ~spike
+
+    def held(spike: Array | bool) -> tuple[Array, Array]:
+        return finite & ~jnp.bool_(spike), jnp.bool_(spike)
+
+    # A branch, as every parameter's update asks whether the step counts: without one XLA writes the median, and all that it is
+    # of, into each of them anew.
+    enough = jnp.isfinite(guard.norms_W).sum() >= WINDOW // 2
+    counts, spike = jax.lax.cond(
+        finite & enough if factor else jnp.bool_(False),
+        lambda: held(norm > factor * jnp.nanmedian(guard.norms_W)),
+        lambda: held(False),
+    )
     norms_W = jnp.where(counts, jnp.concatenate([norm[None].astype(jnp.float32), guard.norms_W[:-1]]), guard.norms_W)
     return Guard(norms_W, jnp.where(counts, 0, guard.skipped + 1)), counts, spike
