@@ -281,22 +281,24 @@ def batch_of(run, rng):
     return pack.stack(rows)
 
 
+def first_state(params, tx):
+    """On the host, as every array that is made on a mesh is a program of its own for each mesh."""
+    return jax.device_get(TrainState(jnp.int32(0), params, params, {}, jax.jit(tx.init)(params), guard.fresh()))
+
+
 @pytest.fixture(scope="module")
 def updated(run):
     """Parameters and loss after one update on a mesh over the first devices."""
     settings, params, _, _ = run
     # AdamW: Muon's directions of tiny gradients are those of rounding.
     tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=1e-3, warmup_steps=0), 10)
-    batch = batch_of(settings, np.random.default_rng(0))
+    batch, first = batch_of(settings, np.random.default_rng(0)), first_state(params, tx)
 
     @functools.cache
     def on(*sizes):
         here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
-            state = TrainState(
-                jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)), guard.fresh()
-            )
-            state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
+            state = jax.device_put(first, loop.state_shardings(jax.eval_shape(lambda: first), here))
             step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0, 10.0))
             state, metrics = step(state, sharding.place_rows(batch, here, settings.pack.rows))
             return jax.device_get((state.params, metrics["loss"]))
@@ -321,14 +323,12 @@ def curve(run):
     settings, params, _, _ = run
     tx = optimizer.make(dataclasses.replace(settings.optimizer, warmup_steps=4), 20)
     batches = [batch_of(settings, np.random.default_rng(number)) for number in range(20)]
+    first = first_state(params, tx)
 
     def losses(*sizes):
         here = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         with jax.set_mesh(here):
-            state = TrainState(
-                jnp.int32(0), params, params, {}, tx.init(jax.tree.map(jnp.asarray, params)), guard.fresh()
-            )
-            state = jax.device_put(state, loop.state_shardings(jax.eval_shape(lambda: state), here))
+            state = jax.device_put(first, loop.state_shardings(jax.eval_shape(lambda: first), here))
             step = jax.jit(loop.make_step(train_dit.Objective(settings), tx, 0.9, 0, 10.0))
             found = []
             for batch in batches:
