@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
 # Many times the quickstart's: a VAE that is stopped early shows one place in all frames of a group, and then jumps.
-VAE_STEPS, DIT_STEPS = 6000, 14000
+VAE_STEPS, DIT_STEPS = 6000, 18000
 # Motions that can go on for ever are among them, to be extended and looped.
 MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
