@@ -59,6 +59,13 @@ def test_a_sudden_turn_is_a_change_of_velocity_alone():
     assert found["position"] < 1.5 < found["velocity"]
 
 
+@pytest.mark.parametrize("frames", [[*range(9, 0, -1), *range(8)], [*range(10), *range(8, 1, -1)]])
+def test_a_turn_on_either_side_of_the_seam_is_a_change_of_velocity(frames):
+    """What was made comes to what was given from where that goes; or goes on for a frame, and then back."""
+    found = continuity.seam(video("right")[frames], 9)
+    assert found["position"] < 1.5 < found["velocity"]
+
+
 def test_a_thing_that_is_gone_at_the_seam_is_no_flow():
     whole = video("right").copy()
     whole[9:] = whole[0, 0, 0]

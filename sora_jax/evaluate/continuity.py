@@ -49,8 +49,9 @@ def worst_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
 def seam(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: int) -> dict[str, float]:
     """How far the thing jumps into frame `at`, and how much its velocity changes there, in usual steps.
 
-    position is the step into the frame and velocity the change from the step before it; a usual step is the mean of the
-    others. Both are infinite where the thing is not in sight.
+    position is the step into the frame and velocity the larger of its changes from the step before it and to the step behind
+    it, so that what was given has a part in it on whichever side it is; a usual step is the mean of the others. Both are
+    infinite where the thing is not in sight.
     """
     return seams(frames_THWC, [at])[0]
 
@@ -64,21 +65,22 @@ def seams(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: Sequence[int]) -> list[
     usual = max(float(np.nanmean(others)) if np.isfinite(others).any() else 0.0, LEAST_STEP)
 
     def one(frame: int) -> dict[str, float]:
-        turn = np.linalg.norm(step_T2[frame - 1] - step_T2[frame - 2]) if frame > 1 else 0.0
-        found = {"position": length_T[frame - 1] / usual, "velocity": turn / usual}
+        turns = np.linalg.norm(np.diff(step_T2[max(0, frame - 2) : frame + 1], axis=0), axis=1)
+        found = {"position": length_T[frame - 1] / usual, "velocity": turns.max(initial=0.0) / usual}
         return {name: float(value) if np.isfinite(value) else float("inf") for name, value in found.items()}
 
     return [one(frame) for frame in at]
 
 
-def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int) -> bool:
-    """Whether the thing of the first `window` frames is there to the end: in sight, of its size, of its colour, in one piece."""
+def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int, most_lost: float = MOST_LOST) -> bool:
+    """Whether the thing of the first `window` frames is there to the end: in sight and of its size but for a share of the frames,
+    of its colour, in one piece."""
     first, last = reader.read(frames_THWC[:window]), reader.read(frames_THWC[-window:])
     if first is None or last is None or len(last.things) != len(first.things):
         return False
     area_T = reader.areas(frames_THWC)
     usual = np.median(area_T[:window])
     lost = (area_T < usual / 2) | (area_T > 2 * usual)
-    return bool(lost.mean() <= MOST_LOST) and all(
+    return bool(lost.mean() <= most_lost) and all(
         one.colour == other.colour and other.whole for one, other in zip(first.things, last.things, strict=True)
     )

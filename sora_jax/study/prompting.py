@@ -177,6 +177,9 @@ class Prompting:
         place = slice(seam, None) if more else slice(seam)
         return _seams(made, seam) | {
             f"{name}_ceiling": share for name, share in _seams(self.round_trips, seam).items()
+        } | {
+            "identity": _identity(made, self.scenes),
+            "motion": reader.score(made, self.scenes)["motion"],
         } | _returned(wanted, [frames_THWC[place] for frames_THWC in made]), videos
 
     def long(self) -> Mode:
@@ -192,10 +195,18 @@ class Prompting:
         windows = canvas.plan(self.half, frames, window=self.window, stride=self.stride, before=self.half)
         at = [window.first for window in windows]
         seams = [max(seam.values()) for frames_THWC in made for seam in continuity.seams(frames_THWC, at)]
+        ends = [frames_THWC[-self.window :] for frames_THWC in made]
+        moving = [number for number, scene in enumerate(scenes) if scene.things[0].motion != "still"]
+        at_end = {"": range(len(made)), "_of_moving": moving}
         return {
             "kept": float(np.mean([continuity.kept(frames_THWC, self.window) for frames_THWC in made])),
+            "kept_in_every_frame": float(np.mean([continuity.kept(each, self.window, most_lost=0.0) for each in made])),
             "identity_at_start": _identity([frames_THWC[: self.window] for frames_THWC in made], scenes),
-            "identity_at_end": _identity([frames_THWC[-self.window :] for frames_THWC in made], scenes),
+        } | {
+            f"identity_at_end{of}": _identity([ends[number] for number in which], [scenes[number] for number in which])
+            for of, which in at_end.items()
+            if which
+        } | {
             "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
             "frames": float(frames),
         } | _returned(self._round_trips(beginnings), [frames_THWC[: self.half] for frames_THWC in made]), videos
@@ -289,7 +300,7 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         black = [number for number, mask in enumerate(masks) if not mask.all()]
         around = [[clips[number][:, ~masks[number]] for number in black] for clips in (self.real, made)]
-        return self._edited(made) | ({"given_psnr": reconstruction.psnr(*around)} if black else {}), videos
+        return self._edited(made) | ({"original_psnr": reconstruction.psnr(*around)} if black else {}), videos
 
     @functools.cached_property
     def recoloured(self) -> list[Scene]:
@@ -306,8 +317,7 @@ class Prompting:
     def _edited(self, made: Sequence[np.ndarray]) -> dict[str, float]:
         return {
             "changed": reader.score(made, self.recoloured)["colour"],
-            "place_kept": _place_kept(made, self.real),
-        }
+        } | _place_kept(made, self.real)
 
     def inpaint(self) -> Mode:
         """The right half of real clips is made anew."""
@@ -322,9 +332,8 @@ class Prompting:
         left = [[clip[:, :, :half] for clip, half in zip(group, halves, strict=True)] for group in (self.real, made)]
         return {
             "identity": _identity(made, self.scenes),
-            "place_kept": _place_kept(made, self.real),
-            "given_psnr": reconstruction.psnr(*left),
-        }, videos
+            "original_psnr": reconstruction.psnr(*left),
+        } | _place_kept(made, self.real), videos
 
     def inpaint_time(self) -> Mode:
         """Frames in the middle of real clips are made anew, of whole groups."""
@@ -340,12 +349,14 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         both = [continuity.seams(frames_THWC, [first, last]) for frames_THWC in made]
         smooth = [max(*one.values(), *other.values()) <= MOST_SEAM for one, other in both]
+        # Groups behind the gap are not those of the round trip of the whole, as the VAE begins with a frame alone.
         beginnings = [[clip[:first] for clip in group] for group in (self.round_trips, made)]
+        ends = [[clip[last:] for clip in group] for group in (self.real, made)]
         return {
             "identity": _identity(made, self.scenes),
-            "place_kept": _place_kept(made, self.real),
             "seams_smooth": float(np.mean(smooth)),
-        } | _returned(*beginnings), videos
+            "original_psnr": reconstruction.psnr(*ends),
+        } | _place_kept(made, self.real) | _returned(*beginnings), videos
 
     def _inpainted(self, white: Callable[[np.ndarray], np.ndarray]) -> list[Made]:
         def given(number: int) -> dict[str, Any]:
@@ -360,7 +371,12 @@ class Prompting:
         videos = self._made(
             self.scenes, lambda number: {"outpaint": self._file(self.real[number]), "left": border, "right": border}
         )
-        return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
+        made = [video.frames_THWC for video in videos]
+        inner = [frames_THWC[:, :, border:-border] for frames_THWC in made]
+        return {
+            "identity": _identity(made, self.scenes),
+            "original_psnr": reconstruction.psnr(self.real, inner),
+        } | _place_kept(inner, self.real), videos
 
     def interpolate(self) -> Mode:
         """Every other frame of real clips is made anew from its neighbours."""
@@ -368,7 +384,19 @@ class Prompting:
             self.scenes, lambda number: {"interpolate": self._file(self.real[number]), "factor": 2, "fps": self.fps}
         )
         made = [video.frames_THWC for video in videos]
-        return {"identity": _identity(made, self.scenes), "place_kept": _place_kept(made, self.real)}, videos
+
+        def between(group: Sequence[np.ndarray]) -> float:
+            return reconstruction.psnr([clip[1::2] for clip in self.real], [clip[1::2] for clip in group])
+
+        return {
+            "identity": _identity(made, self.scenes),
+            "smooth": float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in made])),
+            "original_psnr": reconstruction.psnr([clip[::2] for clip in self.real], [clip[::2] for clip in made]),
+            "made_psnr": between(made),
+            # Of means of the neighbours, which show the thing at both places, half each.
+            "made_psnr_floor": between([_blended(clip) for clip in self.real]),
+            "made_psnr_ceiling": between(self.round_trips),
+        } | _place_kept(made, self.real), videos
 
     def draft(self) -> Mode:
         """A draft of two thirds of the height and width first, then the same in full size, larger than those of training."""
@@ -394,7 +422,7 @@ class Prompting:
         videos = self._made(scenes, lambda number: {})
         made = [video.frames_THWC for video in videos]
         groups = [made[start : start + SHOWN] for start in range(0, len(made), SHOWN)]
-        apart = [_apart(*pair) > MOST_MOVED for group in groups for pair in itertools.combinations(group, 2)]
+        apart = [_apart(*pair).mean() > MOST_MOVED for group in groups for pair in itertools.combinations(group, 2)]
         return {"adherence_all": reader.score(made, scenes)["all"], "apart": float(np.mean(apart))}, videos
 
     def groups_of_sizes(self) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -468,19 +496,32 @@ def _seams(videos: Sequence[np.ndarray], at: int) -> dict[str, float]:
     return found | {"both": float(np.mean([max(seam.values()) <= MOST_SEAM for seam in seams]))}
 
 
-def _place_kept(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> float:
-    """The share of videos whose thing is within MOST_MOVED pixels of the real one's place, on the mean over frames."""
-    return float(np.mean([_apart(one, other) <= MOST_MOVED for one, other in zip(made, real, strict=True)]))
+def _place_kept(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, float]:
+    """The share of videos whose thing is within MOST_MOVED pixels of the real one's place, on the mean over frames and always."""
+    apart = [_apart(one, other) for one, other in zip(made, real, strict=True)]
+    return {
+        "place_kept": float(np.mean([each_T.mean() <= MOST_MOVED for each_T in apart])),
+        "place_kept_always": float(np.mean([each_T.max() <= MOST_MOVED for each_T in apart])),
+    }
 
 
-def _apart(one_THWC: np.ndarray, other_THWC: np.ndarray) -> float:
-    """Pixels between the things of two videos, on the mean over frames; infinite where one is out of sight."""
+def _apart(one_THWC: np.ndarray, other_THWC: np.ndarray) -> np.ndarray:
+    """(T,), pixels between the things of two videos, frame by frame; infinite where one is out of sight."""
     apart = np.linalg.norm(reader.places(one_THWC) - reader.places(other_THWC), axis=1)
-    return float(np.nan_to_num(apart, nan=np.inf).mean())
+    return np.nan_to_num(apart, nan=np.inf)
+
+
+def _blended(clip_THWC: np.ndarray) -> np.ndarray:
+    """With the mean of its neighbours for every other frame."""
+    found = clip_THWC.astype(np.float32)
+    last = len(found) - 2 - (len(found) + 1) % 2  # the last odd frame with a neighbour on both sides
+    found[1 : last + 1 : 2] = (found[0:last:2] + found[2 : last + 2 : 2]) / 2
+    return found.round().astype(np.uint8)
 
 
 def _returned(wanted: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> dict[str, float]:
-    """How what was given came back: beside its round trip, and the largest difference, in levels of 255."""
+    """How what was given came back: beside its round trip, and the largest difference, in levels of 255. Where what is given
+    shares cells with what is made its round trip is not that of the clip, and original_psnr is beside the clip as it was."""
     most = max(int(np.abs(one.astype(int) - other).max()) for one, other in zip(wanted, made, strict=True))
     return {"given_psnr": reconstruction.psnr(wanted, made), "given_apart": float(most)}
 
