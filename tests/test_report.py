@@ -334,6 +334,9 @@ def test_a_section_shows_its_videos_with_their_scores_and_has_a_picture(tmp_path
     text = report.render(page)
     assert Reader(text).tags["video"] == Reader(report.render(make_page())).tags["video"] + 4
     assert "kept &lt;b&gt; 0.25" in text and "Prompted <i>" not in text
+    # What is compared plays in step; what is shown by itself goes round by itself, as a loop must.
+    told = text[text.index("kept &lt;b&gt;") :]
+    assert text.count("data-in-step>") == 1 and "data-in-step>" not in told and told.count('<div class="videos">') == 2
     heights = []
     for prompt in (NASTY, "another"):  # one strip a rung, or all of them where the prompts are the same
         rungs[1] = dataclasses.replace(rungs[1], samples=[report.Video(make_video(), 8.0, prompt, 3)] * 2)

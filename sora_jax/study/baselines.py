@@ -20,7 +20,7 @@ from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, reader
-from sora_jax.generate import canvas, layouts
+from sora_jax.generate import layouts
 from sora_jax.generate.canvas import Window
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.generate.requests import Order, Size
@@ -125,7 +125,7 @@ def _compared(
     study: StudyRun, workdir: Path, names: Sequence[str], judge: Judge, told: tuple[str, str, str]
 ) -> tuple[dict[str, Any], report.Section]:
     """Scores by stage, and some videos of each. told is (name, title, words) of the section."""
-    judges = reader, adherence, canvas, layouts, prompting, sys.modules[__name__]
+    judges = reader, adherence, prompting, sys.modules[__name__]
 
     def judged(name: str, made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
         scores, videos, scenes = judge(study, made, settings)

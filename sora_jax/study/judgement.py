@@ -20,12 +20,13 @@ import numpy as np
 
 from sora_jax import checkpoint, config, disk
 from sora_jax.config import StudyRun
-from sora_jax.data.worlds import captions, clips
+from sora_jax.data.worlds import captions, clips, render
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.data.worlds.world import WorldConfig
+from sora_jax.diffusion import flow, sampler
 from sora_jax.diffusion.sampler import SamplerConfig
-from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet, reader
-from sora_jax.generate import files, pipeline
+from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet, reader, reconstruction
+from sora_jax.generate import canvas, codec, files, known, layouts, media, pipeline
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.study import report
 from sora_jax.train import dit
@@ -33,6 +34,8 @@ from sora_jax.train import dit
 # Scenes of real clips that samples are held against as a set: other ones than those that were asked for.
 REAL_SCENES = 1_000_000
 MAX_JUDGED_BYTES = 2**32  # of the shown samples
+# What makes the pixels that are judged, real and sampled: after a change of any, scores that were kept say nothing.
+MAKERS = (pipeline, sampler, flow, codec, known, layouts, canvas, media, captions, clips, render, reconstruction)
 SHOWN = "shown"  # among kept scores: what the kept videos are of
 
 
@@ -265,13 +268,13 @@ def _with_videos(scores: dict[str, Any], videos: Sequence[np.ndarray]) -> list[r
 
 
 def about_of(study: StudyRun, folder: Path, *judges: ModuleType) -> dict[str, Any]:
-    """What scores of the DiT of a stage depend on."""
+    """What scores of the DiT of a stage depend on: what is drawn, how it is made, and who judges it."""
     return {
         "checkpoint": checkpoint.digest(folder),
         "sampler": config.to_dict(study.stages[folder.name])["sampler"],
         "prompts": study.prompts,
         "seed": study.seed,
-        "judges": code_of(*judges),
+        "judges": code_of(*MAKERS, *judges),
     }
 
 

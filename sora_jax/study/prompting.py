@@ -63,7 +63,7 @@ Mode = tuple[dict[str, float], Sequence[Made]]
 
 def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
     """Scores of stages by mode, and the videos of the last one; kept beside the checkpoints, in prompted.json and prompted.npz."""
-    judges = reader, adherence, continuity, layouts, canvas, sys.modules[__name__]
+    judges = reader, adherence, continuity, sys.modules[__name__]
 
     def judged(made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
         with tempfile.TemporaryDirectory() as inputs:

@@ -261,7 +261,7 @@ def _samples(samples: Sequence[Video]) -> str:
     aspect = _mat_aspect([sample.frames_THWC for sample in samples])
     grid = "\n".join(_sample(sample, aspect) for sample in samples)
     button = '<button id="toggle" type="button" hidden>Pause</button>'
-    return _section("Samples", f'<div class="videos">\n{grid}\n</div>', words, button)
+    return _section("Samples", f'<div class="videos" data-in-step>\n{grid}\n</div>', words, button)
 
 
 def _told(section: Section) -> str:
@@ -294,7 +294,9 @@ def _ladder(rungs: Sequence[Rung], numbers: Mapping[str, Any]) -> str:
         words += f" Costs are of the transformers; the video autoencoder that they share took {progress.si(float(cost))}FLOP more."
     button = '<button id="toggle" type="button" hidden>Pause</button>'
     style = f' style="--rungs:{len(rungs)}"'
-    return _section("More compute, better videos", f"<div{style}>" + "\n".join(parts) + "</div>", words, button)
+    return _section(
+        "More compute, better videos", f"<div{style} data-in-step>" + "\n".join(parts) + "</div>", words, button
+    )
 
 
 def _cost(numbers: Mapping[str, Any], name: str) -> str:
