@@ -391,10 +391,37 @@ def test_outpaint_surrounds_what_is_given(clip):
     np.testing.assert_array_equal(step.known.given_THW, expected)
     np.testing.assert_array_equal(video[expected], round_trip(step.known.frames_THWC)[expected])
     assert (video[~expected] == NEW).all()
-    with pytest.raises(RequestError, match="width 21 is not a multiple of 8; 16 and 24 are the nearest that work"):
+    with pytest.raises(
+        RequestError, match=r"^with left, right, top and bottom width 21 is not a multiple of 8; 16 and 24 are"
+    ):
         prepare(outpaint=path, left=5)
     with pytest.raises(RequestError, match="leave no room in 16x16"):
         prepare(outpaint=path, left=16, width=16)
+
+
+def test_what_the_model_does_not_see_of_what_is_given_is_told(clip, tmp_path):
+    """A latent of which a part is made is made as a whole: of 16x24, 8 of 16 columns lie in such cells."""
+
+    def told(**order):
+        return [line for line in prepare(**order).told if "not seen by the model" in line]
+
+    assert told(outpaint=clip(5), left=8) == []
+    (line,) = told(outpaint=clip(5), left=5, right=3)
+    assert line.startswith(
+        "50 % of what is given is not seen by the model, as it lies in cells of 8x8 pixels (and 4 frames"
+    )
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    for left, lines in ((8, 0), (12, 1)):
+        mask[:] = 255 * (np.arange(16) >= left)
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        assert len(told(inpaint=clip(5), mask=str(tmp_path / "mask.png"))) == lines
+        assert told(edit=clip(5), mask=str(tmp_path / "mask.png")) == []  # which begins from all that was there
+
+
+def test_what_is_made_at_once_is_a_window(clip):
+    assert prepare(extend=clip(9), frames=40).most_frames == 17
+    assert prepare(prompt="a", frames=9).most_frames == 9
 
 
 def test_interpolate_keeps_frames_and_duration(clip):

@@ -217,6 +217,7 @@ def test_read_image_takes_the_first_frame_and_no_video(tmp_path):
     files.write_video(tmp_path / "a.gif", counting(4), 10)
     video = media.read_image(tmp_path / "a.gif")
     assert numbers(video.frames_THWC) == [0] and video.fps is None
+    assert video.told[-1].endswith("a.gif, which is animated, the first frame is taken")
     files.write_video(tmp_path / "a.mp4", counting(4), 10)
     with pytest.raises(media.MediaError, match=r"a\.mp4 is a video where an image is needed.*extend"):
         media.read_image(tmp_path / "a.mp4")

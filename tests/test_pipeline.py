@@ -249,11 +249,12 @@ def test_a_file_is_taken_at_the_shape_of_training_that_is_nearest_to_its_own(sam
     orders = [
         Order(extend=path),
         Order(outpaint=path, left=8, top=16),
-        Order(extend=path, width=48),
+        Order(extend=path, width=48),  # the height by the file's shape
+        Order(extend=path, height=32),
         Order(prompt="a", loop=True, window=9),
     ]
     sizes = [(job.size.height, job.size.width) for job in sampler.prepare(orders)]
-    assert sizes == [(48, 32), (64, 40), (32, 48), (32, 32)]
+    assert sizes == [(48, 32), (64, 40), (72, 48), (32, 24), (32, 32)]
     assert not any("cut off" in line for line in sampler.prepare(orders[:2])[0].told)
 
 

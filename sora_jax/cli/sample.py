@@ -272,7 +272,8 @@ def sample(arguments: argparse.Namespace) -> None:
             raise Failure(f"{told} says how {others[0]} was made and would be replaced; choose another name")
     for line in dict.fromkeys(line for job in jobs for line in job.told):
         logging.info("%s", line)
-    for size in dict.fromkeys(job.size for job in jobs):
+    # Of what is made in windows the model makes a window at once.
+    for size in dict.fromkeys(dataclasses.replace(job.size, frames=job.most_frames) for job in jobs):
         asked.warn_of(size, world)
     make_folder(told.parent)
     trained.tell_mesh(pipeline)

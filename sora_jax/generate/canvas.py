@@ -79,6 +79,11 @@ class Job:
     timeline: Timeline
     draft: Timeline | None = None
 
+    @property
+    def most_frames(self) -> int:
+        """Of what is made at once."""
+        return min(self.size.frames, max(window.stop - window.start for window in self.timeline.windows))
+
 
 # Windows ------------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from einops import repeat
 
 from sora_jax.generate import canvas, media
 from sora_jax.generate.canvas import Job, Timeline, Window
+from sora_jax.generate.known import known_cells
 from sora_jax.generate.media import Fit, Part, Video
 from sora_jax.generate.requests import Order, RequestError, Size
 
@@ -108,6 +110,22 @@ class _Scene:
         timeline = _timeline([video], self.plan(0, frames))
         return dataclasses.replace(timeline, given_THW=timeline.given_THW & ~mask.new_THW)
 
+    def tell_unseen(self, timeline: Timeline) -> None:
+        """Tells how much of what is given the model does not see: what shares a latent with something that is to be made."""
+        given = unseen = 0
+        for window in timeline.windows:
+            frames = np.clip(np.arange(window.start, window.stop), 0, len(timeline.given_THW) - 1)
+            given_THW = timeline.given_THW[frames]
+            seen_thw = known_cells(given_THW, self.grid.stride)
+            st, sh, sw = self.grid.stride
+            seen_THW = repeat(seen_thw, "t h w -> (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)[st - 1 :]
+            given, unseen = given + int(given_THW.sum()), unseen + int((given_THW & ~seen_THW).sum())
+        if unseen:
+            self.told.append(
+                f"{100 * unseen / given:.3g} % of what is given is not seen by the model, as it lies in cells of {sh}x{sw} pixels "
+                f"(and {st} frames after the first) of which a part is made anew; edges on multiples of these join best"
+            )
+
     def whole(self) -> int:
         """How many frames a video from a prompt or an image has; of seconds, the nearest length that works."""
         if self.order.seconds is None:
@@ -162,7 +180,12 @@ def prepare(
         fps=order.fps or defaults.fps,
     )
     # Before files are read for it; as long as defaults say, it is a good length.
-    check_size(dataclasses.replace(size, frames=1 + grid.stride[0] * (grid.patch[0] - 1)), grid)
+    try:
+        check_size(dataclasses.replace(size, frames=1 + grid.stride[0] * (grid.patch[0] - 1)), grid)
+    except RequestError as error:
+        if not any(borders):
+            raise
+        raise RequestError(f"with left, right, top and bottom {error}; change them or say height and width") from error
     told: list[str] = []
     layout = _LAYOUTS[order.mode]
     timeline, fps = layout(_Scene(order, size, borders, window, grid, limits, told))
@@ -282,7 +305,9 @@ def _edit(scene: _Scene) -> Layout:
 
 def _inpaint(scene: _Scene) -> Layout:
     assert scene.order.inpaint is not None and scene.order.mask is not None
-    return scene.masked(scene.read(scene.order.inpaint), scene.order.mask), scene.size.fps
+    timeline = scene.masked(scene.read(scene.order.inpaint), scene.order.mask)
+    scene.tell_unseen(timeline)
+    return timeline, scene.size.fps
 
 
 def _outpaint(scene: _Scene) -> Layout:
@@ -295,7 +320,9 @@ def _outpaint(scene: _Scene) -> Layout:
         frames_THWC=np.pad(video.frames_THWC, ((0, 0), *edges, (0, 0)), mode="edge"),
         given_HW=np.pad(video.given_HW, edges),
     )
-    return _timeline([larger], scene.plan(0, len(video.frames_THWC))), scene.size.fps
+    timeline = _timeline([larger], scene.plan(0, len(video.frames_THWC)))
+    scene.tell_unseen(timeline)
+    return timeline, scene.size.fps
 
 
 def _interpolate(scene: _Scene) -> Layout:

@@ -225,12 +225,16 @@ def size_of(path: Path, limits: Limits = LIMITS) -> tuple[int, int]:
 
 
 def read_image(path: Path, size: Fit | None = None, limits: Limits = LIMITS) -> Video:
-    """As read, of an image; of an animated one its first frame. Raises MediaError, also for a video."""
+    """As read, of an image; of an animated one its first frame, and says so. Raises MediaError, also for a video."""
     with _opened(path, limits, background=255) as source:
         if source.rate is not None and not source.animated:
             raise MediaError(f"{path} is a video where an image is needed; to go on from a video use extend")
+        animated = source.animated
     # Of an animation a part without length is its first frame.
-    return read(path, None, size, Part(0.0, 0.0), limits)._replace(fps=None)
+    video = read(path, None, size, Part(0.0, 0.0), limits)._replace(fps=None)
+    if animated:
+        video = video._replace(told=(*video.told, f"of {path}, which is animated, the first frame is taken"))
+    return video
 
 
 def read_mask(

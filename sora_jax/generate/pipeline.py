@@ -134,11 +134,19 @@ class Pipeline:
         return Size(height, width, max(world.frame_counts), world.fps[0])
 
     def _defaults(self, order: Order) -> Size:
-        """The usual size, but of an order's file the size of training whose shape is nearest."""
+        """The usual size, but of an order's file the size of training whose shape is nearest; where the order says one side
+        alone, the other by the file's shape."""
         paths = [path for mode, several in order.paths().items() if mode == order.mode for path in several]
-        if not paths or order.height is not None or order.width is not None:
+        if not paths:
             return self.usual_size
-        height, width = media.nearest_shape(self.run.data.world.clip_sizes, media.size_of(Path(paths[0])))
+        shape = media.size_of(Path(paths[0]))
+        height, width = media.nearest_shape(self.run.data.world.clip_sizes, shape)
+        (_, *strides), (_, *patches) = self.geometry.stride, self.geometry.patch
+        high, wide = (stride * patch for stride, patch in zip(strides, patches, strict=True))
+        if order.height is None and order.width is not None:
+            height = max(1, round(order.width * shape[0] / (shape[1] * high))) * high
+        elif order.width is None and order.height is not None:
+            width = max(1, round(order.height * shape[1] / (shape[0] * wide))) * wide
         return dataclasses.replace(self.usual_size, height=height, width=width)
 
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
