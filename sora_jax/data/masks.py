@@ -23,8 +23,9 @@ class KnownConfig:
     first_frame: the first latent frame, an image to animate. first_frames: some of them, a video to go on with.
     last_frames: some at the end, to be led up to. both_ends: some at each end, to be connected. some_frames: any of them.
     box: what is outside a box of random place, size and time, or inside it: to be painted in, or around. less_noise: nothing,
-    but times are drawn from [0, c] with c uniform in [0, 1], as a video that is edited starts from less than noise. A clip
-    too small for what was drawn, such as an image for frames, has nothing given.
+    but times are drawn from [0, c] with c uniform in [0, 1], as a video that is edited starts from less than noise.
+    next_frame: all before a latent frame, which is the clip's last, for a model that is rolled out frame by frame. A clip too
+    small for what was drawn, such as an image for frames, has nothing given.
     """
 
     first_frame: float = 0.0
