@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sora_jax.nn.products import product
 
@@ -72,15 +72,25 @@ def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, 
     return first + second, log_sum
 
 
-def _pairs(inputs: Inputs, block: int) -> tuple[tuple[Array, Array, Array], Array]:
-    """(row, block of queries, block of keys) of all pairs with a segment in common, in order, and how many there are."""
+def meetings(
+    q_segment_BN: Int[Array, "B N"], k_segment_BM: Int[Array, "B M"], q_block: int, k_block: int
+) -> Bool[Array, "B I J"]:
+    """Which blocks of queries and which of keys have a segment in common, padding apart, by the ranges of their segments.
 
-    def ranges(segment: Array) -> tuple[Array, Array]:
+    For segments in order, all of which have keys, that is exact; for others it can be too many, never too few.
+    """
+
+    def ranges(segment: Array, block: int) -> tuple[Array, Array]:
         blocks = segment.reshape(segment.shape[0], -1, block)
         return jnp.where(blocks > 0, blocks, jnp.iinfo(blocks.dtype).max).min(-1), blocks.max(-1)
 
-    (q_low, q_high), (k_low, k_high) = ranges(inputs.q_segment_BN), ranges(inputs.k_segment_BM)
-    shared = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    (q_low, q_high), (k_low, k_high) = ranges(q_segment_BN, q_block), ranges(k_segment_BM, k_block)
+    return (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+
+
+def _pairs(inputs: Inputs, block: int) -> tuple[tuple[Array, Array, Array], Array]:
+    """(row, block of queries, block of keys) of all pairs with a segment in common, in order, and how many there are."""
+    shared = meetings(inputs.q_segment_BN, inputs.k_segment_BM, block, block)
     row, i, j = jnp.nonzero(shared, size=math.prod(shared.shape), fill_value=0)
     return (row, i, j), shared.sum()
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sora_jax.nn import blockwise
+
 SPLASH_LANES = 128  # what blocks of a TPU kernel are multiples of
 SPLASH_BLOCK = 512
 TRITON_BLOCK = 64
@@ -26,30 +28,56 @@ def splash(
     dtype: str = "bfloat16",
     interpret: bool = False,
 ) -> Array:
-    """Splash attention on TPU. Raises ValueError for numbers of tokens that are no multiples of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention
+    """Splash attention on TPU, of which only blocks run that share a segment, so that a row costs the sum of its clips' squares.
+
+    Raises ValueError for numbers of tokens that are no multiples of 128.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
 
     (N, K, E), M = q_BNKE.shape[1:], k_BMKE.shape[1]
     if N % SPLASH_LANES or M % SPLASH_LANES:
         raise ValueError(f"splash attention needs multiples of {SPLASH_LANES} tokens, not {N} and {M}")
-    kernel = _splash_kernel(N, M, K, interpret)
-    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE))
-    segments = splash_attention.SegmentIds(q=q_segment_BN, kv=k_segment_BM)
-    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2).astype(jnp.float32)
-
-
-def _splash_kernel(N: int, M: int, heads: int, interpret: bool) -> Any:
-    from jax.experimental.pallas.ops.tpu import splash_attention
-
-    q, k = (_divisor(length, SPLASH_BLOCK) for length in (N, M))
-    sizes = splash_attention.BlockSizes(
-        block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q, block_kv_dkv=k, block_kv_dkv_compute=k,
-        block_q_dq=q, block_kv_dq=k,
+    bq, bk = (_divisor(length, SPLASH_BLOCK) for length in (N, M))
+    sizes = pallas.BlockSizes(
+        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk,
+        block_q_dq=bq, block_kv_dq=bk,
     )  # fmt: skip
-    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((N, M))] * heads)
-    return splash_attention.make_splash_mha(
-        mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
+
+    def of_a_row(infos: Any, *inputs: Any) -> Array:
+        kernel = pallas.SplashAttentionKernel(
+            *infos, block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=pallas.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None, residual_checkpoint_name=None, mask_function=None, interpret=interpret,
+        )  # fmt: skip
+        return kernel(*inputs)
+
+    shared_BIJ = blockwise.meetings(q_segment_BN, k_segment_BM, bq, bk)
+    # Queries none of whose blocks runs would be divided by a sum of nothing: forward they get the first block's values.
+    alone_BI1 = ~shared_BIJ.any(-1, keepdims=True)
+    forward_BIJ = shared_BIJ | (alone_BI1 & (jnp.arange(M // bk) == 0))
+    # Forward and for dq the grid walks over keys inside, for dk and dv over queries.
+    infos = _visits(forward_BIJ, 2), _visits(shared_BIJ, 2), _visits(shared_BIJ, 1)
+    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE))
+    # Rows run one after the other: what blocks they visit is known to the kernel before its grid starts.
+    out = jax.vmap(of_a_row)(infos, q, k, v, pallas.SegmentIds(q=q_segment_BN, kv=k_segment_BM))
+    return out.swapaxes(1, 2).astype(jnp.float32)
+
+
+def _visits(run_BIJ: Array, axis: int) -> Any:
+    """The kernel's account of a grid whose steps go along axis: which blocks run, and which block each step has in fast memory.
+
+    That is the next one which runs, or the last, so a step that does not run copies nothing. All heads share one account, and a
+    block that runs is masked by its segments alone (2: no other mask).
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as pallas
+
+    count = run_BIJ.shape[axis]
+    number_BIJ = jax.lax.broadcasted_iota(jnp.int32, run_BIJ.shape, axis)
+    next_BIJ = jax.lax.cummin(jnp.where(run_BIJ, number_BIJ, count), axis=axis, reverse=True)
+    last = jnp.where(run_BIJ, number_BIJ, 0).max(axis, keepdims=True)
+    # They lie in the scarce memory of scalars.
+    small = jnp.int8 if count <= 128 else jnp.int16
+    next_B1IJ = jnp.minimum(next_BIJ, last).astype(small)[:, None]
+    return pallas.MaskInfo(next_B1IJ, None, 2 * run_BIJ.astype(jnp.int8)[:, None], None, None)
 
 
 def _divisor(length: int, most: int) -> int:
