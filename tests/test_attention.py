@@ -142,13 +142,26 @@ def test_captions_that_every_device_has_whole(rng, mesh):
 
 
 def test_backends_are_chosen_by_platform_and_size():
-    assert {module.chosen(name, 144, 144, 4) for name in ("cpu", "gpu", "tpu")} == {"reference"}
-    assert [module.chosen(name, 4096, 4096, 4) for name in ("cpu", "gpu", "tpu")] == ["blockwise", "triton", "splash"]
+    assert {module.chosen(name, 1, 144, 144, 4) for name in ("cpu", "gpu", "tpu")} == {"reference"}
+    assert [module.chosen(name, 1, 4096, 4096, 4) for name in ("cpu", "gpu", "tpu")] == [
+        "blockwise",
+        "triton",
+        "splash",
+    ]
     # A kernel that cannot take the sizes is not chosen.
-    assert {module.chosen(name, 4100, 4100, 4) for name in ("gpu", "tpu")} == {"blockwise"}
-    assert module.chosen("gpu", 4096, 256, 4) == "blockwise" and module.chosen("tpu", 4096, 256, 4) == "splash"
-    assert module.chosen("tpu", 1024, 1024, 3, split=4) == "blockwise"
-    assert module.chosen("cpu", 1024, 1024, 4, split=4) == "blockwise"
+    assert {module.chosen(name, 1, 4100, 4100, 4) for name in ("gpu", "tpu")} == {"blockwise"}
+    assert module.chosen("tpu", 1, 4096, 256, 4) == "splash"
+    assert module.chosen("tpu", 1, 1024, 1024, 3, split=4) == "blockwise"
+    assert module.chosen("cpu", 1, 1024, 1024, 4, split=4) == "blockwise"
+
+
+def test_captions_on_gpus_are_met_all_at_once_while_their_logits_are_small():
+    """64 MiB, 256 MiB and 512 MiB of them."""
+    found = [module.chosen("gpu", rows, 4096, 1024, 4) for rows in (1, 4, 8)]
+    assert found == ["reference", "reference", "blockwise"]
+    assert module.chosen("cpu", 1, 4096, 1024, 4) == "blockwise"
+    # Keys that are split over devices stay where they are.
+    assert module.chosen("gpu", 1, 4096, 1024, 4, split=2) == "blockwise"
 
 
 def test_heads_that_do_not_divide_are_told(rng):

@@ -20,10 +20,15 @@ from sora_jax.nn.products import product
 
 BACKENDS = ("auto", "reference", "blockwise", "splash", "triton")
 KERNELS = {"splash": kernels.splash, "triton": kernels.triton}
+GPUS = ("gpu", "cuda", "rocm")
 # Far below any logit, yet finite: a fully masked row (padding) gives finite numbers instead of NaN.
 MASKED = -1e9
 # The most (query, key) pairs of a row that the reference is chosen for: their logits stay in a cache.
 SHORT = 512 * 512
+# The most bytes of a GPU's logits that the reference is chosen for where no kernel fits, as for captions: there blocks one after
+# the other are many small kernels, and one product over all pairs is few large ones. It has to be paid in memory: 24 blocks that
+# recompute nothing, which keep two arrays of this size each, take 12 of 80 GiB.
+DENSE_BYTES = 2**28
 
 
 def attention(
@@ -50,10 +55,11 @@ def attention(
         return reference(*inputs, dtype, causal=True)
     split = sharding.shards("tokens") if keys == "tokens" else 1
     if backend == "auto":
+        rows = q_BNKE.shape[0] // sharding.shards("rows")
         # Keys that every device has are met by its own queries alone.
         queries = q_BNKE.shape[1] * split // sharding.shards("tokens")
         heads = q_BNKE.shape[2] // sharding.shards("heads")
-        backend = chosen(sharding.platform(), queries, k_BMKE.shape[1], heads, split)
+        backend = chosen(sharding.platform(), rows, queries, k_BMKE.shape[1], heads, split)
     if backend == "reference":
         return reference(*inputs, dtype)
     function = _on_a_device(backend, dtype, split)
@@ -62,16 +68,18 @@ def attention(
     return sharding.on_each_device(function, (of_q[0], of_k[0], of_k[0], of_q[1], of_k[1]), of_q[0])(*inputs)
 
 
-def chosen(platform: str, queries: int, keys: int, heads: int, split: int = 1) -> str:
-    """The backend for a row of so many queries and keys and a device's heads, its tokens split over `split` devices."""
+def chosen(platform: str, rows: int, queries: int, keys: int, heads: int, split: int = 1) -> str:
+    """The backend for a device's rows and heads, a row having so many queries and keys, its tokens split over `split` devices."""
     if queries * keys <= SHORT:
         return "reference"
     # Kernels see all tokens of some heads where tokens are split, so there must be enough heads.
     fits = heads % split == 0
     if platform == "tpu" and fits and queries % kernels.SPLASH_LANES == 0 == keys % kernels.SPLASH_LANES:
         return "splash"
-    if platform in ("gpu", "cuda", "rocm") and fits and queries == keys and queries % kernels.TRITON_BLOCK == 0:
+    if platform in GPUS and fits and queries == keys and queries % kernels.TRITON_BLOCK == 0:
         return "triton"
+    if platform in GPUS and split == 1 and rows * heads * queries * keys * 4 <= DENSE_BYTES:
+        return "reference"
     return "blockwise"
 
 

@@ -34,7 +34,7 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
 
-    (N, K, E), M = q_BNKE.shape[1:], k_BMKE.shape[1]
+    N, M, E = q_BNKE.shape[1], k_BMKE.shape[1], q_BNKE.shape[-1]
     if N % SPLASH_LANES or M % SPLASH_LANES:
         raise ValueError(f"splash attention needs multiples of {SPLASH_LANES} tokens, not {N} and {M}")
     bq, bk = (_divisor(length, SPLASH_BLOCK) for length in (N, M))
