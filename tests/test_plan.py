@@ -17,7 +17,7 @@ from sora_jax import config, hlo, main, sharding
 from sora_jax.cli import configs
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
-from sora_jax.plan import page, roofline, search, step, text, topology
+from sora_jax.plan import packing, page, roofline, search, step, text, topology
 from sora_jax.train import dit
 
 
@@ -244,6 +244,7 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
             "mesh": dataclasses.asdict(run.mesh),
             "model": {"remat": run.dit.remat},
             "step": {"rows": run.pack.rows, "row_tokens": run.pack.row_tokens},
+            "packing": {"fill": 1.0},
         }
 
     monkeypatch.setattr(roofline, "plan", fake)
@@ -256,6 +257,38 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
     speeds = [(each["verdict"]["fits"], each["tokens_per_second"][0]) for each in ranked]
     assert speeds == sorted(speeds, reverse=True)
     assert len(text.ranking(ranked).splitlines()) == 13
+
+
+def test_padding_is_no_speed(network, target, monkeypatch):
+    """Rows that clips fill badly lose to slower ones that they fill well, in what is compiled and in what is told."""
+    run = resolved()
+    # Clips have up to 120 tokens: most rows of 128 hold one and its padding.
+    short, long = (dataclasses.replace(run.pack, row_tokens=size, row_slots=64, row_text=2048) for size in (128, 384))
+    run = dataclasses.replace(run, pack=short)
+    fills = {each: packing.packed(dataclasses.replace(run, pack=each), network)["fill"] for each in (short, long)}
+    assert fills[short] < 0.9 * fills[long]
+    # A little faster in tokens, slower in those of clips.
+    speeds, tried = {short: math.sqrt(fills[long] / fills[short]), long: 1.0}, []
+
+    def fake(run, network, where):
+        tried.append(run.pack)
+        return {
+            "verdict": {"fits": True, "why": []},
+            "tokens_per_second": [speeds[run.pack], 0.0],
+            "mesh": dataclasses.asdict(run.mesh),
+            "model": {"remat": run.dit.remat},
+            "step": {"rows": run.pack.rows, "row_tokens": run.pack.row_tokens},
+            "packing": {"fill": fills[run.pack]},
+        }
+
+    monkeypatch.setattr(roofline, "plan", fake)
+    monkeypatch.setattr(search, "rows_like", lambda _: [short, long])
+    monkeypatch.setattr(search, "estimate", lambda each, _: 1 / speeds[each.pack])
+    ranked = search.search(run, network, target, tries=3)
+    # The run as it is comes first.
+    assert tried == [short, long, long]
+    assert [each["step"]["row_tokens"] for each in ranked] == [384, 384, 128]
+    assert f"{fills[long]:.1%}" in text.ranking(ranked).splitlines()[1]
 
 
 def test_an_estimate_prefers_what_fits():

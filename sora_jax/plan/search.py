@@ -12,11 +12,12 @@ import jax
 from jax.sharding import AbstractMesh
 
 from sora_jax import compute, sharding
-from sora_jax.config import DiTRun
+from sora_jax.config import ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
 from sora_jax.models import dit as dit_model
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan import roofline, step
+from sora_jax.plan.packing import packed
 from sora_jax.plan.topology import CHIPS, GIB, Target
 from sora_jax.train import dit
 
@@ -33,22 +34,37 @@ def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[d
     """The most promising meshes, remat policies, batches and lengths of rows for a target, compiled, the best first.
 
     Candidates are ranked by an estimate, and as many as `tries` of the best are compiled, the run as it is among them; what is
-    refused without that is none of them. Those that fit come first, by the speed that is foretold at the slow end.
+    refused without that is none of them. Those that fit come first, by the speed that is foretold at the slow end. Padding is
+    no speed: what counts are tokens of clips.
     """
     chips, found = len(where.devices), list[dict[str, Any]]()
-    own = _filled(run, chips)
-    ranked = sorted(candidates(run, network, chips), key=lambda each: (each != own, estimate(each, where)))
-    for candidate in ranked:
+    own = _over(run, chips)
+    tried = list(candidates(run, network, chips))
+    padding = {packing: _padding(run, packing, network) for packing in {each.pack for each in tried}}
+    for candidate in sorted(tried, key=lambda each: (each != own, estimate(each, where) * padding[each.pack])):
         if len(found) == tries:
             break
         try:
             found.append(roofline.plan(candidate, network, where))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             logging.info("%s: %s", _told(candidate), str(error).splitlines()[0])
-    return sorted(found, key=lambda each: (not each["verdict"]["fits"], -each.get("tokens_per_second", [0])[0]))
+    return sorted(found, key=lambda each: (not each["verdict"]["fits"], -speed(each)))
 
 
-def _filled(run: DiTRun, chips: int) -> DiTRun:
+def speed(numbers: dict[str, Any]) -> float:
+    """Tokens of clips a second, at the slow end of a plan; 0 where no time is foretold."""
+    return numbers["packing"]["fill"] * numbers.get("tokens_per_second", [0])[0]
+
+
+def _padding(run: DiTRun, packing: PackConfig, network: VAEConfig) -> float:
+    """Tokens of a row for one of a clip; infinite for rows that the plan will refuse: they come last, and the plan says why."""
+    try:
+        return 1 / packed(dataclasses.replace(run, pack=packing), network)["fill"]
+    except ConfigError:
+        return math.inf
+
+
+def _over(run: DiTRun, chips: int) -> DiTRun:
     """The run with the sizes of its mesh over so many chips, if it has one over them."""
     try:
         return dataclasses.replace(run, mesh=sharding.MeshConfig(*sharding.mesh_shape(run.mesh, chips)))

@@ -92,7 +92,7 @@ def _range(values: Sequence[float]) -> str:
 def ranking(plans: Sequence[dict[str, Any]]) -> str:
     """Plans of a search as lines, the best first."""
     lines = [
-        f"{'data':>5}{'fsdp':>5}{'tensor':>7}{'sequence':>9}{'remat':>9}{'rows':>6}{'tokens':>8}{'GiB':>8}{'MFU':>12}"
+        f"{'data':>5}{'fsdp':>5}{'tensor':>7}{'sequence':>9}{'remat':>9}{'rows':>6}{'tokens':>8}{'fill':>7}{'GiB':>8}{'MFU':>12}"
     ]
     for each in plans:
         mesh, model = each["mesh"], each["model"]
@@ -100,6 +100,6 @@ def ranking(plans: Sequence[dict[str, Any]]) -> str:
         speed = " - ".join(f"{value:.0%}" for value in each["mfu"]) if "mfu" in each else ""
         lines.append(
             f"{mesh['data']:>5}{mesh['fsdp']:>5}{mesh['tensor']:>7}{mesh['sequence']:>9}{model['remat']:>9}"
-            f"{each['step']['rows']:>6}{each['step']['row_tokens']:>8}{size:>8}{speed:>12}"
+            f"{each['step']['rows']:>6}{each['step']['row_tokens']:>8}{each['packing']['fill']:>7.1%}{size:>8}{speed:>12}"
         )
     return "\n".join(lines)
