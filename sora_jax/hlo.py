@@ -138,13 +138,7 @@ class Program:
         """All collectives of a program for devices on a mesh {axis: size}, in the mesh's order."""
         found = []
         for name, times in self.runs.items():
-            seen: set[str] = set()
             for each, kind in self._collectives_of(self.computations[name]):
-                # A collective that goes on beside other work shows at its beginning and at its end, as one channel.
-                channel = re.search(r"channel_id=(\d+)", each.rest)
-                if channel and channel[1] in seen:
-                    continue
-                seen |= {channel[1]} if channel else set()
                 groups = _groups(each.rest, math.prod(mesh.values()))
                 size = len(groups[0]) if kind != "collective-permute" else _ring(groups, mesh)
                 if size > 1:
@@ -154,14 +148,24 @@ class Program:
         return found
 
     def _collectives_of(self, computation: Computation) -> Iterator[tuple[Instruction, str]]:
-        """(instruction, kind) of a computation and of its fusions."""
+        """(instruction, kind) of a computation and of its fusions.
+
+        Channels tell nothing apart: all collectives of jax's shard_map have the same one, and XLA's own permutations too.
+        """
+        begun: set[str] = set()
         for each in computation.instructions.values():
             kind = each.kind.removesuffix("-start")
             if kind in KINDS:
                 yield each, "reduce-scatter" if self._is_scattered(each, computation) else kind
             elif each.kind == "fusion":
                 for fused in each.calls("calls"):
-                    yield from self._collectives_of(self.computations[fused])
+                    for inner, kind in self._collectives_of(self.computations[fused]):
+                        # A TPU begins a collective in a fusion, goes on with it in others beside their own work, and ends it
+                        # in one more. Each of them holds a copy, and the copies are of one chain.
+                        chain = re.search(r'chain_id="(\d+)"', inner.rest)
+                        if chain is None or chain[1] not in begun:
+                            yield inner, kind
+                        begun |= {chain[1]} if chain else set()
 
     @staticmethod
     def _is_scattered(each: Instruction, computation: Computation) -> bool:
@@ -303,8 +307,10 @@ def _moved(each: Instruction, kind: str, devices: int) -> int:
     if each.kind.endswith("-start"):
         if kind == "all-gather":  # (operand, result)
             total = total * devices // (devices + 1)
-        elif kind == "collective-permute":  # (operand, result, two counters)
+        elif kind in ("collective-permute", "all-to-all"):  # (operand, result, two counters), (operands, results)
             total //= 2
+        elif kind == "reduce-scatter":  # (operand, result)
+            return total * devices // (devices + 1)
     return total * devices if each.kind == "reduce-scatter" else total
 
 

@@ -29,8 +29,21 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %begun (shard: bf16[8,8]) -> (bf16[8,8], bf16[32,8]) {
   %shard = bf16[8,8]{1,0} parameter(0)
-  %gather.1 = bf16[32,8]{1,0} all-gather(%shard), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
-  ROOT %both = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) custom-call(%gather.1), custom_call_target="x"
+  %gather.1 = bf16[32,8]{1,0} all-gather(%shard), channel_id=1, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="21"}
+  ROOT %both = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%ended (shard.1: bf16[8,8], whole.1: bf16[32,8]) -> bf16[32,8] {
+  %shard.1 = bf16[8,8]{1,0} parameter(0)
+  %whole.1 = bf16[32,8]{1,0:S(1)} parameter(1)
+  %gather.2 = bf16[32,8]{1,0} all-gather(%shard.1), channel_id=1, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="21"}
+  ROOT %done = bf16[32,8]{1,0:S(1)} custom-call(%shard.1, %whole.1, %gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%begun.2 (shard.2: bf16[8,8]) -> (bf16[8,8], bf16[32,8]) {
+  %shard.2 = bf16[8,8]{1,0} parameter(0)
+  %gather.3 = bf16[32,8]{1,0} all-gather(%shard.2), channel_id=1, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="22"}
+  ROOT %both.2 = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) custom-call(%gather.3), custom_call_target="AsyncCollectiveStart"
 }
 
 %body (state: (s32[], f32[64,8], bf16[8,8])) -> (s32[], f32[64,8], bf16[8,8]) {
@@ -39,7 +52,10 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}
   %x = f32[64,8]{1,0} get-tuple-element(%state), index=1
   %w = bf16[8,8]{1,0} get-tuple-element(%state), index=2
   %first = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) fusion(%w), kind=kCustom, calls=%begun
-  %second = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) fusion(%w), kind=kCustom, calls=%begun
+  %other = (bf16[8,8]{1,0}, bf16[32,8]{1,0:S(1)}) fusion(%w), kind=kCustom, calls=%begun.2
+  %part.1 = bf16[8,8]{1,0} get-tuple-element(%first), index=0
+  %part.2 = bf16[32,8]{1,0:S(1)} get-tuple-element(%first), index=1
+  %last = bf16[32,8]{1,0:S(1)} fusion(%part.1, %part.2), kind=kCustom, calls=%ended
   %kernel = f32[64,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
  "words":"{}"
 }}, metadata={op_name="attention"}
@@ -71,10 +87,10 @@ def program():
 def test_collectives_are_counted_as_often_as_they_run(program):
     found = {(each.kind, each.axes): each for each in program.collectives(MESH)}
     assert set(found) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("collective-permute", "data")}
-    gather = found["all-gather", "fsdp"]
-    # Begun and ended in two fusions it is one; five times round the loop.
-    assert (gather.times, gather.bytes, gather.devices) == (5, 32 * 8 * 2, 4)
-    assert gather.sent == 5 * 32 * 8 * 2 * 3 / 4
+    gathers = [each for each in program.collectives(MESH) if each.kind == "all-gather"]
+    # Begun and ended in two fusions it is one, another of the same channel is another; five times round the loop.
+    assert [(each.times, each.bytes, each.devices) for each in gathers] == 2 * [(5, 32 * 8 * 2, 4)]
+    assert gathers[0].sent == 5 * 32 * 8 * 2 * 3 / 4
     # A sum of which everyone keeps a slice is sent once, not twice.
     assert found["reduce-scatter", "fsdp"].sent == 5 * 64 * 8 * 4 * 3 / 4
     assert found["collective-permute", "data"].sent == 64 * 8 * 4
@@ -177,6 +193,50 @@ def test_what_a_real_program_sends():
     (gather,) = program.collectives(mesh.shape)
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", "fsdp", 64 * 32 * 4)
     assert np.isclose(gather.sent, 64 * 32 * 4 * 3 / 4)
+
+
+def test_what_devices_send_each_other_by_themselves_is_counted_whole():
+    """All collectives of a shard_map have the same channel, and none is another's copy."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, sequence=4))
+
+    def traded(x):
+        return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
+
+    def passed(x):
+        return jax.lax.ppermute(x, "sequence", [(here, (here + 1) % 4) for here in range(4)])
+
+    def on_each(q, k, v):
+        return 2 * traded(q), passed(jnp.sin(traded(k))), passed(jnp.cos(traded(v))), jax.lax.psum(q, "data")
+
+    rows = P("data", "sequence")
+    function = jax.shard_map(on_each, mesh=mesh, in_specs=(rows,) * 3, out_specs=(rows,) * 3 + (P(None, "sequence"),))
+    # Of different sizes, so that none is merged with another: 16, 32 and 64 numbers for a device.
+    inputs = [jax.ShapeDtypeStruct((2, 16, 4, width), jnp.float32) for width in (1, 2, 4)]
+    program = compiled(function, *inputs)
+    found = sorted(
+        (each.kind, each.axes, each.devices, each.times, each.bytes) for each in program.collectives(mesh.shape)
+    )
+    assert found == [
+        ("all-reduce", "data", 2, 1, 4 * 16),
+        *(("all-to-all", "sequence", 4, 1, 4 * size) for size in (16, 32, 64)),
+        *(("collective-permute", "sequence", 4, 1, 4 * size) for size in (32, 64)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("f32[8] all-reduce-start(%x), replica_groups={{0,1,2,3}}", 32),
+        ("(f32[8], f32[32]) all-gather-start(%x), replica_groups={{0,1,2,3}}", 128),
+        ("((f32[8], f32[8]), (f32[8], f32[8])) all-to-all-start(%x, %y), replica_groups={{0,1}}", 64),
+        ("((f32[8]), f32[2]) reduce-scatter-start(%x), replica_groups={{0,1,2,3}}", 32),
+        ("f32[2] reduce-scatter(%x), replica_groups={{0,1,2,3}}", 32),
+    ],
+)
+def test_bytes_of_a_collective_that_is_begun_are_its_result(line, expected):
+    each = hlo._instruction(f"  %each = {line}")
+    (group, *_) = hlo._groups(each.rest, 4)
+    assert hlo._moved(each, each.kind.removesuffix("-start"), len(group)) == expected
 
 
 def test_text_without_a_program_is_refused():
