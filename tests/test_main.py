@@ -437,6 +437,8 @@ def test_plans_that_cannot_be_made_are_refused(tiny, capsys):
     command = ["plan", f"--config={tiny}:dit", f"--vae={tiny}:vae"]
     assert "none of v4" in refusal(capsys, *command, "--topology=v9:2x2")
     assert "none of v4" in refusal(capsys, *command, "--topology=cpu:")
+    missing = refusal(capsys, *command[:2], "--topology=cpu:2", "--config.vae_checkpoint=runs/nowhere")
+    assert "runs/nowhere does not exist" in missing and "--vae=" in missing
     assert "is no VAE" in refusal(capsys, *command[:2], f"--vae={tiny}:dit", "--topology=cpu:2")
     assert "is no diffusion transformer" in refusal(
         capsys, "plan", f"--config={tiny}:vae", f"--vae={tiny}:vae", "--topology=cpu:2"

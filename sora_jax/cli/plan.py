@@ -75,7 +75,15 @@ def plan(arguments: argparse.Namespace) -> None:
     with errors_for_users(ValueError):
         if arguments.vae is None:
             refuse_file(run.vae_checkpoint)
-            network = pipeline.load_vae_config(Path(run.vae_checkpoint))
+            try:
+                network = pipeline.load_vae_config(Path(run.vae_checkpoint))
+            except FileNotFoundError as error:
+                if error.errno is not None:
+                    raise
+                # Whoever plans may have trained nothing yet.
+                raise Failure(
+                    f"{error}; a plan needs the VAE's shape alone: give its config, such as --vae=experiments/vae.py:video"
+                ) from error
         else:
             other = load_run(arguments.vae, [])
             if not isinstance(other, config.VAERun):
