@@ -171,6 +171,17 @@ def test_times_follow_from_peaks(network, target):
     assert "&lt;x&gt;" in shown and "fsdp 4" in shown
 
 
+def test_a_terminal_is_shown_kernels_and_peaks_with_their_source(network, target):
+    chip = topology.CHIPS["v5p"]
+    numbers = roofline.plan(resolved(), network, dataclasses.replace(target, chip=chip))
+    told = text.table(numbers | {"kernels": {"splash_mha_fwd": 96}}).splitlines()
+    assert "kernels: splash_mha_fwd 96 times" in told
+    (line,) = [line for line in told if line.startswith("peaks of a chip: 95 GiB, 459 TFLOP/s")]
+    assert topology.SOURCE in line
+    assert "kernels: none" in text.table(numbers)
+    assert topology.SOURCE in page.page(numbers, "") and "Kernels: none" in page.page(numbers, "")
+
+
 def test_a_sampler_keeps_weights_and_its_batch_alone(network, target, numbers):
     made = roofline.plan_sampler(resolved(), network, target)
     assert set(made["memory"]) == {"parameters", "batch", "temporaries", "total"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.plan.roofline import PARTS
-from sora_jax.plan.text import asked, outcome, size_of, uncounted
+from sora_jax.plan.text import asked, kernels, outcome, peaks, size_of, uncounted
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -45,8 +45,10 @@ def page(numbers: Mapping[str, Any], command: str) -> str:
         parts.append(_time(numbers))
     if numbers.get("collectives"):
         parts.append(_sent(numbers))
+    if "kernels" in numbers:
+        parts.append(f"<p class=quiet>Kernels: {html.escape(kernels(numbers['kernels']))}.</p>")
     if "peaks" in numbers:
-        parts.append(f"<p class=quiet>Peaks: {html.escape(_peaks(numbers['peaks']))}</p>")
+        parts.append(f"<p class=quiet>Peaks of a chip: {html.escape(peaks(numbers['peaks']))}.</p>")
     parts.append(f"<p class=quiet><code>{html.escape(command)}</code></p>")
     head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Plan</title>"
     return f"{head}<style>{STYLE}</style>" + "\n".join(parts)
@@ -80,7 +82,8 @@ def _time(numbers: Mapping[str, Any]) -> str:
     fast, slow = seconds["whole"]
     short = f" {_sentence(loops)}." if (loops := uncounted(numbers)) else ""
     return (
-        f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {low:.0%} to {high:.0%}</h2><table>{rows}</table>"
+        f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {low:.0%} to {high:.0%}</h2>"
+        f"<table>{rows}</table>"
         f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
         f"{_sentence(outcome(numbers))}.{short}</p>"
     )
@@ -103,11 +106,3 @@ def _sentence(line: str) -> str:
 def _once(numbers: Mapping[str, Any]) -> str:
     """What one execution of the program is."""
     return "step" if "step" in numbers else "batch of videos"
-
-
-def _peaks(peaks: Mapping[str, Any]) -> str:
-    return (
-        f"{peaks['memory']:g} GiB, {peaks['flops'] / 1e12:g} TFLOP/s in bfloat16, {peaks['bandwidth'] / 1e12:g} TB/s of memory, "
-        f"{peaks['link'] / 1e9:g} GB/s along an axis of the interconnect, "
-        f"{peaks['host'] / 1e9:g} GB/s to the host. {peaks['source']}."
-    )

@@ -37,14 +37,18 @@ def table(numbers: dict[str, Any]) -> str:
     if "seconds" in numbers:
         seconds = numbers["seconds"]
         fast, slow = seconds["whole"]
+        (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
         lines += [
             f"roofline: {', '.join(f'{name} {seconds[name]:.3f} s' for name in PARTS)}; in all {fast:.3f} to {slow:.3f} s",
-            f"MFU {numbers['mfu'][0]:.0%} to {numbers['mfu'][1]:.0%} (within clips {numbers['useful_mfu'][0]:.0%} to "
-            f"{numbers['useful_mfu'][1]:.0%})",
+            f"MFU {low:.0%} to {high:.0%} (within clips {own_low:.0%} to {own_high:.0%})",
             outcome(numbers),
         ]
     if loops := uncounted(numbers):
         lines.append(loops)
+    if "kernels" in numbers:
+        lines.append(f"kernels: {kernels(numbers['kernels'])}")
+    if "peaks" in numbers:
+        lines.append(f"peaks of a chip: {peaks(numbers['peaks'])}")
     verdict = numbers["verdict"]
     lines.append(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {'; '.join(verdict['why'])}")
     return "\n".join(lines)
@@ -72,6 +76,20 @@ def uncounted(numbers: Mapping[str, Any]) -> str:
     return f"{count} loops of unknown length are counted once: times are too short by the rest of them" if count else ""
 
 
+def kernels(found: Mapping[str, int]) -> str:
+    """Custom kernels, and how often each runs."""
+    return ", ".join(f"{name} {times:,} times" for name, times in found.items()) or "none but the compiler's own"
+
+
+def peaks(found: Mapping[str, Any]) -> str:
+    """The peaks of a chip that times are held against, and who says so."""
+    return (
+        f"{found['memory']:g} GiB, {found['flops'] / 1e12:g} TFLOP/s in bfloat16, {found['bandwidth'] / 1e12:g} TB/s of memory, "
+        f"{found['link'] / 1e9:g} GB/s along an axis of the interconnect, {found['host'] / 1e9:g} GB/s to the host "
+        f"({found['source']})"
+    )
+
+
 def outcome(numbers: Mapping[str, Any]) -> str:
     """What comes of it, and what it costs."""
     if "run" in numbers:
@@ -82,7 +100,8 @@ def outcome(numbers: Mapping[str, Any]) -> str:
             f"{' to '.join(f'{hours:,.0f}' for hours in run['chip_hours'])} chip-hours"
         )
     costs = " to ".join(f"{seconds:,.3g}" for seconds in numbers["chip_seconds_per_video"])
-    return f"sampling: {_range(numbers['videos_per_hour'])} videos an hour, {costs} chip-seconds a video"
+    many = f"{_range(numbers['videos_per_hour'])}"
+    return f"sampling: {many} videos an hour, {costs} chip-seconds a video"
 
 
 def _range(values: Sequence[float]) -> str:
