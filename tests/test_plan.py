@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sora_jax import config, hlo, main, sharding
 from sora_jax.cli import configs
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
-from sora_jax.plan import packing, page, roofline, search, step, text, topology
+from sora_jax.plan import kernels, packing, page, roofline, search, step, text, topology
 from sora_jax.train import dit
 
 
@@ -182,6 +183,56 @@ def test_a_terminal_is_shown_kernels_and_peaks_with_their_source(network, target
     assert topology.SOURCE in page.page(numbers, "") and "Kernels: none" in page.page(numbers, "")
 
 
+CASES = [
+    # platform, tokens and text of a row, heads, mesh.sequence; what attention goes without a kernel, and the remedy
+    ("tpu", 8192, 512, 8, 4, {}),
+    ("tpu", 8000, 512, 8, 1, {"among a row's tokens": "row_tokens=8064", "to captions": "row_tokens=8064"}),
+    ("tpu", 8192, 500, 8, 1, {"to captions": "row_text=512"}),
+    ("tpu", 8000, 500, 8, 1, {"among a row's tokens": "8064", "to captions": "row_tokens=8064 and pack.row_text=512"}),
+    ("tpu", 8192, 512, 6, 4, {"among a row's tokens": "mesh.sequence=2"}),
+    ("cuda", 8192, 512, 8, 1, {"to captions": "there is none"}),
+    ("cuda", 8190, 8, 8, 1, {"among a row's tokens": "row_tokens=8192"}),
+    ("cpu", 8000, 500, 6, 4, {}),
+]
+
+
+@pytest.mark.parametrize(("platform", "tokens", "words", "heads", "sequence", "expected"), CASES)
+def test_what_has_no_kernel_is_told_with_what_gives_it_one(platform, tokens, words, heads, sequence, expected):
+    run = resolved()
+    model = dataclasses.replace(run.dit, width=96 * heads, heads=heads)
+    rows = dataclasses.replace(run.pack, row_tokens=tokens, row_text=words)
+
+    def missing(model, rows, sequence):
+        mesh = sharding.abstract_mesh(sharding.MeshConfig(1, sequence=sequence), sequence)
+        return kernels.missing(model, rows, mesh, platform)
+
+    found = missing(model, rows, sequence)
+    assert len(found) == len(expected)
+    for line, (what, remedy) in zip(found, expected.items(), strict=True):
+        assert f"attention {what}: " in line and remedy in line
+        # What is told to be set is what helps.
+        settings = {name: int(value) for name, value in re.findall(r"(\S+)=(\d+)", line)}
+        rows_then = dataclasses.replace(
+            rows, **{name.split(".")[1]: value for name, value in settings.items() if name.startswith("pack.")}
+        )
+        then = missing(model, rows_then, settings.get("mesh.sequence", sequence))
+        assert not settings or not any(what in other for other in then)
+
+
+def test_a_plan_whose_attention_has_no_kernel_says_so_in_its_verdict(network, target, monkeypatch):
+    """Blocks of attention go in loops as long as the data wants."""
+    monkeypatch.setitem(kernels.KERNELS, "cpu", ("splash", 128))
+    where = dataclasses.replace(target, chip=topology.CHIPS["v5p"])
+    numbers = roofline.plan(resolved(attention="blockwise"), network, where)
+    assert numbers["unknown_loops"] and numbers["verdict"]["fits"]
+    why = numbers["verdict"]["why"]
+    assert why[1] == "its time is not known" and "set dit.attention=auto" in why[2]
+    told = text.table(numbers)
+    assert "MFU at most" in told and "run: at best" in told and "set dit.attention=auto" in told.splitlines()[-1]
+    usual = roofline.plan(resolved(), network, where)
+    assert "time is not known" not in text.table(usual) and "at most" not in text.table(usual)
+
+
 def test_a_sampler_keeps_weights_and_its_batch_alone(network, target, numbers):
     made = roofline.plan_sampler(resolved(), network, target)
     assert set(made["memory"]) == {"parameters", "batch", "temporaries", "total"}
@@ -251,12 +302,12 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
         fits = run.dit.remat != "none"
         return {
             "verdict": {"fits": fits, "why": []},
-            "tokens_per_second": [float(run.pack.rows), 0.0],
+            "tokens_per_second": [100.0 + run.pack.rows - len(tried), 0.0],
             "mesh": dataclasses.asdict(run.mesh),
             "model": {"remat": run.dit.remat},
             "step": {"rows": run.pack.rows, "row_tokens": run.pack.row_tokens},
             "packing": {"fill": 1.0},
-        }
+        } | ({"unknown_loops": ["while"]} if len(tried) % 2 else {})
 
     monkeypatch.setattr(roofline, "plan", fake)
     run = resolved()
@@ -265,8 +316,8 @@ def test_a_search_ranks_what_it_compiled(network, target, monkeypatch):
     # The run as it is comes first; what is refused is none of those that were asked for.
     assert len(tried) == 12 and tried[0] == run and refused
     assert len({(r.mesh, r.dit.remat, r.pack.rows, r.pack.row_tokens) for r in tried}) == 12
-    speeds = [(each["verdict"]["fits"], each["tokens_per_second"][0]) for each in ranked]
-    assert speeds == sorted(speeds, reverse=True)
+    speeds = [(each["verdict"]["fits"], "unknown_loops" not in each, each["tokens_per_second"][0]) for each in ranked]
+    assert speeds == sorted(speeds, reverse=True) and len({known for _, known, _ in speeds}) == 2
     assert len(text.ranking(ranked).splitlines()) == 13
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.plan.roofline import PARTS
-from sora_jax.plan.text import asked, kernels, outcome, peaks, size_of, uncounted
+from sora_jax.plan.text import asked, bound, kernels, outcome, peaks, size_of, uncounted
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -82,7 +82,7 @@ def _time(numbers: Mapping[str, Any]) -> str:
     fast, slow = seconds["whole"]
     short = f" {_sentence(loops)}." if (loops := uncounted(numbers)) else ""
     return (
-        f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {low:.0%} to {high:.0%}</h2>"
+        f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {bound(numbers, 'at most ')}{low:.0%} to {high:.0%}</h2>"
         f"<table>{rows}</table>"
         f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
         f"{_sentence(outcome(numbers))}.{short}</p>"

@@ -18,6 +18,7 @@ from sora_jax import compute, hlo, sharding
 from sora_jax.config import DiTRun
 from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
+from sora_jax.plan import kernels
 from sora_jax.plan.packing import packed
 from sora_jax.plan.step import Compiled, compile_sampler, compile_step, memory, traffic
 from sora_jax.plan.topology import GIB, SOURCE, Chip, Target
@@ -51,7 +52,8 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
         },
         "packing": {name: value for name, value in packing.items() if "pairs" not in name},
     }
-    return _compiled(numbers, lambda: compile_step(run, mesh), run, where, foretold)
+    without = kernels.missing(run.dit, run.pack, mesh, where.devices[0].platform)
+    return _compiled(numbers, lambda: compile_step(run, mesh), run, where, foretold, without)
 
 
 def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
             "useful_flops": compute.sampling(run.dit, packing, run.sampler, *pairs),
         },
     }
-    return _compiled(numbers, lambda: compile_sampler(run, packing, mesh), run, where, foretold_of_sampler)
+    without = kernels.missing(run.dit, packing, mesh, where.devices[0].platform)
+    return _compiled(numbers, lambda: compile_sampler(run, packing, mesh), run, where, foretold_of_sampler, without)
 
 
 def _asked(run: DiTRun, where: Target, mesh: Mesh) -> dict[str, Any]:
@@ -100,9 +103,14 @@ Foretell = Callable[[dict[str, Any], hlo.Program, Chip, DiTRun], dict[str, Any]]
 
 
 def _compiled(
-    numbers: dict[str, Any], make: Callable[[], Compiled], run: DiTRun, where: Target, foretell: Foretell
+    numbers: dict[str, Any],
+    make: Callable[[], Compiled],
+    run: DiTRun,
+    where: Target,
+    foretell: Foretell,
+    without: Sequence[str],
 ) -> dict[str, Any]:
-    """numbers with what the compiled program says, and the verdict."""
+    """numbers with what the compiled program says, and the verdict; without are the kernels that are missing."""
     try:
         made = make()
     except jax.errors.JaxRuntimeError as error:
@@ -119,7 +127,7 @@ def _compiled(
         numbers["unknown_loops"] = sorted(program.unknown_loops)
     if where.chip is not None:
         numbers |= foretell(numbers, program, where.chip, run)
-    numbers["verdict"] = verdict(numbers, where.chip)
+    numbers["verdict"] = verdict(numbers, where.chip, without)
     return numbers
 
 
@@ -175,13 +183,15 @@ def foretold_of_sampler(numbers: dict[str, Any], program: hlo.Program, chip: Chi
     }
 
 
-def verdict(numbers: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
-    """Whether it fits, and what to look at first."""
+def verdict(numbers: dict[str, Any], chip: Chip | None, without: Sequence[str]) -> dict[str, Any]:
+    """Whether it fits, and what to look at first: of kernels that it is without, before all else."""
     why = []
     if chip is None:
         return {"fits": True, "why": ["it compiles; simulated devices have no memory to fit"]}
     share = numbers["memory"]["total"] / (chip.memory * GIB)
     why.append(f"{share:.0%} of {chip.memory:g} GiB a chip")
+    if numbers.get("unknown_loops"):
+        why += ["its time is not known", *without]
     seconds = numbers["seconds"]
     slowest = max(PARTS, key=lambda name: seconds[name])
     why.append(f"bound by {slowest}")

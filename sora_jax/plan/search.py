@@ -34,8 +34,8 @@ def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[d
     """The most promising meshes, remat policies, batches and lengths of rows for a target, compiled, the best first.
 
     Candidates are ranked by an estimate, and as many as `tries` of the best are compiled, the run as it is among them; what is
-    refused without that is none of them. Those that fit come first, by the speed that is foretold at the slow end. Padding is
-    no speed: what counts are tokens of clips.
+    refused without that is none of them. Those that fit come first, and of them those whose time is known whole, by the speed
+    that is foretold at the slow end. Padding is no speed: what counts are tokens of clips.
     """
     chips, found = len(where.devices), list[dict[str, Any]]()
     own = _over(run, chips)
@@ -48,7 +48,7 @@ def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[d
             found.append(roofline.plan(candidate, network, where))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             logging.info("%s: %s", _told(candidate), str(error).splitlines()[0])
-    return sorted(found, key=lambda each: (not each["verdict"]["fits"], -speed(each)))
+    return sorted(found, key=lambda each: (not each["verdict"]["fits"], bool(each.get("unknown_loops")), -speed(each)))
 
 
 def speed(numbers: dict[str, Any]) -> float:

@@ -40,7 +40,7 @@ def table(numbers: dict[str, Any]) -> str:
         (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
         lines += [
             f"roofline: {', '.join(f'{name} {seconds[name]:.3f} s' for name in PARTS)}; in all {fast:.3f} to {slow:.3f} s",
-            f"MFU {low:.0%} to {high:.0%} (within clips {own_low:.0%} to {own_high:.0%})",
+            f"MFU {bound(numbers, 'at most ')}{low:.0%} to {high:.0%} (within clips {own_low:.0%} to {own_high:.0%})",
             outcome(numbers),
         ]
     if loops := uncounted(numbers):
@@ -76,6 +76,11 @@ def uncounted(numbers: Mapping[str, Any]) -> str:
     return f"{count} loops of unknown length are counted once: times are too short by the rest of them" if count else ""
 
 
+def bound(numbers: Mapping[str, Any], words: str) -> str:
+    """These words of a number that loops of unknown length make too good."""
+    return words if uncounted(numbers) else ""
+
+
 def kernels(found: Mapping[str, int]) -> str:
     """Custom kernels, and how often each runs."""
     return ", ".join(f"{name} {times:,} times" for name, times in found.items()) or "none but the compiler's own"
@@ -95,12 +100,12 @@ def outcome(numbers: Mapping[str, Any]) -> str:
     if "run" in numbers:
         run = numbers["run"]
         return (
-            f"run: {_range(numbers['tokens_per_second'])} tokens/s, {run['steps']:,} steps in "
+            f"run: {bound(numbers, 'at best ')}{_range(numbers['tokens_per_second'])} tokens/s, {run['steps']:,} steps in "
             f"{' to '.join(f'{hours:,.0f}' for hours in run['hours'])} hours, "
             f"{' to '.join(f'{hours:,.0f}' for hours in run['chip_hours'])} chip-hours"
         )
     costs = " to ".join(f"{seconds:,.3g}" for seconds in numbers["chip_seconds_per_video"])
-    many = f"{_range(numbers['videos_per_hour'])}"
+    many = f"{bound(numbers, 'at best ')}{_range(numbers['videos_per_hour'])}"
     return f"sampling: {many} videos an hour, {costs} chip-seconds a video"
 
 
