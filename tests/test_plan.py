@@ -372,6 +372,15 @@ def test_an_estimate_of_memory_is_near_what_was_compiled(name, topology_):
         assert (estimate == math.inf) == (times < 1)
 
 
+def test_an_estimate_of_what_attention_trades_is_near_what_was_compiled():
+    told = json.loads((PLANS / "30b.json").read_text())
+    mesh = told["mesh"]
+    stream = 4 * told["model"]["width"] * told["step"]["tokens"] / told["chips"]
+    traded = sum(each["bytes"] for each in told["collectives"] if each["kind"] == "all-to-all")
+    over = told["model"]["blocks"] * stream * (1 - 1 / mesh["sequence"])
+    assert traded / over == pytest.approx(search.TRADED, rel=0.05)
+
+
 def test_an_estimate_counts_the_way_to_the_host():
     run = config.from_config_dict(dit_experiment.get_config("0.7b"))
     where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])

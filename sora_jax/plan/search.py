@@ -26,6 +26,9 @@ from sora_jax.train import dit
 WEIGHTS = 22
 KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
 RUNNING = 70
+# What attention sends to trade tokens for heads and back, of a block forward, again and backward, in residual streams: queries,
+# keys, values and what they found, a part of it in bfloat16. Of the plan of 30b.
+TRADED = 8.5
 # The kernel of TPUs takes tokens of a device in such blocks.
 TOKENS_OF_A_BLOCK = 128
 
@@ -133,8 +136,8 @@ def estimate(run: DiTRun, where: Target) -> float:
     # Weights in bfloat16 forward, again and backward, and their gradients in float32.
     gathered = (3 * 2 + 4) * weights / heads * (embed - 1) / embed
     reduced = 2 * 4 * weights / (embed * heads) * (replicas - 1) / replicas
-    # The stream is summed over heads twice a block, both ways; keys and values go round the tokens, three times.
-    over = 8 * (heads - 1) / heads + 6 * (tokens - 1) / tokens
+    # The stream is summed over heads twice a block, both ways.
+    over = 8 * (heads - 1) / heads + TRADED * (tokens - 1) / tokens
     seconds = compute.dit_step(model, run.pack).executed / chips / chip.flops / roofline.MATMUL_SHARE
     # To the host and back.
     hosted = 2 * KEPT["dots"] * stream * model.blocks / heads if model.remat == "offload" else 0
