@@ -43,3 +43,11 @@ def test_the_same_weights_give_the_same_output_in_pytorch(bench):
     with torch.no_grad():
         theirs = bench.torch_dit(tensors, {name: torch.from_numpy(x) for name, x in data.items()}).numpy()
     assert np.abs(theirs).max() > 0.1 and np.allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_table_shows_the_ceiling_that_a_share_is_of(bench):
+    useful, _ = bench.flops(2, 64)
+    result = {"seconds": 0.5, "fastest": 0.4, "matmul": 8 * useful, "loss": 1.0}
+    heads, (_, *values) = (line.split() for line in bench.table("2x64", {"ours": result}).splitlines()[1:])
+    assert "matmul" in heads
+    assert values[-4:] == [f"{2 * useful / 1e9:.1f}", f"{8 * useful / 1e9:.1f}", "25.0%", "1.00000"]
