@@ -49,6 +49,9 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"kernel$", ("embed", "wide")),
 )
 
+# Arrays in an optimizer's state that are of no parameter, by the end of their path: every device has them whole.
+OF_NO_PARAMETER = ("ns_coeffs",)  # the polynomial of Muon
+
 
 class MeshError(ValueError):
     """What cannot lie on a mesh; the message says what to change."""
@@ -119,7 +122,8 @@ def spec(logical: tuple[str, ...], where: str) -> P:
         axes = RULES[name]
         if axes and used & set(axes):
             raise ValueError(
-                f"{where}: {logical} uses mesh axis {sorted(used & set(axes))} twice; change its row in sharding.py"
+                f"{where}: axes {', '.join(logical)} use mesh axis {', '.join(sorted(used & set(axes)))} twice; one must go over "
+                "another mesh axis or none: change its row in sharding.PARAMETERS, or sharding.RULES"
             )
         used |= set(axes or ())
         mesh_axes.append(axes)
@@ -131,7 +135,7 @@ def constrain(x: jax.Array, *logical: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(logical, "constrain"))
+    return jax.lax.with_sharding_constraint(x, spec(logical, f"activation {x.shape}"))
 
 
 def platform() -> str:
@@ -185,12 +189,15 @@ def on_each_device(
     return checked
 
 
-def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
+def logical_axes(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Logical axes of the parameter at path ('blocks/attention/qkv/kernel'). Raises ValueError if no row matches."""
     for pattern, axes in PARAMETERS:
-        if re.search(pattern, path) and ndim - len(axes) in (0, 1):
-            return ("layers",) * (ndim - len(axes)) + axes
-    raise ValueError(f"parameter {path} with {ndim} axes matches no row of sharding.PARAMETERS; add one")
+        if re.search(pattern, path) and len(shape) - len(axes) in (0, 1):
+            return ("layers",) * (len(shape) - len(axes)) + axes
+    raise ValueError(
+        f"parameter {path} {shape} matches no row of sharding.PARAMETERS; add one for its name with {len(shape)} logical axes, or "
+        "with one less if blocks are stacked"
+    )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -204,7 +211,7 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        partition = spec(logical_axes(name, leaf.ndim), name)
+        partition = spec(logical_axes(name, leaf.shape), f"parameter {name} {leaf.shape}")
         for size, axes in zip(leaf.shape, partition, strict=True):
             shards = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
             if size % shards:
@@ -218,7 +225,11 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds copies of params' structure (optimizer moments): matched by path suffix and shape."""
+    """Shardings for a tree that holds copies of params' structure (optimizer moments): matched by path suffix and shape.
+
+    Scalars, and what OF_NO_PARAMETER names, every device has whole. Raises ValueError for another array that is like no parameter:
+    whole on every device it could be as large as all weights.
+    """
     table = {
         path_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
@@ -227,11 +238,17 @@ def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     }
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        parts = path_name(path).split("/")
+        name = path_name(path)
+        parts = name.split("/")
         for start in range(len(parts)):
             shape, sharding = table.get("/".join(parts[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
+        if leaf.ndim and not name.endswith(OF_NO_PARAMETER):
+            raise ValueError(
+                f"{name} {leaf.shape} of the optimizer is like no parameter in path and shape, so nothing says how it lies on a "
+                "mesh; keep moments in trees of the parameters' shapes, or name it in sharding.OF_NO_PARAMETER"
+            )
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -98,14 +98,21 @@ def test_every_mesh_of_so_many_devices_is_found_once():
     assert all(sharding.mesh_shape(each, 8) == dataclasses.astuple(each) for each in found)
 
 
-def test_an_unknown_parameter_is_told():
-    with pytest.raises(ValueError, match="blocks/new/thing with 2 axes matches no row"):
-        sharding.logical_axes("blocks/new/thing", 2)
+def test_an_unknown_parameter_is_told_with_its_shape_and_a_remedy():
+    params = {"blocks": {"new": {"thing": jax.ShapeDtypeStruct((4, 8), jnp.float32)}}}
+    with pytest.raises(
+        ValueError, match=r"blocks/new/thing \(4, 8\) matches no row of sharding.PARAMETERS; add one .* 2 logical"
+    ):
+        sharding.parameter_shardings(params, mesh(fsdp=8))
 
 
-def test_axes_used_twice_and_unknown_axes_are_told():
-    with pytest.raises(ValueError, match="twice"):
-        sharding.spec(("embed", "rows"), "x")
+def test_axes_used_twice_and_unknown_axes_are_told(monkeypatch):
+    monkeypatch.setattr(sharding, "PARAMETERS", ((r"kernel$", ("embed", "rows")),))
+    params = {"mlp": {"kernel": jax.ShapeDtypeStruct((8, 32), jnp.float32)}}
+    with pytest.raises(
+        ValueError, match=r"mlp/kernel \(8, 32\): axes embed, rows use mesh axis fsdp twice; .* sharding.PARAMETERS"
+    ):
+        sharding.parameter_shardings(params, mesh(fsdp=8))
     with pytest.raises(ValueError, match="no logical axis 'wdith'"):
         sharding.spec(("wdith",), "x")
 
@@ -136,6 +143,27 @@ def test_moments_lie_as_their_parameters():
     laid = sharding.like_parameters(state, params, shardings, here)
     assert jax.tree.leaves(laid[0].mu) == jax.tree.leaves(shardings) == jax.tree.leaves(laid[0].nu)
     assert laid[0].count.spec == P()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_all_that_our_optimizers_keep_is_like_a_parameter(name):
+    params, here = parameters(MODELS["dit with text"]), mesh(fsdp=4, tensor=2)
+    tx = optimizer.make(dataclasses.replace(tiny.dit_run("none").optimizer, name=name), 10)
+    state = jax.eval_shape(tx.init, params)
+    laid = sharding.like_parameters(state, params, sharding.parameter_shardings(params, here), here)
+    # Vectors and counts are whole everywhere, and little beside the matrices.
+    whole = [
+        x.size for x, lies in zip(jax.tree.leaves(state), jax.tree.leaves(laid), strict=True) if not any(lies.spec)
+    ]
+    assert sum(whole) < 0.1 * sum(x.size for x in jax.tree.leaves(state))
+
+
+def test_a_moment_that_is_like_no_parameter_is_told():
+    """Of a row and a column of a matrix nothing says how they lie on a mesh."""
+    params, here = parameters(MODELS["dit"]), mesh(fsdp=8)
+    state = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=8).init, params)
+    with pytest.raises(ValueError, match=r"v_row/.* of the optimizer is like no parameter .* sharding.OF_NO_PARAMETER"):
+        sharding.like_parameters(state, params, sharding.parameter_shardings(params, here), here)
 
 
 def forward(model, here, noisy, time, layout):
@@ -286,12 +314,15 @@ def first_state(params, tx):
     return jax.device_get(TrainState(jnp.int32(0), params, params, {}, jax.jit(tx.init)(params), guard.fresh()))
 
 
+RATE = 1e-3
+
+
 @pytest.fixture(scope="module")
 def updated(run):
     """Parameters and loss after one update on a mesh over the first devices."""
     settings, params, _, _ = run
     # AdamW: Muon's directions of tiny gradients are those of rounding.
-    tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=1e-3, warmup_steps=0), 10)
+    tx = optimizer.make(dataclasses.replace(settings.optimizer, name="adamw", rate=RATE, warmup_steps=0), 10)
     batch, first = batch_of(settings, np.random.default_rng(0)), first_state(params, tx)
 
     @functools.cache
@@ -315,6 +346,9 @@ def test_one_update_is_the_same_on_every_mesh(run, updated, sizes):
     apart = [np.abs(a - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
     assert max(x.max() for x in moved) > 1e-4
     assert np.mean(np.concatenate([x.ravel() for x in apart]) > 1e-5) < 0.002
+    # And a turn of the sign is all that it may be.
+    factors = jax.tree.leaves(optimizer.rate_factors(run[1], "adamw"))
+    assert all(x.max() <= 2.001 * RATE * factor for x, factor in zip(apart, factors, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +433,7 @@ def sampled(run):
     return on
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 def test_one_sample_is_the_same_on_every_mesh(sampled, sizes):
     (one, shown), (other, other_shown) = sampled(1, 1, 1, 1), sampled(*sizes)
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
