@@ -43,7 +43,7 @@ def splash(
         block_q_dq=bq, block_kv_dq=bk,
     )  # fmt: skip
 
-    def of_a_row(infos: Any, *inputs: Any) -> Array:
+    def of_a_row(infos: Any, *inputs: Any) -> Any:
         kernel = pallas.SplashAttentionKernel(
             *infos, block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=pallas.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None, residual_checkpoint_name=None, mask_function=None, interpret=interpret,

@@ -32,6 +32,7 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     if platform not in KERNELS:
         return []
     kernel, step = KERNELS[platform]
+    rows = packing.rows // sharding.shards("rows", mesh)
     heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
     now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
     better = {
@@ -41,10 +42,10 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     }
 
     def among_tokens(tokens: int, text: int, split: int) -> str:
-        return attention.chosen(platform, tokens, tokens, heads, split)
+        return attention.chosen(platform, rows, tokens, tokens, heads, split)
 
     def to_captions(tokens: int, text: int, split: int) -> str:
-        return attention.chosen(platform, tokens // split, text, heads)
+        return attention.chosen(platform, rows, tokens // split, text, heads)
 
     if model.attention == "blockwise":
         return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
