@@ -37,7 +37,7 @@ def splash(
     N, M, E = q_BNKE.shape[1], k_BMKE.shape[1], q_BNKE.shape[-1]
     if N % SPLASH_LANES or M % SPLASH_LANES:
         raise ValueError(f"splash attention needs multiples of {SPLASH_LANES} tokens, not {N} and {M}")
-    bq, bk = (_divisor(length, SPLASH_BLOCK) for length in (N, M))
+    bq, bk = splash_blocks(N, M)
     sizes = pallas.BlockSizes(
         block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk,
         block_q_dq=bq, block_kv_dq=bk,
@@ -60,6 +60,11 @@ def splash(
     # Rows run one after the other: what blocks they visit is known to the kernel before its grid starts.
     out = jax.vmap(of_a_row)(infos, q, k, v, pallas.SegmentIds(q=q_segment_BN, kv=k_segment_BM))
     return out.swapaxes(1, 2).astype(jnp.float32)
+
+
+def splash_blocks(queries: int, keys: int) -> tuple[int, int]:
+    """Tokens of a block of queries and of keys."""
+    return _divisor(queries, SPLASH_BLOCK), _divisor(keys, SPLASH_BLOCK)
 
 
 def _visits(run_BIJ: Array, axis: int) -> Any:

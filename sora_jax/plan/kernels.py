@@ -1,4 +1,4 @@
-"""Which attention of a model has no kernel on its chips, and what would give it one.
+"""Attention on the chips of a plan: which part of a model has no kernel there and what would give it one, and what kernels do.
 
 Without one it goes block by block, in loops whose length depends on the data: a plan counts them once, and its times are too short.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from sora_jax import sharding
 from sora_jax.data.pack import PackConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.nn import attention, kernels
+from sora_jax.nn import attention, blockwise, kernels
 
 # By platform: the kernel, and what numbers of tokens it takes are multiples of.
 KERNELS = {
@@ -32,7 +35,6 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     if platform not in KERNELS:
         return []
     kernel, step = KERNELS[platform]
-    rows = packing.rows // sharding.shards("rows", mesh)
     heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
     now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
     better = {
@@ -40,6 +42,20 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
         "pack.row_text": _up(packing.row_text, step),
         "mesh.sequence": math.gcd(heads, split),
     }
+    if model.attention == "blockwise":
+        return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
+    return [
+        f"no {kernel} kernel for attention {what}: {_remedy(backend, now, better)}"
+        for what, backend in _backends(model, packing, mesh, platform).items()
+        if backend(*now.values()) == "blockwise"
+    ]
+
+
+def _backends(
+    model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str
+) -> dict[str, Callable[[int, int, int], str]]:
+    """Of attention among a row's tokens and of that to captions, the backend by tokens and text of a row and devices of tokens."""
+    rows, heads = packing.rows // sharding.shards("rows", mesh), model.heads // sharding.shards("heads", mesh)
 
     def among_tokens(tokens: int, text: int, split: int) -> str:
         return attention.chosen(platform, rows, tokens, tokens, heads, split)
@@ -47,16 +63,55 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     def to_captions(tokens: int, text: int, split: int) -> str:
         return attention.chosen(platform, rows, tokens // split, text, heads)
 
-    if model.attention == "blockwise":
-        return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
-    parts = {"to captions": to_captions}
-    if model.attention == "auto":
-        parts = {"among a row's tokens": among_tokens} | parts
-    return [
-        f"no {kernel} kernel for attention {what}: {_remedy(backend, now, better)}"
-        for what, backend in parts.items()
-        if backend(*now.values()) == "blockwise"
-    ]
+    parts: dict[str, Callable[[int, int, int], str]] = {
+        "among a row's tokens": among_tokens,
+        "to captions": to_captions,
+    }
+    return {what: backend for what, backend in parts.items() if backend is to_captions or model.attention == "auto"}
+
+
+class Work(NamedTuple):
+    """Pairs of tokens, and of tokens and words, that attention computes in a step, and the bytes that its kernels read again.
+
+    pairs are None where all of a row are computed. A kernel reads the keys of a block anew for every block of queries.
+    """
+
+    pairs: float | None
+    text_pairs: float | None
+    read_again: float
+
+
+def work(
+    model: DiTConfig,
+    packing: PackConfig,
+    mesh: Mesh | AbstractMesh,
+    platform: str,
+    segments: tuple[np.ndarray, np.ndarray],
+    passes: tuple[int, int],
+) -> Work:
+    """What the kernels of TPUs do, which leave out blocks of other clips; other backends compute all pairs of a row.
+
+    segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand; passes are how often
+    a block's attention goes over keys for its queries, and over queries for its keys.
+    """
+    split = sharding.shards("tokens", mesh)
+    chosen = {
+        what: backend(packing.row_tokens, packing.row_text, split)
+        for what, backend in _backends(model, packing, mesh, platform).items()
+    }
+    tokens, text = map(jnp.asarray, segments)
+    found: list[float | None] = []
+    read = 0.0
+    for what, keys in (("among a row's tokens", tokens), ("to captions", text)):
+        if platform != "tpu" or chosen.get(what, model.attention) != "splash":
+            found.append(None)
+            continue
+        bq, bk = kernels.splash_blocks(tokens.shape[1], keys.shape[1])
+        of_a_step = int(blockwise.meetings(tokens, keys, bq, bk).sum()) * packing.rows / len(tokens)
+        found.append(of_a_step * bq * bk)
+        # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
+        read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks
+    return Work(found[0], found[1], read)
 
 
 def _remedy(backend: Callable[[int, int, int], str], now: dict[str, int], better: dict[str, int]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +18,20 @@ from sora_jax.train import dit
 SCENES = 2000
 
 
-def packed(run: DiTRun, network: VAEConfig) -> dict[str, float]:
-    """How the world's clips fill rows, and the pairs of tokens that attention has use for in a step.
+class Packed(NamedTuple):
+    """How the world's clips fill rows: shares, counts of a step, the pairs of tokens (and of tokens and words) that attention has
+    use for in it, and the segments of the tokens and words of some rows."""
+
+    fill: float
+    clips_per_step: float
+    pairs: float
+    text_pairs: float
+    segment_RN: np.ndarray
+    text_segment_RL: np.ndarray
+
+
+def packed(run: DiTRun, network: VAEConfig) -> Packed:
+    """Of many clips of the run's world.
 
     A caption counts as its words and two marks: tokenisers are not asked. Raises ConfigError for clips that no row can hold, or
     so few that there is no batch.
@@ -32,23 +46,33 @@ def packed(run: DiTRun, network: VAEConfig) -> dict[str, float]:
         # What any tokeniser makes of it at least: its words and two marks.
         words = min(run.text.max_tokens, len(captions.prompt(scene, len(found.sizes) > 1).split()) + 2)
         clips.append(_counted(number, tokens, words))
-    count, rows = pack.Count(), 0
+    count, rows = pack.Count(), list[Sequence[pack.Tokens]]()
     for start in range(0, len(clips), run.pack.window):
         made, counted = pack.pack_rows(clips[start : start + run.pack.window], run.pack, np.random.default_rng(start))
-        rows += len(made)
+        rows += made
         count.add(counted)
-    if run.data.train_clips * rows / len(clips) < run.pack.rows:
+    if run.data.train_clips * len(rows) / len(clips) < run.pack.rows:
         raise ConfigError(
-            f"{run.data.train_clips} clips fill {run.data.train_clips * rows / len(clips):.1f} rows, less than a batch of "
+            f"{run.data.train_clips} clips fill {run.data.train_clips * len(rows) / len(clips):.1f} rows, less than a batch of "
             f"{run.pack.rows}; raise data.train_clips or lower pack.rows"
         )
-    each = run.pack.rows / rows
-    return {
-        "fill": count.fill,
-        "clips_per_step": each * len(clips),
-        "pairs": each * count.pairs,
-        "text_pairs": each * count.text_pairs,
-    }
+    each = run.pack.rows / len(rows)
+    return Packed(
+        count.fill,
+        each * len(clips),
+        each * count.pairs,
+        each * count.text_pairs,
+        segments([[len(clip.index_N) for clip in row] for row in rows], run.pack.row_tokens),
+        segments([[clip.num_text for clip in row] for row in rows], run.pack.row_text),
+    )
+
+
+def segments(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """int32 (R, length): 1, 2, .. for the tokens of the clips of each row, so many of each, and 0 for padding."""
+    found = np.zeros((len(rows), length), np.int32)
+    for row, sizes in zip(found, rows, strict=True):
+        row[: sum(sizes)] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    return found
 
 
 def _counted(number: int, tokens: int, words: int) -> pack.Tokens:

@@ -78,13 +78,13 @@ def _time(numbers: Mapping[str, Any]) -> str:
         f"background:{colour}'></div></div></td><td>{seconds[name]:.3f} s</td></tr>"
         for name, colour in zip(PARTS, COLOURS, strict=False)
     )
-    (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
+    low, high = numbers["mfu"]
     fast, slow = seconds["whole"]
     short = f" {_sentence(loops)}." if (loops := uncounted(numbers)) else ""
     return (
         f"<h2>A {_once(numbers)}: {fast:.3f} to {slow:.3f} s, MFU {bound(numbers, 'at most ')}{low:.0%} to {high:.0%}</h2>"
         f"<table>{rows}</table>"
-        f"<p>Without attention between clips of a row, MFU is {own_low:.0%} to {own_high:.0%}. "
+        f"<p>Attention between clips of a row and recomputation are not counted as of use. "
         f"{_sentence(outcome(numbers))}.{short}</p>"
     )
 

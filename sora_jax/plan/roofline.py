@@ -19,7 +19,7 @@ from sora_jax.config import DiTRun
 from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan import kernels
-from sora_jax.plan.packing import packed
+from sora_jax.plan.packing import packed, segments
 from sora_jax.plan.step import Compiled, compile_sampler, compile_step, memory, traffic
 from sora_jax.plan.topology import GIB, SOURCE, Chip, Target
 from sora_jax.train import dit
@@ -39,20 +39,23 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     packing = packed(run, network)
     mesh = sharding.make_mesh(run.mesh, where.devices)
     sharding.share(mesh, run.pack.rows)
-    count = compute.dit_step(run.dit, run.pack)
-    useful = compute.dit_step(run.dit, run.pack, packing["pairs"], packing["text_pairs"])
+    platform = where.devices[0].platform
+    # Forward, with recomputation once more, and for the gradients of queries; and for those of keys and values.
+    passes = 3 if run.dit.remat != "none" else 2, 1
+    done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL), passes)
     numbers = _asked(run, where, mesh) | {
         "step": {
             "rows": run.pack.rows,
             "row_tokens": run.pack.row_tokens,
             "tokens": run.pack.rows * run.pack.row_tokens,
-            "flops": count.total,
-            "executed_flops": count.executed,
-            "useful_flops": useful.total,
+            "flops": compute.dit_step(run.dit, run.pack).total,
+            "executed_flops": compute.dit_step(run.dit, run.pack, done.pairs, done.text_pairs).executed,
+            "useful_flops": compute.dit_step(run.dit, run.pack, packing.pairs, packing.text_pairs).total,
+            "read_again": done.read_again,
         },
-        "packing": {name: value for name, value in packing.items() if "pairs" not in name},
+        "packing": {"fill": packing.fill, "clips_per_step": packing.clips_per_step},
     }
-    without = kernels.missing(run.dit, run.pack, mesh, where.devices[0].platform)
+    without = kernels.missing(run.dit, run.pack, mesh, platform)
     return _compiled(numbers, lambda: compile_step(run, mesh), run, where, foretold, without)
 
 
@@ -68,6 +71,9 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
         packing = pipeline.packing_for([tokens] * many, run.text.max_tokens)
     videos = packing.rows * (packing.row_tokens // tokens)
     pairs = float(videos * tokens**2), float(videos * tokens * run.text.max_tokens)
+    clips, platform = packing.row_tokens // tokens, where.devices[0].platform
+    rows = segments([[tokens] * clips], packing.row_tokens), segments([[run.text.max_tokens] * clips], packing.row_text)
+    done = kernels.work(run.dit, packing, mesh, platform, rows, (1, 0))
     numbers = _asked(run, where, mesh) | {
         "sampling": {
             "videos": videos,
@@ -80,10 +86,12 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
             "method": run.sampler.method,
             "guidance": run.sampler.guidance,
             "flops": compute.sampling(run.dit, packing, run.sampler),
+            "executed_flops": compute.sampling(run.dit, packing, run.sampler, done.pairs, done.text_pairs),
             "useful_flops": compute.sampling(run.dit, packing, run.sampler, *pairs),
+            "read_again": done.read_again * run.sampler.evaluations,
         },
     }
-    without = kernels.missing(run.dit, packing, mesh, where.devices[0].platform)
+    without = kernels.missing(run.dit, packing, mesh, platform)
     return _compiled(numbers, lambda: compile_sampler(run, packing, mesh), run, where, foretold_of_sampler, without)
 
 
@@ -131,36 +139,33 @@ def _compiled(
     return numbers
 
 
-def times(numbers: dict[str, Any], flops: float, program: hlo.Program, chip: Chip) -> dict[str, Any]:
-    """Seconds of a program by roofline.
+def times(numbers: dict[str, Any], work: dict[str, float], program: hlo.Program, chip: Chip) -> dict[str, Any]:
+    """Seconds of a program by roofline; work has its executed_flops, and the bytes that kernels read_again.
 
     The fast end of whole does everything at its peak and at the same time; the slow end computes at MATMUL_SHARE of the peak and
     waits for the interconnect and the host, one thing after the other.
     """
-    compute_s = flops / numbers["chips"] / chip.flops
-    memory_s = program.memory_traffic() / chip.bandwidth
+    compute_s = work["executed_flops"] / numbers["chips"] / chip.flops
+    memory_s = (program.memory_traffic() + work["read_again"] / numbers["chips"]) / chip.bandwidth
     link_s = sum(each["bytes"] for each in numbers["collectives"]) / chip.link
     host_s = program.host_traffic() / chip.host
     parts = dict(zip(PARTS, (compute_s, memory_s, link_s, host_s), strict=True))
     return parts | {"whole": [max(parts.values()), max(compute_s / MATMUL_SHARE, memory_s) + link_s + host_s]}
 
 
-def shares(numbers: dict[str, Any], work: dict[str, float], seconds: Sequence[float], chip: Chip) -> dict[str, Any]:
-    """MFU of the slow and the fast end, with and without attention between clips of a row, which a kernel may compute and nobody
-    needs."""
-    peak = numbers["chips"] * chip.flops
-    return {
-        name: [work[flops] / peak / each for each in reversed(seconds)]
-        for name, flops in (("mfu", "flops"), ("useful_mfu", "useful_flops"))
-    }
+def mfu(numbers: dict[str, Any], work: dict[str, float], seconds: Sequence[float], chip: Chip) -> list[float]:
+    """Model FLOPs by peak FLOPs of the slow and of the fast end. Attention between clips of a row is of no use and none of them,
+    whether it is computed or not; nor is recomputation."""
+    return [work["useful_flops"] / numbers["chips"] / chip.flops / each for each in reversed(seconds)]
 
 
 def foretold(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiTRun) -> dict[str, Any]:
     """Times of a training step, and what follows from them for the whole run."""
     chips, step, steps = numbers["chips"], numbers["step"], run.loop.steps
-    seconds = times(numbers, step["executed_flops"], program, chip)
+    seconds = times(numbers, step, program, chip)
     fast, slow = seconds["whole"]
-    return shares(numbers, step, seconds["whole"], chip) | {
+    return {
+        "mfu": mfu(numbers, step, seconds["whole"], chip),
         "seconds": seconds,
         "tokens_per_second": [step["tokens"] / each for each in (slow, fast)],
         "run": {
@@ -175,8 +180,9 @@ def foretold(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiT
 def foretold_of_sampler(numbers: dict[str, Any], program: hlo.Program, chip: Chip, run: DiTRun) -> dict[str, Any]:
     """Times of denoising a batch of videos, and what follows for many."""
     made = numbers["sampling"]
-    seconds = times(numbers, made["flops"], program, chip)
-    return shares(numbers, made, seconds["whole"], chip) | {
+    seconds = times(numbers, made, program, chip)
+    return {
+        "mfu": mfu(numbers, made, seconds["whole"], chip),
         "seconds": seconds,
         "videos_per_hour": [3600 * made["videos"] / each for each in reversed(seconds["whole"])],
         "chip_seconds_per_video": [numbers["chips"] * each / made["videos"] for each in seconds["whole"]],

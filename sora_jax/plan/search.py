@@ -62,7 +62,7 @@ def speed(numbers: dict[str, Any]) -> float:
 def _padding(run: DiTRun, packing: PackConfig, network: VAEConfig) -> float:
     """Tokens of a row for one of a clip; infinite for rows that the plan will refuse: they come last, and the plan says why."""
     try:
-        return 1 / packed(dataclasses.replace(run, pack=packing), network)["fill"]
+        return 1 / packed(dataclasses.replace(run, pack=packing), network).fill
     except ConfigError:
         return math.inf
 

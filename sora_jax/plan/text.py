@@ -37,10 +37,10 @@ def table(numbers: dict[str, Any]) -> str:
     if "seconds" in numbers:
         seconds = numbers["seconds"]
         fast, slow = seconds["whole"]
-        (low, high), (own_low, own_high) = numbers["mfu"], numbers["useful_mfu"]
+        low, high = numbers["mfu"]
         lines += [
             f"roofline: {', '.join(f'{name} {seconds[name]:.3f} s' for name in PARTS)}; in all {fast:.3f} to {slow:.3f} s",
-            f"MFU {bound(numbers, 'at most ')}{low:.0%} to {high:.0%} (within clips {own_low:.0%} to {own_high:.0%})",
+            f"MFU {bound(numbers, 'at most ')}{low:.0%} to {high:.0%} (neither attention between clips nor recomputation)",
             outcome(numbers),
         ]
     if loops := uncounted(numbers):
