@@ -83,11 +83,44 @@ def test_what_blocks_keep_is_told_apart(network, target, numbers):
     assert numbers["memory"]["activations"] > 4 * frugal["memory"]["activations"]
 
 
-def test_collectives_are_those_of_the_mesh(network, target, numbers):
+# Mesh -> kind of a collective -> the axes that it goes over. One that is new or gone comes of the table of shardings, or a new XLA.
+COLLECTIVES = {
+    (8, 1, 1, 1): {"all-reduce": {"data"}},
+    (2, 4, 1, 1): {
+        "all-gather": {"fsdp", "data", "data+fsdp"},
+        "all-reduce": {"fsdp", "data", "data+fsdp"},
+        "all-to-all": {"fsdp"},
+    },
+    (2, 2, 2, 1): {
+        "all-gather": {"fsdp", "tensor", "data", "data+fsdp", "data+tensor"},
+        "all-reduce": {"fsdp", "tensor", "data", "data+fsdp", "data+tensor"},
+        "collective-permute": {"fsdp+tensor", "data+tensor", "data+fsdp+tensor"},
+    },
+    (1, 2, 1, 4): {
+        "all-gather": {"fsdp", "sequence"},
+        "all-reduce": {"fsdp", "sequence"},
+        "all-to-all": {"fsdp"},
+        "collective-permute": {"fsdp+sequence"},
+    },
+}
+
+
+@pytest.mark.parametrize("sizes", COLLECTIVES)
+def test_collectives_are_those_of_the_mesh(network, target, sizes):
+    run = resolved(sharding.MeshConfig(*sizes))
+    numbers = roofline.plan(run, network, target)
     found = {(each["kind"], each["axes"]) for each in numbers["collectives"]}
-    assert ("all-gather", "fsdp") in found and not any("tensor" in axes or "sequence" in axes for _, axes in found)
-    other = roofline.plan(resolved(sharding.MeshConfig(8)), network, target)
-    assert {each["axes"] for each in other["collectives"]} == {"data"}
+    assert found == {(kind, axes) for kind, over in COLLECTIVES[sizes].items() for axes in over}
+    # Gradients of blocks are summed over all devices that have other rows or other tokens, each its part of the weights.
+    part = 4 * search.WEIGHTS * run.dit.width**2 * run.dit.blocks / (run.mesh.fsdp * run.mesh.tensor)
+    for axis in ("data", "fsdp", "sequence"):
+        count = getattr(run.mesh, axis)
+        summed = sum(
+            each["bytes"]
+            for each in numbers["collectives"]
+            if each["kind"] == "all-reduce" and axis in each["axes"].split("+") and each["devices"] >= count
+        )
+        assert count == 1 or summed > part, axis
 
 
 def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
