@@ -83,20 +83,24 @@ def test_blocks_that_run_are_those_with_a_pair_to_compute(rng):
 
 
 def test_a_step_holds_the_next_block_that_runs(rng):
-    """Along both axes, in the narrowest type that can number the blocks."""
-    for count, dtype in ((128, jnp.int8), (129, jnp.int16)):
-        run = rng.random((2, 3, count)) < 0.02
+    """Along both axes, of its own row, in the narrowest type that can number the blocks of all rows."""
+    for count, dtype in ((64, jnp.int8), (65, jnp.int16)):
+        run = rng.random((2, 3, count)) < 0.04
         run[0, 0], run[0, 1, -1] = False, True
-        for axis, turned in ((2, run), (1, run.swapaxes(1, 2))):
+        for axis, joined, turned in (
+            (2, "b i j -> 1 (b i) j", run),
+            (1, "b i j -> 1 j (b i)", run.swapaxes(1, 2)),
+        ):
             info = kernels._visits(jnp.asarray(turned), axis)
-            assert info.data_next.dtype == dtype and info.data_next.shape == (2, 1, *turned.shape[1:])
-            held = np.moveaxis(np.asarray(info.data_next[:, 0]), axis, -1)
-            assert np.array_equal(np.moveaxis(np.asarray(info.block_mask[:, 0]), axis, -1), 2 * run)
-            for place in np.ndindex(2, 3):
-                running = np.flatnonzero(run[place])
+            assert np.array_equal(info.block_mask, 2 * rearrange(run, joined)) and info.data_next.dtype == dtype
+            expected = np.zeros(run.shape, int)
+            for row, place in np.ndindex(2, 3):
+                running = np.flatnonzero(run[row, place])
                 for step in range(count):
                     after = running[running >= step]
-                    assert held[place][step] == (after[0] if after.size else running[-1] if running.size else 0)
+                    here = after[0] if after.size else running[-1] if running.size else 0
+                    expected[row, place, step] = here + row * count
+            assert np.array_equal(info.data_next, rearrange(expected, joined))
 
 
 def test_queries_without_keys_are_finite(rng, small_blocks):

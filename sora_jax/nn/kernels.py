@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from sora_jax.nn import blockwise
@@ -43,23 +44,21 @@ def splash(
         block_q_dq=bq, block_kv_dq=bk,
     )  # fmt: skip
 
-    def of_a_row(infos: Any, *inputs: Any) -> Any:
-        kernel = pallas.SplashAttentionKernel(
-            *infos, block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=pallas.DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None, residual_checkpoint_name=None, mask_function=None, interpret=interpret,
-        )  # fmt: skip
-        return kernel(*inputs)
-
     shared_BIJ = blockwise.meetings(q_segment_BN, k_segment_BM, bq, bk)
     # Queries none of whose blocks runs would be divided by a sum of nothing: forward they get the first block's values.
     alone_BI1 = ~shared_BIJ.any(-1, keepdims=True)
     forward_BIJ = shared_BIJ | (alone_BI1 & (jnp.arange(M // bk) == 0))
-    # Forward and for dq the grid walks over keys inside, for dk and dv over queries.
-    infos = _visits(forward_BIJ, 2), _visits(shared_BIJ, 2), _visits(shared_BIJ, 1)
-    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE))
-    # Rows run one after the other: what blocks they visit is known to the kernel before its grid starts.
-    out = jax.vmap(of_a_row)(infos, q, k, v, pallas.SegmentIds(q=q_segment_BN, kv=k_segment_BM))
-    return out.swapaxes(1, 2).astype(jnp.float32)
+    kernel = pallas.SplashAttentionKernel(
+        # Forward and for dq a grid goes over keys inside, for dk and dv over queries.
+        _visits(forward_BIJ, 2), _visits(shared_BIJ, 2), _visits(shared_BIJ, 1),
+        block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=pallas.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None, residual_checkpoint_name=None, mask_function=None, interpret=interpret,
+    )  # fmt: skip
+    # The kernel takes one row: all rows are one after the other in it, and none's blocks visit another's. Under vmap they would be
+    # a loop of kernels, whose inputs and outputs are copied once more.
+    q, k, v = (rearrange(x.astype(dtype), "b n k e -> k (b n) e") for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE))
+    out: Any = kernel(q, k, v, pallas.SegmentIds(q=q_segment_BN.reshape(-1), kv=k_segment_BM.reshape(-1)))
+    return rearrange(out, "k (b n) e -> b n k e", n=N).astype(jnp.float32)
 
 
 def splash_blocks(queries: int, keys: int) -> tuple[int, int]:
@@ -68,21 +67,25 @@ def splash_blocks(queries: int, keys: int) -> tuple[int, int]:
 
 
 def _visits(run_BIJ: Array, axis: int) -> Any:
-    """The kernel's account of a grid whose steps go along axis: which blocks run, and which block each step has in fast memory.
+    """The kernel's account of a grid whose steps go along axis: which blocks of a row run, and which block each step has at hand.
 
-    That is the next one which runs, or the last, so a step that does not run copies nothing. All heads share one account, and a
-    block that runs is masked by its segments alone (2: no other mask).
+    That is the next one which runs, or the last, so a step that does not run copies nothing; its number is that among the blocks
+    of all rows. All heads share one account, and a block that runs is masked by its segments alone (2: no other mask).
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as pallas
 
-    count = run_BIJ.shape[axis]
+    rows, count = run_BIJ.shape[0], run_BIJ.shape[axis]
     number_BIJ = jax.lax.broadcasted_iota(jnp.int32, run_BIJ.shape, axis)
     next_BIJ = jax.lax.cummin(jnp.where(run_BIJ, number_BIJ, count), axis=axis, reverse=True)
     last = jnp.where(run_BIJ, number_BIJ, 0).max(axis, keepdims=True)
+    held_BIJ = jnp.minimum(next_BIJ, last) + count * jnp.arange(rows)[:, None, None]
     # They lie in the scarce memory of scalars.
-    small = jnp.int8 if count <= 128 else jnp.int16
-    next_B1IJ = jnp.minimum(next_BIJ, last).astype(small)[:, None]
-    return pallas.MaskInfo(next_B1IJ, None, 2 * run_BIJ.astype(jnp.int8)[:, None], None, None)
+    small = jnp.int8 if rows * count <= 128 else jnp.int16
+    held, run = (
+        rearrange(x, "b i j -> 1 (b i) j" if axis == 2 else "b i j -> 1 i (b j)")
+        for x in (held_BIJ.astype(small), 2 * run_BIJ.astype(jnp.int8))
+    )
+    return pallas.MaskInfo(held, None, run, None, None)
 
 
 def _divisor(length: int, most: int) -> int:
