@@ -25,6 +25,9 @@ KERNELS = {
     "gpu": ("triton", kernels.TRITON_BLOCK),
     "cuda": ("triton", kernels.TRITON_BLOCK),
 }
+AMONG, CAPTIONS = "among a row's tokens", "to captions"
+# The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
+Backend = Callable[[int, int, int], str]
 
 
 def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> list[str]:
@@ -51,23 +54,18 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     ]
 
 
-def _backends(
-    model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str
-) -> dict[str, Callable[[int, int, int], str]]:
-    """Of attention among a row's tokens and of that to captions, the backend by tokens and text of a row and devices of tokens."""
+def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> dict[str, Backend]:
+    """Of the attentions whose backend is chosen: that to captions always is."""
     rows, heads = packing.rows // sharding.shards("rows", mesh), model.heads // sharding.shards("heads", mesh)
 
-    def among_tokens(tokens: int, text: int, split: int) -> str:
+    def among(tokens: int, text: int, split: int) -> str:
         return attention.chosen(platform, rows, tokens, tokens, heads, split)
 
     def to_captions(tokens: int, text: int, split: int) -> str:
         return attention.chosen(platform, rows, tokens // split, text, heads)
 
-    parts: dict[str, Callable[[int, int, int], str]] = {
-        "among a row's tokens": among_tokens,
-        "to captions": to_captions,
-    }
-    return {what: backend for what, backend in parts.items() if backend is to_captions or model.attention == "auto"}
+    parts: dict[str, Backend] = {AMONG: among} if model.attention == "auto" else {}
+    return parts | {CAPTIONS: to_captions}
 
 
 class Work(NamedTuple):
@@ -102,11 +100,12 @@ def work(
     tokens, text = map(jnp.asarray, segments)
     found: list[float | None] = []
     read = 0.0
-    for what, keys in (("among a row's tokens", tokens), ("to captions", text)):
+    # Captions are met by a device's own tokens; for those among each other it has all tokens of some heads.
+    for what, keys, parts in ((AMONG, tokens, 1), (CAPTIONS, text, split)):
         if platform != "tpu" or chosen.get(what, model.attention) != "splash":
             found.append(None)
             continue
-        bq, bk = kernels.splash_blocks(tokens.shape[1], keys.shape[1])
+        bq, bk = kernels.splash_blocks(tokens.shape[1] // parts, keys.shape[1])
         of_a_step = int(blockwise.meetings(tokens, keys, bq, bk).sum()) * packing.rows / len(tokens)
         found.append(of_a_step * bq * bk)
         # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
@@ -114,7 +113,7 @@ def work(
     return Work(found[0], found[1], read)
 
 
-def _remedy(backend: Callable[[int, int, int], str], now: dict[str, int], better: dict[str, int]) -> str:
+def _remedy(backend: Backend, now: dict[str, int], better: dict[str, int]) -> str:
     """The fewest settings that give attention a kernel."""
     changes = [name for name in now if better[name] != now[name]]
     for count in range(1, len(changes) + 1):
