@@ -19,10 +19,13 @@ def flags():
 
 
 def _is_known(flag):
-    """Whether this version of XLA has a flag: one that it does not know ends the process."""
+    """Whether this version of XLA has a flag: one that it does not know ends the process.
+
+    A flag's name is a string by itself; within others, as in that of names that are not to be used again, it may outlive the flag.
+    """
     folder = Path(importlib.util.find_spec("jaxlib").origin).parent
     for library in sorted(folder.glob("*.so"), key=lambda path: -path.stat().st_size)[:2]:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(flag.encode()) >= 0:
+            if content.find(b"\0" + flag.encode() + b"\0") >= 0:
                 return True
     return False
