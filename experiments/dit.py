@@ -18,7 +18,7 @@ SIZES = {
 # What clusters are planned for: width, blocks, heads; rows and tokens of a row; the mesh, of a v5e:2x4, a
 # v5p:4x4x8 and a v5p:8x8x16.
 CLUSTERS = {
-    "0.7b": ((1152, 24, 9), (8, 16384), (2, 4, 1, 1)),
+    "0.7b": ((1536, 14, 12), (8, 16384), (2, 4, 1, 1)),
     "7b": ((3584, 25, 28), (128, 40960), (8, 16, 1, 1)),
     "30b": ((6144, 36, 48), (256, 65536), (16, 16, 1, 4)),
 }
@@ -87,7 +87,7 @@ def cluster(size: tuple[int, ...], rows: tuple[int, int], mesh: tuple[int, ...])
     run.optimizer = ConfigDict(
         dict(
             name="adamw",
-            # That of a width of 96: at 1152 blocks move by 2e-4, at 6144 by 3.8e-5.
+            # That of a width of 96: at 1536 blocks move by 1.5e-4, at 6144 by 3.8e-5.
             rate=2.4e-3,
             adam_rate=2.4e-3,
             warmup_steps=2000,
