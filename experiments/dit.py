@@ -35,7 +35,8 @@ ARGUMENTS = (
 def get_config(arg: str = "compact") -> ConfigDict:
     """'compact' is the quickstart's, 'full' a small one for the whole world.
 
-    '1x', '4x' and '32x' spend multiples of one budget on the compact world, along the frontier, on vae.py:sharp (see scaling.py).
+    '1x', '4x' and '32x' spend multiples of one budget on the compact world, on vae.py:sharp, with models as large as the frontier
+    says that scaling.py has measured.
     'XXS/1' to 'T/2' are toys for a CPU, 'S/1' to 'XL/2' sizes for accelerators; '0.7b', '7b' and '30b' are for clusters and
     long videos of up to 768x768 in patches of 1x2x2, to be looked at with sora-jax plan first.
     """

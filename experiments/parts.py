@@ -18,6 +18,8 @@ DIT_STEPS = 3400
 BASE_FLOPS = 1.25e12
 RUNGS = (1, 4, 32)
 LADDER_VAE_STEPS = 3000
+# How a step's cost grows with these multiples along the frontier that scaling.py found (results/scaling); it finds its own.
+FRONTIER = {4: 0.853, 32: 0.666}
 
 
 def compact_world() -> ConfigDict:
@@ -62,8 +64,13 @@ def data(world: ConfigDict, train_clips: int, heldout_clips: int) -> ConfigDict:
 
 
 def mesh() -> ConfigDict:
-    """One axis over all devices; data=0 takes what the others leave."""
+    """One axis over all devices; an axis of 0 takes what the others leave."""
     return ConfigDict(dict(data=0, fsdp=1, tensor=1, sequence=1))
+
+
+def mesh_of_few_rows() -> ConfigDict:
+    """All devices share the tokens of every row, as there may be fewer rows than devices."""
+    return ConfigDict(dict(data=1, fsdp=1, tensor=1, sequence=0))
 
 
 def muon(rate: float, adam_rate: float, warmup_steps: int = 20) -> ConfigDict:
@@ -229,6 +236,7 @@ def compact_dit_run(vae_checkpoint: str) -> ConfigDict:
     """The quickstart's DiT: many steps of few clips."""
     run = dit_run(compact_world(), DIT_STEPS, vae_checkpoint)
     run.dit.heads, run.pack.rows, run.optimizer.rate, run.loop.log_every = 4, 4, 0.02, 50
+    run.mesh = mesh_of_few_rows()
     return run
 
 
@@ -299,8 +307,9 @@ def rung(multiplier: float, along: str, width: int = 48, blocks: int = 2, heads:
     run = dit_run(compact_world(), steps=1, vae_checkpoint="vae")
     run.data.heldout_clips = 512
     run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
-    run.pack.rows, run.optimizer.rate = 3, 0.02
+    run.pack.rows, run.optimizer.rate, run.mesh = 3, 0.02, mesh_of_few_rows()
     run.flow.posterior, run.sampler.guidance = 0.0, 3.0
     run.loop.log_every, run.loop.save_every = 100, 1000
-    run.compute = ConfigDict(dict(budget=BASE_FLOPS, multiplier=float(multiplier), along=along, exponent=0.5))
+    exponent = FRONTIER.get(multiplier, 0.5) if along == "frontier" else 0.5
+    run.compute = ConfigDict(dict(budget=BASE_FLOPS, multiplier=float(multiplier), along=along, exponent=exponent))
     return run

@@ -5,12 +5,13 @@ sora-jax study --config=experiments/scaling.py --workdir=runs/scaling --dry_run
 sora-jax study --config=experiments/scaling.py:seeds --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py:models --workdir=runs/models
 sora-jax study --config=experiments/scaling.py:rates --workdir=runs/rates
+sora-jax study --config=experiments/scaling.py:all --workdir=runs/scaling
 """
 
 import parts
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("", "seeds", "models", "rates")
+ARGUMENTS = ("", "seeds", "models", "rates", "all")
 # Budgets of the isoflop sweep as multiples of 1x, none beyond 4x, and the width, blocks and heads of the models around the
 # best of each: most that are too large or too small for a budget would say nothing of its bottom.
 SIZES = ((24, 1, 1), (36, 2, 2), (48, 2, 2), (60, 3, 3), (72, 3, 3), (84, 4, 3), (96, 4, 4))
@@ -19,13 +20,13 @@ SWEPT = {0.5: SIZES[:4], 1: SIZES[1:5], 2: SIZES[2:6], 4: SIZES[2:]}
 MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
 # Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
 PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36, 4, 40)))
-MODEL_STEPS = 1000
+MODEL_STEPS = 2000
 # Seeds of the ladder in 'seeds'.
 SEEDS = 3
 # Widths with their heads, and rates as multiples of the ladder's, of both optimizers.
 WIDTHS = ((32, 1), (64, 2), (128, 4))
-RATES = (0.25, 0.5, 1, 2, 4)
-RATE_STEPS = 300
+RATES = (0.25, 0.5, 1, 2, 4, 8)
+RATE_STEPS = 600
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,15 +34,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
     'seeds' is the same with the ladder from three seeds; in the work dir of '' it trains only what is missing there.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
-    'rates' are three widths at five rates each: is one rate the best for all? Both are on the quickstart's VAE, in its
-    minutes, with more clips a step.
+    'rates' are three widths at six rates each: is one rate the best for all?
+    'all' is all of it, on one page; like 'seeds' it trains only what is missing in its work dir.
     """
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    if arg in ("models", "rates"):
-        vae = parts.vae_run(parts.compact_world(), steps=parts.VAE_STEPS)
-        return study(vae, {arg: models() if arg == "models" else rates()})
-    return study(parts.ladder_vae_run(), dict(isoflop=sweep(), ladder=ladder(SEEDS if arg == "seeds" else 1)))
+    groups = dict(isoflop=sweep(), ladder=ladder(1 if arg == "" else SEEDS), models=models(), rates=rates())
+    if arg != "all":
+        groups = {name: groups[name] for name in ((arg,) if arg in groups else ("isoflop", "ladder"))}
+    return parts.study("More compute, better videos", {"vae": parts.ladder_vae_run()}, groups, shown=6)
 
 
 def sweep() -> dict[str, ConfigDict]:
@@ -87,14 +88,7 @@ def rates() -> dict[str, ConfigDict]:
 
 
 def steps_of(steps: int, width: int, blocks: int, heads: int) -> ConfigDict:
-    """A DiT on the compact world for a number of steps."""
-    run = parts.dit_run(parts.compact_world(), steps, vae_checkpoint="vae")
-    run.data.heldout_clips = 512
-    run.loop.save_every = 200
-    run.dit.width, run.dit.blocks, run.dit.heads = width, blocks, heads
+    """The ladder's DiT, of another size, for a number of steps."""
+    run = parts.rung(1, "steps", width, blocks, heads)
+    run.loop.steps, run.compute.budget = steps, 0.0
     return run
-
-
-def study(vae: ConfigDict, groups: dict[str, dict[str, ConfigDict]]) -> ConfigDict:
-    """The VAE, then the runs of all groups."""
-    return parts.study("More compute, better videos", {"vae": vae}, groups, shown=6)

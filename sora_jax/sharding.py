@@ -59,7 +59,7 @@ class MeshError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; data = 0 takes all devices that the other axes leave."""
+    """Sizes of the mesh axes; one of 0 takes all devices that the others leave. Raises ValueError for several, or less than 0."""
 
     data: int = 0
     fsdp: int = 1
@@ -67,22 +67,20 @@ class MeshConfig:
     sequence: int = 1
 
     def __post_init__(self) -> None:
-        if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
-            raise ValueError(
-                f"mesh {dataclasses.astuple(self)}: axis sizes must be at least 1 (data may be 0: the rest)"
-            )
+        sizes = dataclasses.astuple(self)
+        if min(sizes) < 0 or sizes.count(0) > 1:
+            raise ValueError(f"mesh {sizes}: axis sizes must be at least 1 (one of them may be 0: the rest)")
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
     """Sizes of the axes over `count` devices. Raises MeshError if they do not fit."""
-    others = config.fsdp * config.tensor * config.sequence
-    data = config.data or count // others
-    if data * others != count:
-        raise MeshError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} sequence={config.sequence} does not cover "
-            f"{count} devices; choose sizes whose product is {count}"
-        )
-    return data, config.fsdp, config.tensor, config.sequence
+    sizes = dataclasses.astuple(config)
+    rest = count // math.prod(size or 1 for size in sizes)
+    data, fsdp, tensor, sequence = (size or rest for size in sizes)
+    if data * fsdp * tensor * sequence != count:
+        told = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise MeshError(f"mesh {told} does not cover {count} devices; choose sizes whose product is {count}")
+    return data, fsdp, tensor, sequence
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

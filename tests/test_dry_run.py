@@ -100,13 +100,26 @@ def test_a_frontier_is_found_before_it_is_followed(study):
         planned(vae, sweep, rung, isoflop=("48_0", "96_0", "144_0", "96_1"))
 
 
+def test_models_that_could_not_be_compared_are_refused(monkeypatch):
+    monkeypatch.setattr(dry_run.mobilenet, "available", lambda: False)
+    with pytest.raises(config.ConfigError, match="weights are not installed; run tools/install_weights"):
+        plan(config.from_config_dict(scaling_experiment.get_config("models")))
+
+
 def test_what_does_not_divide_over_the_devices_is_refused(study):
     with pytest.raises(sharding.MeshError, match="stage dit: 4 rows do not divide over 8 devices"):
-        plan(study, count=8)
-    split = dataclasses.replace(study.stages["dit"].mesh, tensor=8)
+        plan(with_dit(study, mesh=sharding.MeshConfig()), count=8)
+    split = sharding.MeshConfig(tensor=8)
     with pytest.raises(sharding.MeshError, match="stage dit: 4 heads do not divide over 8 devices"):
         plan(with_dit(study, mesh=split), count=8)
-    many = dataclasses.replace(study.stages["dit"].mesh, data=3)
     with pytest.raises(sharding.MeshError, match=r"stage dit: mesh data=3 .* does not cover 2 devices"):
-        plan(with_dit(study, mesh=many), count=2)
-    assert len(plan(study, count=2)) == 2
+        plan(with_dit(study, mesh=sharding.MeshConfig(data=3)), count=2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["quickstart", "scaling"])
+def test_few_rows_are_shared_by_as_many_devices_as_there_are(name, count):
+    """The same configs on a laptop and on a node of accelerators."""
+    experiment = {"quickstart": quickstart, "scaling": scaling_experiment}[name]
+    study = config.from_config_dict(experiment.get_config())
+    assert len(plan(study, count=count)) == len(study.order)

@@ -1,6 +1,7 @@
 """Every experiment builds with every argument it offers."""
 
 import importlib
+import json
 from pathlib import Path
 
 import dit as dit_experiment
@@ -14,6 +15,8 @@ from sora_jax import config
 from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
 from sora_jax.models import dit
+from sora_jax.text import encode
+from sora_jax.train import dit as train_dit
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "parts")
@@ -65,6 +68,17 @@ def test_sizes_are_those_of_the_paper(name, millions):
 )
 def test_clusters_are_as_large_as_they_say(name, least, most):
     assert least < num_parameters(config.from_config_dict(dit_experiment.get_config(name)).dit) < most
+
+
+@pytest.mark.skipif(bool(encode.missing_for_minilm()), reason=f"MiniLM lacks {encode.missing_for_minilm()}")
+@pytest.mark.parametrize("rung", ["1x", "4x", "32x"])
+def test_rungs_alone_are_those_of_the_study(rung):
+    """Of the frontier that was measured, without the sweep that measured it."""
+    of_study = json.loads((FOLDER / "results" / "scaling" / "report.json").read_text())["runs"][rung]
+    run = train_dit.resolve(config.from_config_dict(dit_experiment.get_config(rung)))
+    assert (run.dit.width, run.dit.blocks, run.loop.steps) == tuple(
+        of_study[name] for name in ("width", "blocks", "steps")
+    )
 
 
 def test_the_quickstart_fills_its_rows(tmp_path):

@@ -36,11 +36,12 @@ def compared(monkeypatch):
     """What FVD is asked to compare, in place of an hour of I3D."""
     calls = []
 
-    def fake(real, made, weights, num_videos):
-        calls.append((real, made, weights, num_videos))
-        return fvd.Result(12.5, num_videos, "abc")
+    def fake(real, sets, weights, num_videos):
+        calls.append((real, sets, weights, num_videos))
+        return {name: fvd.Result(12.5 + len(name), num_videos, "abc") for name in sets}
 
-    monkeypatch.setattr(judgement.fvd, "fvd", fake)
+    monkeypatch.setattr(judgement.fvd, "distances", fake)
+    monkeypatch.setattr(judgement, "reconstructed", lambda made, videos: videos)
     monkeypatch.setattr(judgement.i3d, "load_weights", lambda path: None)
     return calls
 
@@ -48,14 +49,17 @@ def compared(monkeypatch):
 def test_fvd_compares_held_out_clips_of_16_frames_and_more(compared):
     model = Blank(frame_counts=(1, 9, 17))
     found = judgement.video_distance(model, SETTINGS, Path("weights"), 24, seed=3)
-    ((real, made, weights, count),) = compared
-    assert (weights, count, found["value"], found["metric"]) == (Path("weights"), 24, 12.5, "FVD (N=24)")
-    assert len(real) == len(made) == 24 and all(len(video) >= fvd.NUM_FRAMES for video in (*real, *made))
+    ((real, sets, weights, count),) = compared
+    assert (weights, count, found["value"], found["metric"]) == (Path("weights"), 24, 16.5, "FVD (N=24)")
+    assert (found["floor"], found["reconstructions"]) == (17.5, 27.5)
+    for videos in (real, *sets.values()):
+        assert len(videos) == 24 and all(len(video) >= fvd.NUM_FRAMES for video in videos)
     assert [request.seed for request in model.requests] == list(range(3, 27))
     # Real clips of other scenes than those that were asked for.
     asked = dit.heldout_videos(model.run.data.world, 24, frames=fvd.NUM_FRAMES)
     shown = judgement.clips.render_mixed(asked)
-    assert not any(np.array_equal(one, other) for one in shown for other in real)
+    assert all(np.array_equal(*pair) for pair in zip(shown, sets["reconstructions"], strict=True))
+    assert not any(np.array_equal(one, other) for one in (*shown, *sets["floor"]) for other in real)
 
 
 def test_fvd_of_short_clips_is_refused_before_any_work(compared):
@@ -94,12 +98,16 @@ def test_frechet_distances_are_of_samples_without_guidance(monkeypatch):
 
     model = Gray()
     monkeypatch.setattr(judgement, "reconstructed", lambda made, videos: [video // 2 for video in videos])
+    monkeypatch.setattr(
+        judgement, "noise", lambda made, scenes, seed: [np.full((9, 8, 8, 3), 255, np.uint8)] * len(scenes)
+    )
     monkeypatch.setattr(judgement.mobilenet, "available", lambda: True)
     monkeypatch.setattr(judgement.frechet, "features", features)
     scores = judgement.evaluate(model, dataclasses.replace(SETTINGS, guidance=5.0), 8, seed=0)
     assert guidances == [5.0, 1.0] and seen[-1] == {128}
     halved = scores["frechet"]["distance"], scores["frechet_latent"]["distance"]
     assert halved[0] != halved[1] and scores["frechet"]["reconstructions"] > scores["frechet"]["floor"]
+    assert scores["frechet"]["ceiling"] > scores["frechet"]["distance"]
     assert "without guidance, 8 videos each" in judgement.table(scores)
     # A model without guidance is sampled once.
     judgement.evaluate(model, SETTINGS, 8, seed=0)

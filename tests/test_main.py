@@ -697,6 +697,7 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
     assert "give --i3d_weights too" in refusal(capsys, *flags, "--fvd_videos=9")
     assert scores["adherence"]["count"] == 4 and scores["step"] == 3
     assert scores["sampler"] == SAMPLER | {"guidance": 1.0}
+    assert scores["total_flops"] == checkpoint.read_meta(trained)["total_flops"] > 0
     for name in ("adherence", "adherence_floor", "adherence_ceiling"):
         assert f"{scores[name]['shape']:.3f}" in shown
 

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -178,14 +179,28 @@ def test_a_study_that_is_killed_at_any_moment_ends_with_the_same_numbers(done, c
             process.wait(timeout=rng.uniform(0, 20))
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (tmp_path / "report.json").exists()
     finish(start(tmp_path, cache))
     assert but_timings(json.loads((tmp_path / "report.json").read_text())) == but_timings(done[1])
+
+
+def test_time_is_kept_before_a_part_ends(tmp_path, monkeypatch):
+    """So that what is killed was counted, and added to what there was."""
+    monkeypatch.setattr(runner, "KEPT_EVERY", 0.01)
+    path = tmp_path / "seconds.json"
+    path.write_text('{"vae": 100.0, "dit": 5.0}')
+    deadline = time.monotonic() + 60
+    with runner.Clock(path).measure("vae"):
+        while json.loads(path.read_text())["vae"] < 100.02 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kept = json.loads(path.read_text())
+    assert 100.02 <= kept["vae"] <= json.loads(path.read_text())["vae"] < 160 and kept["dit"] == 5.0
 
 
 @needs_mobilenet
 def test_a_ladder_has_frechet_distances_with_their_floor(done):
     for run in done[1]["runs"].values():
         assert run["frechet"]["metric"] == frechet.NAME and run["frechet"]["num_videos"] == 4
-        assert min(run["frechet"][name] for name in ("distance", "floor", "reconstructions")) > 0
+        assert min(run["frechet"][name] for name in ("distance", "floor", "reconstructions", "ceiling")) > 0
         assert run["frechet_latent"]["num_videos"] == 4
         assert min(run["frechet_latent"][name] for name in ("distance", "floor")) > 0

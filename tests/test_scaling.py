@@ -8,7 +8,7 @@ import pytest
 import quickstart
 
 from sora_jax import compute, config
-from sora_jax.study import curves, laws, scaling, scaling_curves
+from sora_jax.study import curves, laws, scaling, scaling_curves, scaling_text
 
 # The best size of 2e12 FLOPs has 3e5 parameters and goes with the root of the budget.
 SURFACE = laws.Surface(
@@ -111,6 +111,14 @@ def test_the_curves_are_one_picture_too(runs):
     # White ground, and what is drawn is in colour.
     assert (both[0, 0, :3] == 255).all() and (np.ptp(both[..., :3].astype(int), axis=-1) > 60).any()
     assert curves.png(plots) == curves.png(plots)
+
+
+def test_why_there_is_no_law_is_said(runs):
+    few = [name for name in runs if name.startswith("iso")][:6]
+    found = scaling.fitted(runs, ("x1",), few)
+    words = scaling_text.sentences(found)
+    assert "law" not in found and words[0].startswith("No law of the loss: 6 runs cannot fix a law of 5 constants")
+    assert "no_law" not in scaling.fitted(runs, ("x1",), ())
 
 
 def test_what_is_fitted_knows_nothing_of_the_ladder(runs):

@@ -92,6 +92,17 @@ def test_an_axis_of_a_mesh_may_be_a_part_of_one_of_the_network(shape, sizes):
     assert found.devices.shape == sizes and len(set(found.devices.ravel())) == np.prod(shape)
 
 
+@pytest.mark.parametrize("axis", sharding.AXES)
+def test_an_axis_of_none_takes_what_the_others_leave(axis):
+    other = "tensor" if axis == "data" else "data"
+    config = sharding.MeshConfig(**{"data": 1, axis: 0, other: 2})
+    assert sharding.mesh_shape(config, 8)[sharding.AXES.index(axis)] == 4
+    with pytest.raises(sharding.MeshError, match="does not cover 7 devices"):
+        sharding.mesh_shape(config, 7)
+    with pytest.raises(ValueError, match="one of them may be 0"):
+        dataclasses.replace(config, **{other: 0})
+
+
 def test_every_mesh_of_so_many_devices_is_found_once():
     found = list(sharding.mesh_shapes(8))
     assert len(set(found)) == len(found) == 20  # 2^3 in four boxes

@@ -99,7 +99,7 @@ def test_any_prompt_becomes_a_file_of_its_own_in_the_folder(tmp_path):
 
 
 def test_prompts_that_can_be_names_are_kept_to_the_letter():
-    longest = "x" * (vbench.MAX_NAME_BYTES - len("-4.mp4"))
+    longest = "x" * (vbench.MAX_NAME_BYTES - len("-9999.mp4"))
     for prompt in (PLAIN, "a cat: \"one\", 'two'?", "Ukiyo-e ", "naïve 猫", "ends-3", longest):
         assert vbench.file_stem(prompt) == prompt
     assert vbench.file_stem(longest + "x") != longest + "x"
@@ -110,6 +110,12 @@ def test_longest_name_can_be_written(tmp_path):
         path = tmp_path / f"{vbench.file_stem(prompt)}-0.mp4"
         files.write_video(path, make_video(prompt, 0), 8.0)
         assert path.stat().st_size > 0
+
+
+def test_more_than_five_are_taken(tmp_path):
+    many = vbench.Samples(PLAIN, [make_video(PLAIN, index % 5) for index in range(25)], range(25))
+    videos = vbench.export(tmp_path, [many], 8.0, write_nothing)
+    assert {path.name for path in videos.iterdir()} == {f"{PLAIN}-{index}.mp4" for index in range(25)}
 
 
 def test_refusals(tmp_path):

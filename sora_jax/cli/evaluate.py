@@ -90,8 +90,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
-    pipeline, (_, step) = trained.load(arguments.checkpoint, arguments.mesh)
+    pipeline, (folder, step) = trained.load(arguments.checkpoint, arguments.mesh)
     settings = trained.settings(pipeline, arguments)
+    from sora_jax import checkpoint
     from sora_jax.evaluate import fvd
     from sora_jax.generate import files
     from sora_jax.study import judgement
@@ -111,6 +112,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         found = {
             "checkpoint": str(arguments.checkpoint.absolute()),
             "step": step,
+            "total_flops": checkpoint.read_meta(folder, step).get("total_flops"),
             "command": arguments.command,
             "sampler": dataclasses.asdict(settings),
         } | scores

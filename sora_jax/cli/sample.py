@@ -83,7 +83,7 @@ def add_sample(verbs: Any) -> None:
         "--vbench",
         type=flags.path,
         metavar="DIR",
-        help="new folder for five videos of every prompt as VBench reads them (required, or --out or --outdir)",
+        help="new folder for five videos of every prompt, or --samples, as VBench reads them (required, or --out or --outdir)",
     )
     size = parser.add_argument_group("size")
     size.add_argument(
@@ -122,7 +122,8 @@ def add_sample(verbs: Any) -> None:
         "--samples",
         type=flags.count,
         metavar="N",
-        help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1, for --vbench the 5 that it needs)",
+        help="videos per prompt, of seeds --seed, --seed + 1, ... (default: 1; for --vbench 5, the fewest, of which "
+        "temporal_flickering needs 25)",
     )
     _add_modes(parser)
     flags.add_sampler(parser)

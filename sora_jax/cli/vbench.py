@@ -20,14 +20,13 @@ VBENCH_PROMPTS = 8
 
 
 def sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> None:
-    """Five videos of every prompt, a few prompts at a time, in the folder that VBench reads."""
+    """Five videos of every prompt, or --samples of them, a few prompts at a time, in the folder that VBench reads."""
     from sora_jax.evaluate import vbench
 
-    count, folder = vbench.SAMPLES_PER_PROMPT, arguments.vbench
-    if arguments.samples not in (None, count):
-        raise Failure(
-            f"--samples={arguments.samples}: VBench takes {count} videos of every prompt; leave --samples out"
-        )
+    least, folder = vbench.SAMPLES_PER_PROMPT, arguments.vbench
+    count = arguments.samples or least
+    if count < least:
+        raise Failure(f"--samples={count}: VBench takes {least} videos of every prompt or more; leave --samples out")
     if repeated := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
         raise Failure(f"prompt {repeated[0]!r} comes twice; VBench names videos by their prompts")
     with errors_for_users(FileExistsError):

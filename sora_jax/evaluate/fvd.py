@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -52,22 +52,30 @@ def fvd(
     weights_path: str | Path,
     num_videos: int | None = None,
 ) -> Result:
-    """Frechet distance between real and made videos in the logits of I3D.
+    """Frechet distance between real and made videos in the logits of I3D. Raises as distances does."""
+    return distances(real_videos, {"made": made_videos}, weights_path, num_videos)["made"]
+
+
+def distances(
+    real_videos: Sequence[np.ndarray],
+    sets: Mapping[str, Sequence[np.ndarray]],
+    weights_path: str | Path,
+    num_videos: int | None = None,
+) -> dict[str, Result]:
+    """Frechet distance between real videos and each of some sets by name, in the logits of I3D.
 
     Videos are uint8 RGB (T, H, W, 3) of any sizes; the first 16 frames of the first 2048 videos of each side are
     compared, or of the first num_videos, so shuffle a sorted set before. A sequence may read its videos when indexed.
     weights_path is a file for i3d.load_weights. Raises ValueError for too few or too short videos or weights that are
     not I3D's, FileNotFoundError if there is no such file.
     """
-    for name, videos in (("real", real_videos), ("made", made_videos)):
+    every = {"real": real_videos, **sets}
+    for name, videos in every.items():
         _check_count(len(videos), name, num_videos)
     count = NUM_VIDEOS if num_videos is None else num_videos
-    params = i3d.load_weights(weights_path)
-    real, made = (
-        frechet.statistics(embed(params, videos, count, name))
-        for name, videos in (("real", real_videos), ("made", made_videos))
-    )
-    return Result(float(frechet.distance(real, made)), count, _sha256(Path(weights_path)))
+    params, weights = i3d.load_weights(weights_path), _sha256(Path(weights_path))
+    found = {name: frechet.statistics(embed(params, videos, count, name)) for name, videos in every.items()}
+    return {name: Result(float(frechet.distance(found["real"], found[name])), count, weights) for name in sets}
 
 
 def embed(params: i3d.Params, videos: Sequence[np.ndarray], count: int, name: str) -> Float[np.ndarray, "N 400"]:

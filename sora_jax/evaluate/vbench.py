@@ -1,4 +1,4 @@
-"""Videos as VBench reads them (Huang et al., arXiv:2311.17982), for users who have it: five samples of every prompt.
+"""Videos as VBench reads them (Huang et al., arXiv:2311.17982), for users who have it: five samples of every prompt or more.
 
     folder/videos/{prompt}-{index}.mp4     and nothing else: VBench takes any file there for a video
     folder/prompts.json                    {file name: prompt}, VBench's --prompt_file
@@ -9,6 +9,7 @@ Then, with VBench installed, for prompts of its suite (prompts/all_dimension.txt
     vbench evaluate --videos_path folder/videos --dimension $DIMENSION
     vbench evaluate --videos_path folder/videos --dimension $DIMENSION --mode=custom_input --prompt_file folder/prompts.json
 
+Its dimension temporal_flickering asks for 25 samples of every prompt, as it judges those alone in which little moves.
 VBench judges videos under 5 seconds; from 5 seconds on it asks for VBench-Long, which reads the same names.
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from sora_jax import disk
 
-SAMPLES_PER_PROMPT = 5
+SAMPLES_PER_PROMPT = 5  # at least
 # Filesystems take 255; a writer puts up to 13 more around the name of a file that is not whole yet.
 MAX_NAME_BYTES = 240
 _SUFFIX = ".mp4"
@@ -35,10 +36,10 @@ _UNSAFE = re.compile("[/\\\\\x00-\x1f\x7f\ud800-\udfff]|^[.-]")
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """The five videos of a prompt, uint8 (T, H, W, 3), with the seed of each.
+    """The videos of a prompt, five or more, uint8 (T, H, W, 3), with the seed of each.
 
-    VBench asks for seeds that are random, not picked, and on record. Raises ValueError for another number of either, or
-    an empty prompt.
+    VBench asks for seeds that are random, not picked, and on record. Raises ValueError for fewer, for more of one than of the
+    other, or an empty prompt.
     """
 
     prompt: str
@@ -48,9 +49,12 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("a prompt is empty; VBench names videos by their prompts: leave it out")
-        for name, found in (("videos", len(self.videos)), ("seeds", len(self.seeds))):
-            if found != SAMPLES_PER_PROMPT:
-                raise ValueError(f"{found} {name} of {self.prompt!r}; VBench needs {SAMPLES_PER_PROMPT} a prompt")
+        if len(self.videos) < SAMPLES_PER_PROMPT:
+            raise ValueError(
+                f"{len(self.videos)} videos of {self.prompt!r}; VBench needs {SAMPLES_PER_PROMPT} a prompt or more"
+            )
+        if len(self.seeds) != len(self.videos):
+            raise ValueError(f"{len(self.seeds)} seeds of {self.prompt!r} for {len(self.videos)} videos; give one each")
 
 
 def export(
@@ -71,7 +75,7 @@ def export(
         for index, (frames_THWC, seed) in enumerate(zip(each.videos, each.seeds, strict=True)):
             name = f"{stem}-{index}{_SUFFIX}"
             if name in prompts:
-                raise ValueError(f"prompt {each.prompt!r} comes twice; give each its five samples once")
+                raise ValueError(f"prompt {each.prompt!r} comes twice; give all its samples at once")
             write_video(videos / name, frames_THWC, fps)
             prompts[name] = each.prompt
             entries.append(
@@ -88,7 +92,7 @@ def export(
         raise ValueError("there are no samples to export; give at least one prompt")
     # Plain ASCII: VBench reads the file in whatever encoding its machine has.
     disk.write_atomically(folder / "prompts.json", json.dumps(prompts, indent=2).encode("ascii"))
-    manifest = {"samples_per_prompt": SAMPLES_PER_PROMPT, "fps": fps, "videos": entries}
+    manifest = {"fps": fps, "videos": entries}
     disk.write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2).encode("ascii"))
     return videos
 
@@ -107,7 +111,7 @@ def file_stem(prompt: str) -> str:
     Else, a stem that stays in its folder and fits a filesystem, with eight digits of the prompt's hash, so that no two
     prompts share it; VBench reads such a prompt from prompts.json.
     """
-    longest = MAX_NAME_BYTES - len(f"-{SAMPLES_PER_PROMPT - 1}{_SUFFIX}")
+    longest = MAX_NAME_BYTES - len(f"-9999{_SUFFIX}")
     safe = _UNSAFE.sub("_", prompt)
     if safe == prompt and len(safe.encode()) <= longest:
         return prompt

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from sora_jax import checkpoint, compute, sharding
 from sora_jax.config import ConfigError, DiTRun, StudyRun, VAERun
+from sora_jax.evaluate import frechet, mobilenet
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
@@ -50,6 +51,10 @@ def plan(study: StudyRun, devices: Sequence[Any] | None = None) -> list[StagePla
 
     A stage along a frontier that is yet to be found is planned with the config's exponent.
     """
+    if "models" in study.groups and not mobilenet.available():
+        raise ConfigError(
+            f"the group models is compared by {frechet.NAME}, and its weights are not installed; {mobilenet.REMEDY}"
+        )
     plans: list[StagePlan] = []
     vaes: dict[str, Any] = {}
     for name in study.order:

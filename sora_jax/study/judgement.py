@@ -91,14 +91,15 @@ class Bounds:
     """What the samples of a VAE's models are held against: real clips, and real clips through the VAE.
 
     ceiling is the adherence of the asked scenes' real clips through the VAE, reconstructions their Frechet distance from real
-    clips. real and decoded are features of twice as many other held-out clips, as they are and through the VAE. Without the
-    weights of the features' network all but the ceiling are None.
+    clips, nothing that of what knows nothing: noise, decoded. real and decoded are features of twice as many other held-out
+    clips, as they are and through the VAE. Without the weights of the features' network all but the ceiling are None.
     """
 
     ceiling: dict[str, float]
     real: np.ndarray | None = None
     decoded: np.ndarray | None = None
     reconstructions: float | None = None
+    nothing: float | None = None
 
 
 def bounds_of(made: Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool = True) -> Bounds:
@@ -111,7 +112,11 @@ def bounds_of(made: Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool
         return Bounds(ceiling)
     others = clips.render_mixed(dit.heldout_videos(made.run.data.world, 2 * len(scenes), start=REAL_SCENES))
     real, decoded = (frechet.features(videos) for videos in (others, reconstructed(made, others)))
-    return Bounds(ceiling, real, decoded, frechet.compare(real, frechet.features(reconstructions)).distance)
+    through, nothing = (
+        frechet.compare(real, frechet.features(videos)).distance
+        for videos in (reconstructions, noise(made, scenes, seed))
+    )
+    return Bounds(ceiling, real, decoded, through, nothing)
 
 
 def judged(
@@ -142,7 +147,7 @@ def judged(
         for key, reference in (("frechet", bounds.real), ("frechet_latent", bounds.decoded)):
             found = frechet.compare(reference, features)
             numbers[key] = {"metric": frechet.NAME} | dataclasses.asdict(found)
-        numbers["frechet"]["reconstructions"] = bounds.reconstructions
+        numbers["frechet"] |= {"reconstructions": bounds.reconstructions, "ceiling": bounds.nothing}
     return numbers, videos
 
 
@@ -185,11 +190,14 @@ def table(scores: dict[str, Any]) -> str:
         lines += [
             f"{found['metric']} without guidance, {found['num_videos']} videos each:",
             f"{found['distance']:>10.1f} from real clips (real clips through the VAE {found['reconstructions']:.1f}, "
-            f"other real clips {found['floor']:.1f})",
+            f"other real clips {found['floor']:.1f}, noise through the VAE {found['ceiling']:.1f})",
             f"{latent['distance']:>10.1f} from real clips through the VAE (others of them {latent['floor']:.1f})",
         ]
     if found := scores.get("fvd"):
-        lines.append(f"{found['metric']} {found['value']:.1f}")
+        lines.append(
+            f"{found['metric']} {found['value']:.1f} (real clips through the VAE {found['reconstructions']:.1f}, other real clips "
+            f"{found['floor']:.1f})"
+        )
     return "\n".join(lines)
 
 
@@ -211,15 +219,24 @@ def sampled(
 def video_distance(
     made: Pipeline, settings: SamplerConfig, i3d_weights: Path, num_videos: int, seed: int
 ) -> dict[str, Any]:
-    """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes."""
-    wanted, others = (
+    """FVD of samples of held-out prompts, all of at least 16 frames, from real clips of other held-out scenes.
+
+    Beside it stand that of yet other real clips (floor) and of the asked scenes' real clips through the VAE (reconstructions).
+    """
+    wanted, others, rest = (
         dit.heldout_videos(made.run.data.world, num_videos, start=start, frames=fvd.NUM_FRAMES)
-        for start in (0, REAL_SCENES)
+        for start in (0, REAL_SCENES, 2 * REAL_SCENES)
     )
     i3d.load_weights(i3d_weights)  # refused before the samples are made
     videos = sampled(made, settings, wanted, seed, "FVD")
-    found = fvd.fvd(clips.render_mixed(others), videos, i3d_weights, num_videos)
-    return dataclasses.asdict(found) | {"metric": found.name}
+    sets = {
+        "made": videos,
+        "floor": clips.render_mixed(rest),
+        "reconstructions": reconstructed(made, clips.render_mixed(wanted)),
+    }
+    found = fvd.distances(clips.render_mixed(others), sets, i3d_weights, num_videos)
+    bounds = {name: found[name].value for name in ("floor", "reconstructions")}
+    return dataclasses.asdict(found["made"]) | bounds | {"metric": found["made"].name}
 
 
 def expected(scene: Scene) -> str:
@@ -229,6 +246,13 @@ def expected(scene: Scene) -> str:
 
 def reconstructed(made: Pipeline, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     return made.codec.decode([mean for mean, _ in made.codec.encode(videos)])
+
+
+def noise(made: Pipeline, scenes: Sequence[Scene], seed: int) -> list[np.ndarray]:
+    """Videos of the scenes' sizes as they are where sampling begins: latents of noise, decoded."""
+    rng, shape = np.random.default_rng(seed), made.codec.config.latent_shape
+    shapes = [shape(scene.num_frames, scene.height, scene.width) for scene in scenes]
+    return made.codec.decode([rng.standard_normal(each, np.float32) for each in shapes])
 
 
 def once(

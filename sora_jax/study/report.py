@@ -383,6 +383,8 @@ _RUN_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("optimizer\u2019s", "optimizer_flops", lambda value: progress.si(float(value)).strip()),
     ("time", "seconds", lambda value: progress.clock(float(value))),
     ("held-out loss", "val_loss", lambda value: f"{value:.4f}"),
+    ("of who knows the clip", "val_loss_floor", lambda value: f"{value:.4f}"),
+    ("of who knows nothing", "val_loss_ceiling", lambda value: f"{value:.4f}"),
     *(
         (_JUDGED[name].removeprefix("Right "), f"adherence.{name}", lambda value: f"{100 * value:.0f}\u00a0%")
         for name in _JUDGED
@@ -390,6 +392,7 @@ _RUN_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Frechet distance from real clips", "frechet.distance", lambda value: f"{value:.1f}"),
     ("of real clips through the VAE", "frechet.reconstructions", lambda value: f"{value:.1f}"),
     ("of other real clips", "frechet.floor", lambda value: f"{value:.1f}"),
+    ("of noise through the VAE", "frechet.ceiling", lambda value: f"{value:.1f}"),
     ("from real clips through the VAE", "frechet_latent.distance", lambda value: f"{value:.1f}"),
     ("of others of them", "frechet_latent.floor", lambda value: f"{value:.1f}"),
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from sora_jax.train import dit, lock, loop, progress, vae
 
 # Held-out clips whose reconstructions the report shows.
 SHOWN_PAIRS = 8
+KEPT_EVERY = 10.0  # seconds
 
 
 def run(study: StudyRun, workdir: Path, command: str) -> Path:
@@ -265,7 +268,7 @@ def cpu_model() -> str:
 
 
 class Clock:
-    """Wall-clock seconds per part of a study, added up over restarts."""
+    """Wall-clock seconds per part of a study, added up over restarts; what is killed loses KEPT_EVERY seconds at most."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -288,11 +291,23 @@ class Clock:
 class _Lap:
     def __init__(self, clock: Clock, name: str) -> None:
         self.clock, self.name = clock, name
+        self.ended = threading.Event()
+        self.keeper = threading.Thread(target=self._keep_on, daemon=True)
 
     def __enter__(self) -> None:
-        self.began = time.perf_counter()
+        self.began, self.before = time.perf_counter(), self.clock.seconds.get(self.name, 0.0)
+        self.keeper.start()
 
     def __exit__(self, *_: object) -> None:
-        seconds = self.clock.seconds
-        seconds[self.name] = seconds.get(self.name, 0.0) + time.perf_counter() - self.began
-        disk.write_atomically(self.clock.path, json.dumps(seconds).encode())
+        self.ended.set()
+        self.keeper.join()
+        self._keep()
+
+    def _keep_on(self) -> None:
+        while not self.ended.wait(KEPT_EVERY):
+            with contextlib.suppress(OSError):  # the end of the lap tells
+                self._keep()
+
+    def _keep(self) -> None:
+        self.clock.seconds[self.name] = self.before + time.perf_counter() - self.began
+        disk.write_atomically(self.clock.path, json.dumps(self.clock.seconds).encode())

@@ -77,7 +77,7 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
     """Numbers of the report: optima, frontier, laws with their bands, their losses beside that of every rung, and a backtest.
 
     runs maps a stage to its flops, steps, parameters and val_loss. Only runs of the isoflop group are fitted: what the law says
-    of a rung that cost more is foretold. Parts that the runs do not fix are left out.
+    of a rung that cost more is foretold. Parts that the runs do not fix are left out; no_law says why there is no law.
     """
     swept = {name: runs[name] for name in isoflop}
     best = optima(swept)
@@ -86,8 +86,8 @@ def fitted(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isoflop
         numbers["frontier"] = dataclasses.asdict(frontier(swept))
     try:
         found = laws.fit_surface(columns := _columns(swept))
-    except ValueError:
-        return numbers
+    except ValueError as error:
+        return numbers | ({"no_law": str(error)} if swept else {})
     law, up_to = found.law, max(columns.flops)
     at = [runs[name]["flops"] for name in ladder] or [up_to]
     low, high = laws.band(found, columns, at=at, level=LEVEL)

@@ -39,7 +39,7 @@ def _told(by: Mapping[str, Any] | None) -> tuple[str, str]:
 
 def _law(found: Mapping[str, Any]) -> str:
     if not (law := found.get("law")):
-        return ""
+        return f"No law of the loss: {found['no_law']}." if "no_law" in found else ""
     return (
         f"{_formula(law)}, fitted to {law['runs']} runs of up to {si(law['fitted_up_to'])}FLOP; in brackets is where the law "
         f"itself is with {law['band']:.0%} confidence, of which single runs differ more."
