@@ -115,15 +115,16 @@ def _range(values: Sequence[float]) -> str:
 
 def ranking(plans: Sequence[dict[str, Any]]) -> str:
     """Plans of a search as lines, the best first."""
-    lines = [
-        f"{'data':>5}{'fsdp':>5}{'tensor':>7}{'sequence':>9}{'remat':>9}{'rows':>6}{'tokens':>8}{'fill':>7}{'GiB':>8}{'MFU':>12}"
-    ]
+    widths = {axis: max(4, len(axis)) + 1 for axis in sharding.AXES}
+
+    def line(sizes: Mapping[str, Any], *others: Any) -> str:
+        axes = "".join(f"{sizes[axis]:>{width}}" for axis, width in widths.items())
+        return axes + "".join(f"{each:>{width}}" for each, width in zip(others, (9, 6, 8, 7, 8, 12), strict=True))
+
+    lines = [line({axis: axis for axis in widths}, "remat", "rows", "tokens", "fill", "GiB", "MFU")]
     for each in plans:
-        mesh, model = each["mesh"], each["model"]
+        step, fill = each["step"], f"{each['packing']['fill']:.1%}"
         size = f"{each['memory']['total'] / GIB:.1f}" if "memory" in each else "over"
         speed = " - ".join(f"{value:.0%}" for value in each["mfu"]) if "mfu" in each else ""
-        lines.append(
-            f"{mesh['data']:>5}{mesh['fsdp']:>5}{mesh['tensor']:>7}{mesh['sequence']:>9}{model['remat']:>9}"
-            f"{each['step']['rows']:>6}{each['step']['row_tokens']:>8}{each['packing']['fill']:>7.1%}{size:>8}{speed:>12}"
-        )
+        lines.append(line(each["mesh"], each["model"]["remat"], step["rows"], step["row_tokens"], fill, size, speed))
     return "\n".join(lines)
