@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before a verb needs it: help and refusals come at once. What a user can get wrong ends in one
 sentence and exit code 2, what a run can (divergence, a damaged checkpoint) in one sentence and 1, an interrupt in one
-and 130; any other exception is a bug and keeps its traceback.
+and 130 or 143, a lost process in one and 75; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_order_of_tokens_in_a_row_does_not_matter(model, noisy, layout):
     assert np.allclose(model(noisy, TIME, layout)[:, order][:, valid], shuffled[:, valid], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_nothing(noisy, layout, remat):
     def gradient(config):
         graphdef, params = nnx.split(randomised(config), nnx.Param)

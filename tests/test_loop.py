@@ -144,6 +144,11 @@ def test_a_model_that_does_not_divide_over_the_devices_is_told_before_clips_are_
     ):
         with pytest.raises(sharding.MeshError, match=words):
             loop.fit(dit.DiTTask(dataclasses.replace(run, **changes), tmp_path / "encoded"), tmp_path / "dit")
+    short = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=24))
+    with pytest.raises(config.ConfigError, match=r"longest clip has 32 tokens .* raise pack\.row_tokens \(24\)"):
+        dit.DiTTask(short, tmp_path / "encoded")
+    with pytest.raises(ValueError, match=r"pack\.rows 8 must be a multiple of loader\.lanes 3"):
+        dataclasses.replace(run, loader=dataclasses.replace(run.loader, lanes=3))
     assert not (tmp_path / "encoded").exists()
 
 

@@ -440,6 +440,13 @@ def test_plans_that_cannot_be_made_are_refused(tiny, capsys):
     missing = refusal(capsys, *command[:2], "--topology=cpu:2", "--config.vae_checkpoint=runs/nowhere")
     assert "runs/nowhere does not exist" in missing and "--vae=" in missing
     assert "is no VAE" in refusal(capsys, *command[:2], f"--vae={tiny}:dit", "--topology=cpu:2")
+    # Of a VAE that is yet to be trained the config beside has the shape, if it trains one of that name.
+    shutil.copy(tiny, tiny.with_name("vae.py"))
+    for name, told in (("dit", "runs/vae-dit does not exist"), ("vae", "raise pack.row_tokens")):
+        flags = [f"--config.vae_checkpoint=runs/vae-{name}", "--config.pack.row_tokens=8"]
+        assert main.run([*command[:2], "--topology=cpu:2", *flags]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert told in said[-1] and "the VAE is planned as" in said[0]
     assert "is no diffusion transformer" in refusal(
         capsys, "plan", f"--config={tiny}:vae", f"--vae={tiny}:vae", "--topology=cpu:2"
     )

@@ -13,12 +13,14 @@ import dit as dit_experiment
 import jax
 import pytest
 import quickstart
+from flax import nnx
 
 from sora_jax import config, hlo, main, sharding
 from sora_jax.cli import configs
 from sora_jax.data.pack import PackConfig
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
+from sora_jax.models import vae as vae_model
 from sora_jax.plan import kernels, packing, page, roofline, search, step, text, topology
 from sora_jax.train import dit
 
@@ -41,6 +43,8 @@ def resolved(mesh=FSDP, **changes):
         pack=dataclasses.replace(run.pack, rows=8),
         # Muon turns whole stacks of matrices at once.
         optimizer=dataclasses.replace(run.optimizer, name="adamw"),
+        # The loss then asks the VAE how large its channels are.
+        flow=dataclasses.replace(run.flow, emphasis=1.0),
         mesh=mesh,
     )
     return dit.resolve(run)
@@ -60,18 +64,24 @@ def compiled_once():
         yield
 
 
+def test_a_shape_of_cpus_is_their_product():
+    assert len(topology.target("cpu:2x4").devices) == 8
+
+
 @pytest.fixture(scope="module")
 def numbers(network, target):
     return roofline.plan(resolved(), network, target)
 
 
-def test_memory_of_a_device_is_the_compilers_and_its_kinds_add_up(numbers):
+def test_memory_of_a_device_is_the_compilers_and_its_kinds_add_up(numbers, network):
     memory = numbers["memory"]
     assert sum(size for kind, size in memory.items() if kind != "total") == memory["total"]
     # Kernels are split over fsdp, vectors are not.
     whole = 4 * numbers["model"]["parameters"]
     assert whole / 4 < memory["parameters"] < whole and memory["ema"] == memory["parameters"]
     assert min(memory.values()) > 0
+    vae = jax.eval_shape(lambda: vae_model.split(vae_model.VAE(network, nnx.Rngs(0)))[1:])
+    assert memory["vae"] == sum(4 * leaf.size for leaf in jax.tree.leaves(vae))  # whole on every device
 
 
 def test_what_blocks_keep_is_told_apart(network, target, numbers):
@@ -119,7 +129,7 @@ def test_no_weights_are_gathered_before_their_block_needs_them(network, target):
     """In the compiled step no stacked weight of all blocks is whole on a device: only one block's at a time."""
     run = resolved()
     mesh = sharding.make_mesh(run.mesh, target.devices)
-    made = roofline.compile_step(run, mesh)
+    made = roofline.compile_step(run, network, mesh)
     program = hlo.Program(made.program.as_text())
     stacked = {
         x.shape for x in jax.tree.leaves(made.weights["blocks"]) if len(x.shape) == 3 and x.shape[0] == run.dit.blocks
@@ -159,7 +169,7 @@ def test_unknown_topologies_are_told():
         with pytest.raises(config.ConfigError, match="none of v4, v5e"):
             topology.target(name)
     with pytest.raises(config.ConfigError, match="JAX_NUM_CPU_DEVICES=4096"):
-        topology.target("cpu:4096")
+        topology.target("cpu:64x64")
 
 
 def test_a_step_that_is_too_large_is_a_verdict(network, target, monkeypatch):

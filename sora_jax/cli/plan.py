@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sora_jax.cli import flags
 from sora_jax.cli.configs import load_run
 from sora_jax.cli.failures import RUN_ERROR, Failure, errors_for_users, errors_of_writing, refuse_file
+
+if TYPE_CHECKING:
+    from sora_jax.config import DiTRun
+    from sora_jax.models.vae import VAEConfig
 
 
 def add_plan(verbs: Any) -> None:
@@ -37,7 +43,8 @@ def add_plan(verbs: Any) -> None:
     parser.add_argument(
         "--vae",
         metavar="FILE[:ARG]",
-        help="config of the VAE that will be trained (default: that of the checkpoint at config.vae_checkpoint)",
+        help="config of the VAE that will be trained (default: that of the checkpoint at config.vae_checkpoint; where there is no "
+        "runs/vae-NAME yet that of vae.py:NAME beside the config, which is told)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -60,35 +67,20 @@ def add_plan(verbs: Any) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Prints what a run needs on a topology."""
     kind, _, devices = arguments.topology.partition(":")
-    if kind == "cpu" and devices.isdecimal():
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", devices)
+    if kind == "cpu" and devices.replace("x", "").isdecimal():
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(math.prod(int(each) for each in devices.split("x") if each)))
     # Nothing is computed: no chip of this machine is claimed.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     run = load_run(arguments.config, arguments.overrides)
     from sora_jax import config
-    from sora_jax.generate import files, pipeline
+    from sora_jax.generate import files
     from sora_jax.plan import page, roofline, search, text, topology
     from sora_jax.train import dit
 
     if not isinstance(run, config.DiTRun):
         raise Failure(f"{arguments.config} is no diffusion transformer; plans are of those")
     with errors_for_users(ValueError):
-        if arguments.vae is None:
-            refuse_file(run.vae_checkpoint)
-            try:
-                network = pipeline.load_vae_config(Path(run.vae_checkpoint))
-            except FileNotFoundError as error:
-                if error.errno is not None:
-                    raise
-                # Whoever plans may have trained nothing yet.
-                raise Failure(
-                    f"{error}; a plan needs the VAE's shape alone: give its config, such as --vae=experiments/vae.py:video"
-                ) from error
-        else:
-            other = load_run(arguments.vae, [])
-            if not isinstance(other, config.VAERun):
-                raise Failure(f"--vae={arguments.vae} is no VAE")
-            network = other.vae
+        network = _network(arguments, run)
         where = topology.target(arguments.topology)
         run = dit.resolve(run)
         if arguments.sampler:
@@ -111,3 +103,31 @@ def plan(arguments: argparse.Namespace) -> None:
                 files.write_atomically(path, content().encode())
     if not numbers["verdict"]["fits"]:
         raise Failure(f"the {'sampler' if arguments.sampler else 'run'} does not fit this topology", RUN_ERROR)
+
+
+def _network(arguments: argparse.Namespace, run: DiTRun) -> VAEConfig:
+    """The shape of the run's VAE: of --vae, of its checkpoint, or where there is none yet of the config that would train it."""
+    from sora_jax import config
+    from sora_jax.generate import pipeline
+
+    if arguments.vae is not None:
+        other = load_run(arguments.vae, [])
+        if not isinstance(other, config.VAERun):
+            raise Failure(f"--vae={arguments.vae} is no VAE")
+        return other.vae
+    refuse_file(run.vae_checkpoint)
+    try:
+        return pipeline.load_vae_config(Path(run.vae_checkpoint))
+    except FileNotFoundError as error:
+        if error.errno is not None:
+            raise
+        kind, _, name = Path(run.vae_checkpoint).name.partition("-")
+        beside = Path(arguments.config.partition(":")[0]).with_name("vae.py")
+        if kind == "vae" and name and beside.is_file():
+            logging.info("%s is not there; the VAE is planned as %s:%s has it", run.vae_checkpoint, beside, name)
+            other = load_run(f"{beside}:{name}", [])
+            if isinstance(other, config.VAERun):
+                return other.vae
+        raise Failure(
+            f"{error}; a plan needs the VAE's shape alone: give its config, such as --vae=experiments/vae.py:video"
+        ) from error

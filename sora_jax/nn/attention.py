@@ -1,4 +1,4 @@
-"""One attention function for the whole package: queries and keys attend within their segment.
+"""One attention function for all that reads packed tokens: queries and keys attend within their segment.
 
 Which kernel runs is chosen by platform and size, or said by name; whatever runs, the result is that of reference().
 """

@@ -56,7 +56,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
         "packing": {"fill": packing.fill, "clips_per_step": packing.clips_per_step},
     }
     without = kernels.missing(run.dit, run.pack, mesh, platform)
-    return _compiled(numbers, lambda: compile_step(run, mesh), run, where, foretold, without)
+    return _compiled(numbers, lambda: compile_step(run, network, mesh), run, where, foretold, without)
 
 
 def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sora_jax.plan.topology import CHIPS, GIB, Target
 from sora_jax.train import dit
 
 # For estimates: weights of a block over its width squared; what it keeps on its chip for the backward pass, and what is there while
-# one runs backward, in residual streams. The last is such that the three plans of experiments/README.md come out within an eighth.
+# one runs backward, in residual streams. The last is such that the three plans of experiments/README.md come out within a fifth.
 WEIGHTS = 22
 KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
 RUNNING = 70

@@ -18,6 +18,7 @@ from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
+from sora_jax.models.vae import VAEConfig
 from sora_jax.structs import PackedBatch, TrainState
 from sora_jax.train import dit, guard, loop, optimizer
 
@@ -36,15 +37,15 @@ class Compiled:
         return sum(x.size for x in jax.tree.leaves(self.weights))
 
 
-def compile_step(run: DiTRun, mesh: Mesh) -> Compiled:
-    """The training step of a resolved run for a mesh. Raises jax's own error if it does not fit the memory."""
+def compile_step(run: DiTRun, network: VAEConfig, mesh: Mesh) -> Compiled:
+    """The training step of a resolved run beside its VAE, for a mesh. Raises jax's own error if it does not fit the memory."""
     tx = optimizer.make(run.optimizer, run.loop.steps)
     objective = dit.Objective(run)
 
     def init() -> TrainState:
-        params = _params(run)
-        # The VAE is not part of the step.
-        return TrainState(jnp.int32(0), params, params, {}, tx.init(params), guard.fresh())
+        # The VAE lies beside what is trained: checkpoints and samples need it, and what a channel weighs in the loss.
+        params, rest = pipeline.initial_weights(run, network, jax.random.key(0))
+        return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
 
     began = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -53,7 +54,13 @@ def compile_step(run: DiTRun, mesh: Mesh) -> Compiled:
         batch = _batch(run, run.pack, sharding.rows(mesh))
         step = loop.make_step(objective, tx, run.loop.ema, run.seed, run.loop.spike_factor)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    kinds = {"parameters": state.params, "ema": state.ema, "optimizer": state.opt_state, "batch": batch}
+    kinds = {
+        "parameters": state.params,
+        "ema": state.ema,
+        "optimizer": state.opt_state,
+        "vae": state.rest,
+        "batch": batch,
+    }
     return _compiled(compiled, kinds, state.params, began)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -84,11 +85,12 @@ def target(name: str) -> Target:
             f"topology {name!r} is none of {', '.join(CHIPS)} or cpu with a shape, such as v5p:4x4x8 or cpu:8"
         )
     if kind == "cpu":
-        if len(jax.devices("cpu")) < int(shape):
+        count = math.prod(map(int, shape.split("x")))
+        if len(jax.devices("cpu")) < count:
             raise ConfigError(
-                f"topology {name}: this process has {len(jax.devices('cpu'))} CPU devices; set JAX_NUM_CPU_DEVICES={shape}"
+                f"topology {name}: this process has {len(jax.devices('cpu'))} CPU devices; set JAX_NUM_CPU_DEVICES={count}"
             )
-        return Target(name, jax.devices("cpu")[: int(shape)], None)
+        return Target(name, jax.devices("cpu")[:count], None)
     return _gpus(name, shape) if kind == "h100" else _tpus(name, kind)
 
 

@@ -160,6 +160,7 @@ class DiTTask(OnLatents):
     def __init__(self, run: DiTRun, encoded: Path) -> None:
         run = resolve(run)
         super().__init__(run, encoded, "dit", compute.dit_step(run.dit, run.pack).total, Objective(run))
+        longest_clip(run, self.vae_config)  # refused before all clips are encoded
 
     # Data ------------------------------------------------------------------------------------------------------------
 
