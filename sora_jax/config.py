@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from sora_jax.data.loader import LoaderConfig
+from sora_jax.data.loader import LoaderConfig, check_lanes
 from sora_jax.data.masks import KnownConfig
 from sora_jax.data.pack import PackConfig
 from sora_jax.data.worlds.world import WorldConfig
@@ -213,7 +213,7 @@ class DiTRun:
 
     def __post_init__(self) -> None:
         _check_vae(self.vae_checkpoint)
-        _check_lanes(self.pack, self.loader)
+        check_lanes(self.pack, self.loader)
         if max(self.data.world.frame_counts) < 2:
             raise ValueError(
                 f"data.world.frame_counts {self.data.world.frame_counts} are images alone; what is sampled is judged by how it "
@@ -238,7 +238,7 @@ class CaptionerRun:
 
     def __post_init__(self) -> None:
         _check_vae(self.vae_checkpoint)
-        _check_lanes(self.pack, self.loader)
+        check_lanes(self.pack, self.loader)
         if self.loader.caption_dropout or any(dataclasses.asdict(self.loader.known).values()):
             raise ValueError(
                 "a captioner is given all of a clip and says all of its caption: loader.caption_dropout and the "
@@ -257,11 +257,6 @@ class CaptionerRun:
 def _check_vae(checkpoint: str) -> None:
     if not checkpoint:
         raise ValueError("vae_checkpoint is empty; give the work dir of a trained VAE with --config.vae_checkpoint=DIR")
-
-
-def _check_lanes(packing: PackConfig, settings: LoaderConfig) -> None:
-    if packing.rows % settings.lanes:
-        raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {settings.lanes}")
 
 
 MAX_INT = 2**53

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import strategies
+from weights import needs_minilm
 
 from sora_jax.models import text_encoder
 from sora_jax.text import encode, tokenise
@@ -129,7 +130,7 @@ def test_left_and_right_differ_at_the_word_itself(encoder):
     assert np.abs(left[-1] - right[-1]).max() > 0.5
 
 
-@pytest.mark.skipif(bool(encode.missing_for_minilm()), reason=f"MiniLM lacks {encode.missing_for_minilm()}")
+@needs_minilm
 def test_minilm_tells_left_from_right_and_reads_the_empty_caption():
     minilm = encode.minilm_encoder(max_tokens=32, dtype="float32")
     left, right, empty = minilm.encode(["A ball rolls left.", "a ball rolls right .", ""])

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import quickstart
 from flax import nnx
+from weights import needs_minilm
 
 from sora_jax import config
 from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
 from sora_jax.models import dit
-from sora_jax.text import encode
 from sora_jax.train import dit as train_dit
 
 FOLDER = Path(__file__).parent.parent / "experiments"
@@ -70,7 +70,7 @@ def test_clusters_are_as_large_as_they_say(name, least, most):
     assert least < num_parameters(config.from_config_dict(dit_experiment.get_config(name)).dit) < most
 
 
-@pytest.mark.skipif(bool(encode.missing_for_minilm()), reason=f"MiniLM lacks {encode.missing_for_minilm()}")
+@needs_minilm
 @pytest.mark.parametrize("rung", ["1x", "4x", "32x"])
 def test_rungs_alone_are_those_of_the_study(rung):
     """Of the frontier that was measured, without the sweep that measured it."""

@@ -76,6 +76,9 @@ def test_a_blank_video_shows_nothing_that_was_asked_for(monkeypatch):
     assert scores["adherence"]["all"] == 0.0 and scores["adherence_ceiling"]["all"] == 1.0
     assert "frechet" not in scores and "fvd" not in scores
     assert "all     0.000     0.000     1.000" in judgement.table(scores)
+    # What "all" does not ask for is told beside it.
+    for name in ("size", "background"):
+        assert scores["adherence"][name] == 0.0 and scores["adherence_ceiling"][name] == 1.0
     with pytest.raises(ValueError, match="at least 2"):
         judgement.evaluate(model, SETTINGS, 1, seed=0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import needs_minilm
 
 from sora_jax.models import text_encoder
 from sora_jax.text import encode
@@ -139,7 +140,7 @@ def test_equals_hugging_face_bert(tiny):
     np.testing.assert_allclose(states_of(tiny, row_of(CAPTIONS, 16)), wanted, atol=1e-5)
 
 
-@pytest.mark.skipif(bool(encode.missing_for_minilm()), reason=f"MiniLM lacks {encode.missing_for_minilm()}")
+@needs_minilm
 @pytest.mark.parametrize("reference", ["numpy", "hugging face"])
 def test_minilm_equals(reference):
     import safetensors.numpy

@@ -63,6 +63,12 @@ class LoaderConfig:
             raise ValueError(f"loader.lanes is {self.lanes}; there must be at least one")
 
 
+def check_lanes(packing: pack.PackConfig, config: LoaderConfig) -> None:
+    """Raises ValueError if lanes do not divide the rows."""
+    if packing.rows % config.lanes:
+        raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {config.lanes}")
+
+
 class LoaderError(RuntimeError):
     """Too much cannot be read."""
 
@@ -377,8 +383,7 @@ def batches(
     packing, seed, lanes = tokeniser.packing, tokeniser.seed, tokeniser.config.lanes
     patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.channels
     share = Share.whole(packing.rows) if share is None else share
-    if packing.rows % lanes:
-        raise ValueError(f"pack.rows {packing.rows} must be a multiple of loader.lanes {lanes}")
+    check_lanes(packing, tokeniser.config)
     lane_rows = packing.rows // lanes
 
     if not len(store):

@@ -10,7 +10,7 @@ from sora_jax.data.worlds import captions
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import reader
 
-ATTRIBUTES = ("colour", "shape", "motion", "relation", "all")
+ATTRIBUTES = ("colour", "shape", "size", "motion", "relation", "background", "all")
 
 
 def judge(
@@ -18,7 +18,8 @@ def judge(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
-    "all" is colour, shape and motion of every thing, whole, and the relation; "count" is the number of videos.
+    "all" is colour, shape and motion of every thing, whole, and the relation, but not size and background; "count" is the number
+    of videos.
     """
     readings = reader.read_many(videos)
     scores = reader.score_readings(readings, scenes), reader.shuffled_floor(readings, scenes, seed)

@@ -75,8 +75,8 @@ def rollout(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[
     other makes windows of which half was made before (canvas.plan).
     """
     words = (
-        "The same prompts and seeds, many times as long as any clip of training: the share of videos that show all that was asked "
-        "for in as many frames as a clip of training has, up to the one that is named."
+        "The same prompts and seeds, many times as long as any clip of training: the share of videos of the colour, shape and "
+        "motion asked for in as many frames as a clip of training has, up to the one that is named."
     )
     return _compared(study, workdir, names, _rolled, ("rollout", "Together against one after the other", words))
 

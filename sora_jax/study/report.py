@@ -41,11 +41,13 @@ _TITLES = {
     "vae": "Video autoencoder",
 }
 _JUDGED = {
-    "all": "Show all that was asked",
+    "all": "Colour, shape and motion right",
     "colour": "Right colour",
     "shape": "Right shape",
     "motion": "Right motion",
     "relation": "Right relation",
+    "size": "Right size",
+    "background": "Right background",
 }
 _STAGES = {"vae": "Video autoencoder", "dit": "Diffusion transformer"}
 
@@ -306,7 +308,7 @@ def _cost(numbers: Mapping[str, Any], name: str) -> str:
         return ""
     words = [f"{progress.si(float(run['flops']))}FLOP"]
     if _is_number(scaling.value_at(run, "adherence.all")):
-        words.append(f"{100 * run['adherence']['all']:.0f}\u00a0% show all that was asked")
+        words.append(f"{100 * run['adherence']['all']:.0f}\u00a0% have colour, shape and motion right")
     return f'<span class="quiet"> {html.escape(", ".join(words))}</span>'
 
 
