@@ -110,7 +110,7 @@ def test_frechet_distances_are_of_samples_without_guidance(monkeypatch):
     assert guidances == [5.0, 1.0] and seen[-1] == {128}
     halved = scores["frechet"]["distance"], scores["frechet_latent"]["distance"]
     assert halved[0] != halved[1] and scores["frechet"]["reconstructions"] > scores["frechet"]["floor"]
-    assert scores["frechet"]["ceiling"] > scores["frechet"]["distance"]
+    assert scores["frechet"]["ceiling"] > max(scores["frechet"]["distance"], scores["frechet"]["reconstructions"])
     assert "without guidance, 8 videos each" in judgement.table(scores)
     # A model without guidance is sampled once.
     judgement.evaluate(model, SETTINGS, 8, seed=0)
