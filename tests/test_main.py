@@ -24,7 +24,6 @@ from sora_jax.cli import flags as all_flags
 from sora_jax.cli import trained as by_path
 from sora_jax.data import loader
 from sora_jax.generate import files, pipeline, requests
-from sora_jax.plan import roofline
 from sora_jax.study import runner
 from sora_jax.train import lock, loop, vae
 
@@ -451,7 +450,7 @@ def test_plans_that_cannot_be_made_are_refused(tiny, capsys):
         capsys, "plan", f"--config={tiny}:vae", f"--vae={tiny}:vae", "--topology=cpu:2"
     )
     assert "raise pack.row_tokens" in refusal(capsys, *command, "--topology=cpu:2", "--config.pack.row_tokens=8")
-    with mock.patch.object(roofline, "compile_step", side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):
+    with mock.patch.object(jax.stages.Lowered, "compile", side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")):
         assert main.run([*command, "--topology=cpu:2"]) == 1
     assert "the run does not fit this topology" in capsys.readouterr().err
 

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 from weights import needs_minilm
 
+from sora_jax import sharding
 from sora_jax.models import text_encoder
+from sora_jax.nn import attention
 from sora_jax.text import encode
 
 TINY = text_encoder.TextEncoderConfig(
@@ -180,6 +182,19 @@ def test_padding_is_inert_even_beyond_the_position_table(tiny):
     np.testing.assert_array_equal(plain, odd)
     np.testing.assert_array_equal(plain[0, 13:], 0)
     np.testing.assert_allclose(plain[0, :13], states_of(tiny, row_of(CAPTIONS, 13)), atol=1e-5)
+
+
+def test_long_rows_go_in_blocks_on_devices_that_need_not_divide_them(tiny, monkeypatch):
+    """As every other attention: logits of all pairs of a long row are never there at once."""
+    rows = row_of(CAPTIONS, 18)
+    wanted = states_of(tiny, rows)
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(attention, "reference", None)
+    graphdef, params = nnx.split(tiny)
+    here = sharding.make_mesh(sharding.MeshConfig(1, 1, 2, 4))
+    with jax.set_mesh(here):
+        found = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows))(params, *rows)
+    np.testing.assert_allclose(np.asarray(found)[rows[1] > 0], wanted, atol=1e-5)
 
 
 def test_order_of_words_matters(tiny):

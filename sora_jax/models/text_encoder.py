@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from sora_jax import sharding
+from sora_jax.nn.attention import attention
 from sora_jax.nn.layers import Linear, whole
 
 MOST = 2**17  # a checkpoint's config is built before its arrays are held against it
@@ -74,11 +75,10 @@ class TextEncoder(nnx.Module):
         truncates.
         """
         x_BLM = whole(self.norm(self.token(token_BL) + self.position(segment_positions(segment_BL))), "none")
-        same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
         graphdef, layers = nnx.split(self.blocks)
 
         def block(x_BLM: Array, layer: PyTree) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x_BLM, same_BLL), None
+            return nnx.merge(graphdef, layer)(x_BLM, segment_BL), None
 
         x_BLM, _ = jax.lax.scan(block, x_BLM, layers)
         return jnp.where(segment_BL[:, :, None] > 0, x_BLM, 0.0)
@@ -89,7 +89,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs) -> None:
         self.heads = config.heads
-        self.dtype = jnp.dtype(config.dtype)
+        self.dtype = config.dtype
         self.query = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
         self.key = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
         self.value = Linear(config.width, config.width, rngs=rngs, dtype=config.dtype)
@@ -99,24 +99,20 @@ class Block(nnx.Module):
         self.down = Linear(config.mlp_width, config.width, rngs=rngs, dtype=config.dtype, gain=0.0)
         self.mlp_norm = _norm(config, rngs)
 
-    def __call__(self, x_BLM: Float[Array, "B L M"], same_BLL: Bool[Array, "B L L"]) -> Float[Array, "B L M"]:
-        x_BLM = whole(self.attention_norm(x_BLM + self.out(self.attend(x_BLM, same_BLL))), "none")
+    def __call__(self, x_BLM: Float[Array, "B L M"], segment_BL: Int[Array, "B L"]) -> Float[Array, "B L M"]:
+        x_BLM = whole(self.attention_norm(x_BLM + self.out(self.attend(x_BLM, segment_BL))), "none")
         up_BLF = sharding.constrain(self.up(x_BLM), "rows", "none", "hidden")
         return whole(self.mlp_norm(x_BLM + self.down(jax.nn.gelu(up_BLF, approximate=False))), "none")
 
-    def attend(self, x_BLM: Float[Array, "B L M"], same_BLL: Bool[Array, "B L L"]) -> Float[Array, "B L M"]:
-        query_BKLE, key_BKLE, value_BKLE = (
-            rearrange(project(x_BLM), "b l (k e) -> b k l e", k=self.heads).astype(self.dtype)
+    def attend(self, x_BLM: Float[Array, "B L M"], segment_BL: Int[Array, "B L"]) -> Float[Array, "B L M"]:
+        q_BLKE, k_BLKE, v_BLKE = (
+            sharding.constrain(
+                rearrange(project(x_BLM), "b l (k e) -> b l k e", k=self.heads), "rows", "none", "heads", "none"
+            )
             for project in (self.query, self.key, self.value)
         )
-        query_BKLE, key_BKLE, value_BKLE = (
-            sharding.constrain(x, "rows", "heads", "none", "none") for x in (query_BKLE, key_BKLE, value_BKLE)
-        )
-        scores_BKLL = jnp.einsum("bkle,bkse->bkls", query_BKLE, key_BKLE, preferred_element_type=jnp.float32)
-        scores_BKLL *= query_BKLE.shape[-1] ** -0.5
-        weights_BKLL = jax.nn.softmax(jnp.where(same_BLL[:, None], scores_BKLL, -jnp.inf), axis=-1).astype(self.dtype)
-        mixed_BKLE = jnp.einsum("bkls,bkse->bkle", weights_BKLL, value_BKLE, preferred_element_type=jnp.float32)
-        return rearrange(mixed_BKLE, "b k l e -> b l (k e)")
+        attended = attention(q_BLKE, k_BLKE, v_BLKE, segment_BL, segment_BL, self.dtype, queries="none", keys="none")
+        return rearrange(attended, "b l k e -> b l (k e)")
 
 
 def segment_positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:

@@ -39,32 +39,33 @@ def attention(
     k_segment_BM: Int[Array, "B M"],
     dtype: str = "float32",
     backend: str = "auto",
+    queries: str = "tokens",
     keys: str = "tokens",
     causal: bool = False,
 ) -> Float[Array, "B N K E"]:
     """softmax(q k^T / sqrt(E)) v over the keys of the query's own segment.
 
     Dots take operands in dtype and accumulate in float32; the softmax is float32. Segment 0 is padding: what it returns is
-    finite and means nothing, as for a query without keys. keys is the logical axis of the keys' tokens: 'tokens' where they
-    are split over devices as queries are, 'none' where each device has all. causal: a query sees no key that is after it in the
-    row, which the reference alone can do. Raises ValueError for an unknown backend, or one
-    that cannot take these sizes.
+    finite and means nothing, as for a query without keys. queries and keys are the logical axes of their tokens: 'tokens'
+    where they are split over devices, 'none' where each device has all, as of texts. causal: a query sees no key that is after
+    it in the row, which the reference alone can do. Raises ValueError for an unknown backend, or one that cannot take these
+    sizes.
     """
     inputs = q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM
     if causal:
         return reference(*inputs, dtype, causal=True)
     split = sharding.shards("tokens") if keys == "tokens" else 1
     if backend == "auto":
-        rows = q_BNKE.shape[0] // sharding.shards("rows")
-        # Keys that every device has are met by its own queries alone.
-        queries = q_BNKE.shape[1] * split // sharding.shards("tokens")
-        heads = q_BNKE.shape[2] // sharding.shards("heads")
-        backend = chosen(sharding.platform(), rows, queries, k_BMKE.shape[1], heads, split)
+        rows, N, heads = (
+            size // sharding.shards(axis) for size, axis in zip(q_BNKE.shape, ("rows", queries, "heads"), strict=False)
+        )
+        # Keys that every device has are met by its own queries alone, others by those of all.
+        backend = chosen(sharding.platform(), rows, N * split, k_BMKE.shape[1], heads, split)
     if backend == "reference":
         return reference(*inputs, dtype)
     function = _on_a_device(backend, dtype, split)
     of_k = ("rows", keys, "heads", "none"), ("rows", keys)
-    of_q = ("rows", "tokens", "heads", "none"), ("rows", "tokens")
+    of_q = ("rows", queries, "heads", "none"), ("rows", queries)
     return sharding.on_each_device(function, (of_q[0], of_k[0], of_k[0], of_q[1], of_k[1]), of_q[0])(*inputs)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.plan.roofline import PARTS
-from sora_jax.plan.text import asked, bound, kernels, outcome, peaks, size_of, uncounted
+from sora_jax.plan.text import asked, bound, kernels, outcome, peaks, size_of, uncounted, unknown
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -23,7 +23,7 @@ td:first-child, th:first-child { text-align: left } .key { display: inline-block
 .quiet { color: #66707f; font-size: .9rem } @media (prefers-color-scheme: dark) { body { color: #dfe4ec; background: #14181f }
 .verdict { background: #1f3a28 } .verdict.no { background: #4a231e } .bar { background: #262c36 } td, th { border-color: #2c333f } }
 """
-COLOURS = ("#2f5d8a", "#5b8cbb", "#9bbcdc", "#c9a227", "#d9772b", "#8a8f98")
+COLOURS = ("#2f5d8a", "#5b8cbb", "#9bbcdc", "#c9a227", "#6b8f4e", "#d9772b", "#8a8f98")
 
 
 def page(numbers: Mapping[str, Any], command: str) -> str:
@@ -56,17 +56,19 @@ def page(numbers: Mapping[str, Any], command: str) -> str:
 
 def _memory(numbers: Mapping[str, Any]) -> str:
     kinds = {name: size for name, size in numbers["memory"].items() if name != "total"}
-    total = numbers["memory"]["total"]
-    limit = max(total, numbers.get("peaks", {}).get("memory", 0) * GIB)
+    total = sum(kinds.values())
+    has = numbers.get("peaks", {}).get("memory", 0) * GIB
+    limit = max(total, has)
     bars = "".join(
         f"<div style='width:{100 * size / limit:.2f}%;background:{colour}' title='{name}'></div>"
-        for (name, size), colour in zip(kinds.items(), COLOURS, strict=False)
+        for (name, size), colour in zip(kinds.items(), COLOURS[: len(kinds)], strict=True)
     )
     rows = "".join(
         f"<tr><td><span class=key style='background:{colour}'></span> {name}</td><td>{size_of(size)}</td></tr>"
-        for (name, size), colour in zip(kinds.items(), COLOURS, strict=False)
+        for (name, size), colour in zip(kinds.items(), COLOURS[: len(kinds)], strict=True)
     )
-    title = f"Memory of a chip: {total / GIB:.1f} of {limit / GIB:.0f} GiB"
+    limited = f" of {has / GIB:.0f}" if has else ""
+    title = f"Memory of a chip{unknown(numbers)}: {total / GIB:.1f}{limited} GiB"
     return f"<h2>{title}</h2><div class=bar>{bars}</div><table>{rows}</table>"
 
 

@@ -7,7 +7,7 @@ program with its loops counted (hlo.py), FLOPs are analytic (compute.py), times 
 from __future__ import annotations
 
 import dataclasses
-import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan import kernels
 from sora_jax.plan.packing import packed, segments
-from sora_jax.plan.step import Compiled, compile_sampler, compile_step, memory, traffic
+from sora_jax.plan.step import Lowered, lower_sampler, lower_step, memory, memory_of_refused, traffic
 from sora_jax.plan.topology import GIB, SOURCE, Chip, Target
 from sora_jax.train import dit
 
@@ -56,7 +56,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
         "packing": {"fill": packing.fill, "clips_per_step": packing.clips_per_step},
     }
     without = kernels.missing(run.dit, run.pack, mesh, platform)
-    return _compiled(numbers, lambda: compile_step(run, network, mesh), run, where, foretold, without)
+    return _compiled(numbers, lambda: lower_step(run, network, mesh), run, where, foretold, without)
 
 
 def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
         },
     }
     without = kernels.missing(run.dit, packing, mesh, platform)
-    return _compiled(numbers, lambda: compile_sampler(run, packing, mesh), run, where, foretold_of_sampler, without)
+    return _compiled(numbers, lambda: lower_sampler(run, packing, mesh), run, where, foretold_of_sampler, without)
 
 
 def _asked(run: DiTRun, where: Target, mesh: Mesh) -> dict[str, Any]:
@@ -112,22 +112,24 @@ Foretell = Callable[[dict[str, Any], hlo.Program, Chip, DiTRun], dict[str, Any]]
 
 def _compiled(
     numbers: dict[str, Any],
-    make: Callable[[], Compiled],
+    make: Callable[[], Lowered],
     run: DiTRun,
     where: Target,
     foretell: Foretell,
     without: Sequence[str],
 ) -> dict[str, Any]:
     """numbers with what the compiled program says, and the verdict; without are the kernels that are missing."""
+    began = time.perf_counter()
+    made = make()
+    numbers["model"]["parameters"] = made.parameters
     try:
-        made = make()
+        program = hlo.Program(made.program.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        return numbers | {"verdict": {"fits": False, "why": _too_large(str(error), run, "step" in numbers)}}
-    program = hlo.Program(made.program.as_text())
-    numbers["model"]["parameters"] = made.parameters
-    numbers["compile_seconds"] = made.seconds
+        numbers["memory"] = memory_of_refused(made, str(error))
+        return numbers | {"verdict": {"fits": False, "why": _too_large(numbers, where.chip, run)}}
+    numbers["compile_seconds"] = time.perf_counter() - began
     numbers["memory"] = memory(made, program, run.dit.blocks)
     numbers["collectives"] = traffic(program.collectives(numbers["mesh"]))
     numbers["kernels"] = program.kernels()
@@ -219,10 +221,12 @@ def verdict(numbers: dict[str, Any], chip: Chip | None, without: Sequence[str]) 
     return {"fits": share <= chip.usable, "why": why}
 
 
-def _too_large(message: str, run: DiTRun, training: bool) -> list[str]:
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", message)
+def _too_large(numbers: dict[str, Any], chip: Chip | None, run: DiTRun) -> list[str]:
+    training, total = "step" in numbers, numbers["memory"].get("total")
     what = "the step" if training else "the sampler"
-    why = [f"{what} needs {found[1]} of {found[2]} a chip" if found else f"{what} does not fit the memory of a chip"]
+    why = [f"{what} does not fit the memory of a chip"]
+    if total is not None and chip is not None:
+        why = [f"{what} needs {total / GIB:.1f} of {chip.memory:g} GiB a chip"]
     if training and run.dit.remat != "full":
         why.append("keep less for the backward pass (dit.remat=full)")
     shorter = "shorten them (pack.row_tokens)" if training else "make shorter clips"

@@ -1,10 +1,11 @@
-"""The real training step or sampler, compiled ahead of time, and what the compiled program says: memory by kind, collectives."""
+"""The real training step or sampler, lowered for its devices, and what the compiled program says: memory by kind, collectives."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import time
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,21 +25,26 @@ from sora_jax.train import dit, guard, loop, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A program as it was compiled. bytes are its inputs' on one device, by kind; weights are shapes with shardings."""
+class Lowered:
+    """A program before its compiler has seen it. bytes are its inputs' on one device, by kind; weights are shapes with their
+    shardings."""
 
-    program: Any
+    stage: jax.stages.Lowered
     bytes: dict[str, int]
     weights: Any
-    seconds: float
 
     @property
     def parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.weights))
 
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """Compiled when it is first asked for. Raises jax's own error if it does not fit the memory."""
+        return self.stage.compile()
 
-def compile_step(run: DiTRun, network: VAEConfig, mesh: Mesh) -> Compiled:
-    """The training step of a resolved run beside its VAE, for a mesh. Raises jax's own error if it does not fit the memory."""
+
+def lower_step(run: DiTRun, network: VAEConfig, mesh: Mesh) -> Lowered:
+    """The training step of a resolved run beside its VAE, for a mesh."""
     tx = optimizer.make(run.optimizer, run.loop.steps)
     objective = dit.Objective(run)
 
@@ -47,13 +53,12 @@ def compile_step(run: DiTRun, network: VAEConfig, mesh: Mesh) -> Compiled:
         params, rest = pipeline.initial_weights(run, network, jax.random.key(0))
         return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
 
-    began = time.perf_counter()
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
         state = sharding.abstract(shapes, loop.state_shardings(shapes, mesh))
         batch = _batch(run, run.pack, sharding.rows(mesh))
         step = loop.make_step(objective, tx, run.loop.ema, run.seed, run.loop.spike_factor)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     kinds = {
         "parameters": state.params,
         "ema": state.ema,
@@ -61,20 +66,19 @@ def compile_step(run: DiTRun, network: VAEConfig, mesh: Mesh) -> Compiled:
         "vae": state.rest,
         "batch": batch,
     }
-    return _compiled(compiled, kinds, state.params, began)
+    return Lowered(lowered, _sizes(kinds), state.params)
 
 
-def compile_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Compiled:
-    """The sampler of a resolved run for rows of requests. Raises jax's own error if it does not fit the memory."""
-    began = time.perf_counter()
+def lower_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Lowered:
+    """The sampler of a resolved run for rows of requests."""
     with jax.set_mesh(mesh):
         shapes = parameter_shapes(run)
         params = sharding.abstract(shapes, sharding.parameter_shardings(shapes, mesh))
         batch = _batch(run, packing, sharding.replicated(mesh))
         denoise = jax.jit(pipeline.denoiser(run.dit), static_argnames="settings")
         inputs = params, batch, batch.layout, batch.clip_BS, batch.ceiling_BS
-        compiled = denoise.lower(*inputs, settings=run.sampler).compile()
-    return _compiled(compiled, {"parameters": params, "batch": inputs[1:]}, params, began)
+        lowered = denoise.lower(*inputs, settings=run.sampler)
+    return Lowered(lowered, _sizes({"parameters": params, "batch": inputs[1:]}), params)
 
 
 def parameter_shapes(run: DiTRun) -> Any:
@@ -92,9 +96,8 @@ def _batch(run: DiTRun, packing: pack.PackConfig, placed: NamedSharding) -> Pack
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((packing.rows, *x.shape), x.dtype, sharding=placed), row)
 
 
-def _compiled(program: Any, kinds: dict[str, Any], params: Any, began: float) -> Compiled:
-    sizes = {name: bytes_on_device(tree) for name, tree in kinds.items()}
-    return Compiled(program, sizes, params, time.perf_counter() - began)
+def _sizes(kinds: dict[str, Any]) -> dict[str, int]:
+    return {name: bytes_on_device(tree) for name, tree in kinds.items()}
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -107,10 +110,10 @@ def _part(x: Any) -> tuple[int, ...]:
     return x.sharding.shard_shape(x.shape)
 
 
-def memory(made: Compiled, program: hlo.Program, blocks: int) -> dict[str, int]:
+def memory(made: Lowered, program: hlo.Program, blocks: int) -> dict[str, int]:
     """Bytes on one device by kind. activations are what a training step's blocks keep for its backward pass, temporaries
     all that is left."""
-    analysis = made.program.memory_analysis()
+    analysis: Any = made.program.memory_analysis()
     total = (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
@@ -121,6 +124,23 @@ def memory(made: Compiled, program: hlo.Program, blocks: int) -> dict[str, int]:
         stacks = [_part(x) for x in jax.tree.leaves(made.weights)]
         kinds["activations"] = min(kept(program, blocks, stacks), analysis.temp_size_in_bytes)
     return kinds | {"temporaries": total - sum(kinds.values()), "total": total}
+
+
+def memory_of_refused(made: Lowered, message: str) -> dict[str, int]:
+    """Bytes on one device by kind, of a program of which its compiler says that it does not fit: its inputs', and as far as it
+    tells temporaries, with what blocks keep, and the total."""
+    inputs = sum(made.bytes.values())
+    if told := re.search(r"temporaries \(([\d.]+)([KMGT])\)", message):
+        temporaries = _bytes(*told.groups())
+    elif told := re.search(r"Used ([\d.]+)([KMGT]) of", message):
+        temporaries = _bytes(*told.groups()) - inputs
+    else:
+        return made.bytes
+    return made.bytes | {"temporaries": temporaries, "total": inputs + temporaries}
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
 
 
 def kept(program: hlo.Program, blocks: int, weights: Sequence[tuple[int, ...]]) -> int:

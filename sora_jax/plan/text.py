@@ -27,8 +27,9 @@ def table(numbers: dict[str, Any]) -> str:
         asked(numbers),
     ]
     if "memory" in numbers:
-        lines.append("memory of a chip:")
+        lines.append(f"memory of a chip{unknown(numbers)}:")
         lines += [f"  {name:<12} {size_of(size):>11}" for name, size in numbers["memory"].items()]
+    if "collectives" in numbers:
         lines.append(f"sent by a chip in a {'step' if 'step' in numbers else 'batch'}:")
         lines += [
             f"  {each['kind']:<18} over {each['axes']:<12} {each['count']:>5} times  {size_of(each['bytes']):>10}"
@@ -68,6 +69,11 @@ def asked(numbers: Mapping[str, Any]) -> str:
         f"batch: {made['videos']} videos of {made['frames']}x{made['height']}x{made['width']} ({made['tokens']:,} tokens), "
         f"{made['steps']} steps of {made['method']}, guidance {made['guidance']:g}, {progress.si(made['flops'])}FLOP"
     )
+
+
+def unknown(numbers: Mapping[str, Any]) -> str:
+    """What an account of memory leaves out, if it does."""
+    return "" if "total" in numbers["memory"] else ", beside what the compiler did not tell of"
 
 
 def uncounted(numbers: Mapping[str, Any]) -> str:
@@ -124,7 +130,7 @@ def ranking(plans: Sequence[dict[str, Any]]) -> str:
     lines = [line({axis: axis for axis in widths}, "remat", "rows", "tokens", "fill", "GiB", "MFU")]
     for each in plans:
         step, fill = each["step"], f"{each['packing']['fill']:.1%}"
-        size = f"{each['memory']['total'] / GIB:.1f}" if "memory" in each else "over"
+        size = f"{each['memory']['total'] / GIB:.1f}" if "total" in each.get("memory", {}) else "over"
         speed = " - ".join(f"{value:.0%}" for value in each["mfu"]) if "mfu" in each else ""
         lines.append(line(each["mesh"], each["model"]["remat"], step["rows"], step["row_tokens"], fill, size, speed))
     return "\n".join(lines)

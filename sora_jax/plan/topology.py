@@ -21,9 +21,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip: GiB of main memory, bfloat16 FLOP/s, bytes/s of main memory, bytes/s that it sends along one axis
-    of its interconnect, both ways of a ring together, and bytes/s to or from its host's memory. usable is the share of its memory
-    that jax takes unless told otherwise."""
+    """Peaks of one chip: GiB of main memory that its compiler has for a program, bfloat16 FLOP/s, bytes/s of main memory, bytes/s
+    that it sends along one axis of its interconnect, both ways of a ring together, and bytes/s to or from its host's memory. usable
+    is the share of its memory that jax takes unless told otherwise."""
 
     memory: float
     flops: float
@@ -39,9 +39,9 @@ SOURCE = (
 )
 CHIPS = {
     "v4": Chip(32, 275e12, 1.23e12, 9.0e10, 1.5e10),
-    "v5e": Chip(16, 197e12, 0.82e12, 9.0e10, 1.5e10),
+    "v5e": Chip(15.75, 197e12, 0.82e12, 9.0e10, 1.5e10),
     "v5p": Chip(95, 459e12, 2.77e12, 1.8e11, 1.5e10),
-    "v6e": Chip(32, 918e12, 1.64e12, 1.8e11, 1.5e10),
+    "v6e": Chip(31.25, 918e12, 1.64e12, 1.8e11, 1.5e10),
     "h100": Chip(80, 989e12, 3.35e12, 4.5e11, 6.4e10, usable=0.75),
 }
 # Several nodes of GPUs are joined by 400 Gb/s a GPU. That all that is sent goes through there is the cautious assumption.
@@ -102,7 +102,9 @@ def _tpus(name: str, kind: str) -> Target:
         "TPU_ACCELERATOR_TYPE": WORKER[kind],
     }.items():
         os.environ.setdefault(key, value)
-    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu"), CHIPS[kind])
+    # Both cores of a v4 are one device of jax, as those of a v5p are without being asked.
+    cores = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu", **cores), CHIPS[kind])
 
 
 def _gpus(name: str, shape: str) -> Target:
