@@ -178,9 +178,15 @@ class Program:
         found: dict[str, int] = collections.Counter()
         for name, times in self.runs.items():
             for each in self.computations[name].instructions.values():
-                target = re.search(r'custom_call_target="(tpu_custom_call|__gpu\$\w+|triton_kernel_call)"', each.rest)
+                target = re.search(
+                    r'custom_call_target="(tpu_custom_call|__gpu\$[\w.]+|triton_kernel_call)"', each.rest
+                )
                 if target:
-                    found[re.sub(r"[.\d]+$", "", each.name)] += times
+                    # On GPUs all are named after the call; where it was made they have their own.
+                    own = (
+                        re.search(r'op_name="[^"]*?([^/"]+)/pallas_call"', each.rest) if "pallas" in each.name else None
+                    )
+                    found[own[1] if own else re.sub(r"[.\d]+$", "", each.name)] += times
         return dict(found)
 
     def memory_traffic(self) -> int:

@@ -89,7 +89,7 @@ def value_and_grads(function, inputs, weight):
     return jax.jit(jax.value_and_grad(lambda qkv: (function(*qkv) * weight).sum()))(inputs)
 
 
-@pytest.mark.parametrize("backend", [name for name in module.BACKENDS if name != "auto"])
+@pytest.mark.parametrize("backend", [name for name in module.BACKENDS if name not in ("auto", "chunked")])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, backend, mesh):
     inputs, segment, weight = long_rows(rng)
@@ -124,8 +124,10 @@ def test_memory_of_a_device_falls_with_the_devices_that_share_a_row():
     assert two < one / 1.35 and four < two / 1.85 and eight < four / 1.8
 
 
+@pytest.mark.parametrize("backend", ["blockwise", "chunked"])
 @pytest.mark.parametrize("mesh", ["one device", "heads and tokens"])
-def test_captions_that_every_device_has_whole(rng, mesh):
+def test_captions_that_every_device_has_whole(rng, mesh, backend, monkeypatch):
+    monkeypatch.setattr(module, "DENSE_BYTES", 30_000)  # on one device in 32 parts, as 22 do not divide its tokens
     (q, _, _), segment, weight = long_rows(rng)
     k, v = (jnp.asarray(rng.standard_normal((4, 40, 4, 16)), jnp.float32) for _ in range(2))
     text = jnp.asarray(np.sort(rng.integers(1, 6, (4, 40))), jnp.int32)
@@ -134,7 +136,7 @@ def test_captions_that_every_device_has_whole(rng, mesh):
     devices = jax.devices()[: int(np.prod(MESHES[mesh]))]
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*MESHES[mesh]), devices)):
         found, found_grads = value_and_grads(
-            lambda *qkv: attention(*qkv, segment, text, backend="blockwise", keys="none"), (q, k, v), weight
+            lambda *qkv: attention(*qkv, segment, text, backend=backend, keys="none"), (q, k, v), weight
         )
     assert found == pytest.approx(float(value), abs=1e-4)
     for one, other in zip(grads, found_grads, strict=True):
@@ -155,13 +157,25 @@ def test_backends_are_chosen_by_platform_and_size():
     assert module.chosen("cpu", 1, 1024, 1024, 4, split=4) == "blockwise"
 
 
-def test_captions_on_gpus_are_met_all_at_once_while_their_logits_are_small():
+def test_captions_on_gpus_are_met_in_parts_whose_logits_are_small():
     """64 MiB, 256 MiB and 512 MiB of them."""
     found = [module.chosen("gpu", rows, 4096, 1024, 4) for rows in (1, 4, 8)]
-    assert found == ["reference", "reference", "blockwise"]
+    assert found == ["reference", "reference", "chunked"]
     assert module.chosen("cpu", 1, 4096, 1024, 4) == "blockwise"
     # Keys that are split over devices stay where they are.
     assert module.chosen("gpu", 1, 4096, 1024, 4, split=2) == "blockwise"
+
+
+def test_logits_of_parts_are_not_there_at_once(rng):
+    """By the compiler's account of a gradient: 16 MiB of logits in parts of 1."""
+    q, k = (jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32) for tokens in (4096, 256))
+    segments = [jax.ShapeDtypeStruct((1, tokens), jnp.int32) for tokens in (4096, 256)]
+
+    def size(most):
+        gradient = jax.grad(lambda q, k, *s: jnp.sum(jnp.square(module.chunked(q, k, k, *s, "float32", most))))
+        return jax.jit(gradient).lower(q, k, *segments).compile().memory_analysis().temp_size_in_bytes
+
+    assert size(2**20) < 6 * 2**20 < 2 * 2**24 < size(2**24)
 
 
 def test_heads_that_do_not_divide_are_told(rng):
@@ -185,3 +199,8 @@ def test_what_a_backend_cannot_take_is_told(rng):
         pytest.raises(ValueError, match="2 heads do not divide over 4 devices of mesh axis sequence"),
     ):
         attention(*inputs, segment, segment, backend="splash")
+    with (
+        jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 4), jax.devices()[:4])),
+        pytest.raises(ValueError, match="'chunked' is for keys that every device has"),
+    ):
+        attention(*inputs, segment, segment, backend="chunked")

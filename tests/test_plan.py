@@ -288,7 +288,8 @@ CASES = [
     ("tpu", 8192, 500, 8, 1, {"to captions": "row_text=512"}),
     ("tpu", 8000, 500, 8, 1, {"among a row's tokens": "8064", "to captions": "row_tokens=8064 and pack.row_text=512"}),
     ("tpu", 8192, 512, 6, 4, {"among a row's tokens": "mesh.sequence=2"}),
-    ("cuda", 8192, 512, 8, 1, {"to captions": "there is none"}),
+    ("cuda", 8192, 512, 8, 1, {}),
+    ("cuda", 8190, 8190, 8, 1, {"among a row's tokens": "row_tokens=8192", "to captions": "row_tokens=8192"}),
     ("cuda", 8190, 8, 8, 1, {"among a row's tokens": "row_tokens=8192"}),
     ("cpu", 8000, 500, 6, 4, {}),
 ]

@@ -6,10 +6,12 @@ Which kernel runs is chosen by platform and size, or said by name; whatever runs
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -18,16 +20,16 @@ from sora_jax.nn import kernels, ring
 from sora_jax.nn.blockwise import blockwise
 from sora_jax.nn.products import product
 
-BACKENDS = ("auto", "reference", "blockwise", "splash", "triton")
+BACKENDS = ("auto", "reference", "chunked", "blockwise", "splash", "triton")
 KERNELS = {"splash": kernels.splash, "triton": kernels.triton}
 GPUS = ("gpu", "cuda", "rocm")
 # Far below any logit, yet finite: a fully masked row (padding) gives finite numbers instead of NaN.
 MASKED = -1e9
 # The most (query, key) pairs of a row that the reference is chosen for: their logits stay in a cache.
 SHORT = 512 * 512
-# The most bytes of a GPU's logits that the reference is chosen for where no kernel fits, as for captions: there blocks one after
-# the other are many small kernels, and one product over all pairs is few large ones. It has to be paid in memory: 24 blocks that
-# recompute nothing, which keep two arrays of this size each, take 12 of 80 GiB.
+# The most bytes of logits that a GPU has at a time where no kernel fits, as for captions: there blocks one after the other are many
+# small kernels, and one product over all pairs is few large ones. It has to be paid in memory: 24 blocks that recompute nothing,
+# which keep two arrays of this size each, take 12 of 80 GiB.
 DENSE_BYTES = 2**28
 
 
@@ -79,8 +81,11 @@ def chosen(platform: str, rows: int, queries: int, keys: int, heads: int, split:
         return "splash"
     if platform in GPUS and fits and queries == keys and queries % kernels.TRITON_BLOCK == 0:
         return "triton"
-    if platform in GPUS and split == 1 and rows * heads * queries * keys * 4 <= DENSE_BYTES:
-        return "reference"
+    if platform in GPUS and split == 1:
+        if rows * heads * queries * keys * 4 <= DENSE_BYTES:
+            return "reference"
+        if queries != keys:
+            return "chunked"
     return "blockwise"
 
 
@@ -91,6 +96,10 @@ def _on_a_device(backend: str, dtype: str, split: int) -> Callable[..., Array]:
         if split > 1:
             return functools.partial(ring.ring, axis=axis, dtype=dtype)
         return lambda q, k, v, q_segment, k_segment: blockwise(q, k, v, q_segment, k_segment, dtype)[0]
+    if backend == "chunked":
+        if split > 1:
+            raise ValueError("attention 'chunked' is for keys that every device has; use 'blockwise'")
+        return functools.partial(chunked, dtype=dtype, most=DENSE_BYTES)
     if backend not in KERNELS:
         raise ValueError(f"attention {backend!r} is none of {', '.join(BACKENDS)}")
     kernel = functools.partial(KERNELS[backend], dtype=dtype)
@@ -113,3 +122,33 @@ def reference(
         seen_BNM &= jnp.tri(seen_BNM.shape[1], seen_BNM.shape[2], dtype=bool)
     weights_BKNM = jax.nn.softmax(jnp.where(seen_BNM[:, None], logits_BKNM, MASKED), axis=-1)
     return product("bknm,bmke->bnke", weights_BKNM, v_BMKE, dtype)
+
+
+def chunked(
+    q_BNKE: Array,
+    k_BMKE: Array,
+    v_BMKE: Array,
+    q_segment_BN: Array,
+    k_segment_BM: Array,
+    dtype: str,
+    most: int,
+) -> Array:
+    """reference() for some queries after the other, so that their logits take no more than `most` bytes; in a backward pass they
+    are computed again."""
+    B, N, K, _ = q_BNKE.shape
+    least = math.ceil(B * N * K * k_BMKE.shape[1] * 4 / most)
+    parts = next(count for count in range(min(least, N), N + 1) if N % count == 0)
+
+    @jax.checkpoint
+    def part(inputs: tuple[Array, Array]) -> Array:
+        q, segment = inputs
+        return reference(q, k_BMKE, v_BMKE, segment, k_segment_BM, dtype)
+
+    found = jax.lax.map(
+        part,
+        (
+            rearrange(q_BNKE, "b (p n) k e -> p b n k e", p=parts),
+            rearrange(q_segment_BN, "b (p n) -> p b n", p=parts),
+        ),
+    )
+    return rearrange(found, "p b n k e -> b (p n) k e")
