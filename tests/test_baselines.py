@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import parts
 import pytest
 import tiny
@@ -78,16 +77,3 @@ def test_models_roll_out_as_they_were_trained(tmp_path, alone):
     for job in jobs:
         made_at_once = {window.last - window.first for window in job.timeline.windows}
         assert (made_at_once == {1, 4}) == alone and job.order.frames == 133
-
-
-@pytest.mark.parametrize(("frames", "window", "stride"), [(17, 17, 4), (133, 17, 4), (9, 5, 4), (5, 5, 1), (1, 9, 4)])
-def test_one_latent_frame_after_the_other(frames, window, stride):
-    windows = baselines.one_by_one(frames, window, stride)
-    made = [np.arange(each.first, each.last) for each in windows]
-    assert np.concatenate(made).tolist() == list(range(frames))
-    assert len(made[0]) == 1 and all(len(part) == stride for part in made[1:])
-    for each in windows:
-        assert 0 <= each.start <= each.first and each.stop == each.last
-        assert (each.stop - each.start - 1) % stride == 0 and each.stop - each.start <= window
-        # As much is seen as fits.
-        assert each.start == 0 or each.stop - each.start == window

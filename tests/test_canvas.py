@@ -1,6 +1,7 @@
 """Laws of canvases: windows make every frame once, from frames that are there; what is given comes back; nothing leaks."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def play(job, window=17, model=lambda step: np.full(step.known.frames_THWC.shape
             made.append(np.where(known.given_THW[..., None], round_trip(known.frames_THWC), model(step)))
         return made
 
-    (video,) = canvas.run([job], sample)
+    ((_, (video, draft)),) = canvas.run([job], sample)
+    assert (draft is None) == (job.draft is None)
     assert video.shape == (job.size.frames, job.size.height, job.size.width, 3)
     return video, seen
 
@@ -75,6 +77,19 @@ def to_make(seen):
 
 
 # Windows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frames", "window", "stride"), [(17, 17, 4), (133, 17, 4), (9, 5, 4), (5, 5, 1), (1, 9, 4)])
+def test_one_latent_frame_after_the_other(frames, window, stride):
+    windows = canvas.one_by_one(0, frames, window=window, stride=stride)
+    made = [np.arange(each.first, each.last) for each in windows]
+    assert np.concatenate(made).tolist() == list(range(frames))
+    assert len(made[0]) == 1 and all(len(part) == stride for part in made[1:])
+    for each in windows:
+        assert 0 <= each.start <= each.first and each.stop == each.last
+        assert (each.stop - each.start - 1) % stride == 0 and each.stop - each.start <= window
+        # As much is seen as fits.
+        assert each.start == 0 or each.stop - each.start == window
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -360,10 +375,15 @@ def test_inpaint_in_time(clip, tmp_path):
     mask = np.zeros((17, 16, 16, 3), np.uint8)
     mask[6:10] = 255
     files.write_video(tmp_path / "mask.mp4", mask, 8)
-    video, (step,) = play(prepare(inpaint=path, mask=str(tmp_path / "mask.mp4")))
+    video, seen = play(prepare(inpaint=path, mask=str(tmp_path / "mask.mp4")))
+    (step,) = to_make(seen)
     np.testing.assert_array_equal(step.known.given_THW.all((1, 2)), [not 6 <= k < 10 for k in range(17)])
     np.testing.assert_array_equal(known_latents(step.known).all((1, 2)), [True, True, False, False, True])
-    assert (video[6:10] == NEW).all() and (video[:6] != NEW).all() and (video[10:] != NEW).all()
+    # What is given on either side comes back as its own round trip, not as that of a video with a gap.
+    assert [step.size.frames for step in seen] == [17, 9, 9] and (video[6:10] == NEW).all()
+    original = media.read(media.Path(path)).frames_THWC
+    np.testing.assert_array_equal(video[:6], round_trip(original[:6]))
+    np.testing.assert_array_equal(video[10:], round_trip(original[10:]))
 
 
 def test_masks_that_do_not_fit_are_refused(clip, tmp_path):
@@ -438,19 +458,39 @@ def test_interpolate_keeps_frames_and_duration(clip):
         prepare(interpolate=clip(1))
 
 
-def test_draft_is_enlarged_under_what_is_given(tmp_path):
+def test_draft_is_enlarged_under_what_is_given_and_has_its_seed(tmp_path):
     image = np.random.default_rng(0).integers(0, 200, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.png")
     job = prepare(image=str(tmp_path / "a.png"), height=32, width=32, draft=0.5, strength=0.4, seed=3)
     video, seen = play(job)
     small, full = to_make(seen)
     assert (small.size.height, full.size.height) == (16, 32) and small.known.strength == 1
-    assert full.known.strength == 0.4 and small.seed == 3 != full.seed
+    assert full.known.strength == 0.4 and small.seed == full.seed == 3
     np.testing.assert_array_equal(full.known.frames_THWC[0], image)
     assert (full.known.frames_THWC[1:] == NEW).all()
     np.testing.assert_array_equal(video[0], round_trip(image))
     with pytest.raises(RequestError, match=r"draft 0\.9 of 16x16 is no smaller size in steps of 8x8"):
         prepare(prompt="a", draft=0.9)
+
+
+def test_a_model_of_one_frame_after_the_other_is_asked_so(clip):
+    grid = GRID._replace(one_by_one=True)
+
+    def prepare_for_it(**order):
+        return layouts.prepare(Order(**({"prompt": "a"} | order)), DEFAULTS, grid)
+
+    for order, first in (({"frames": 41}, 0), ({"extend": clip(7), "frames": 12}, 7)):
+        video, seen = play(prepare_for_it(**order))
+        made = to_make(seen)
+        for number, step in enumerate(made):
+            known_thw = known_latents(step.known).all((1, 2)) if step.known else np.zeros(1, bool)
+            # All but the last latent is given, as much of it as a window holds.
+            assert list(known_thw) == [True] * (len(known_thw) - 1) + [False]
+            assert len(known_thw) == min(5, number + (2 + (first - 1) // 4 if first else 1))
+        assert (video[first:] == NEW).all() and len(made) == math.ceil((len(video) - max(first, 1)) / 4) + (first == 0)
+    for order in ({"extend": clip(7), "direction": "backward"}, {"loop": True}, {"edit": clip(7)}):
+        with pytest.raises(RequestError, match=r"one after the other; it is prompted by text, an image"):
+            prepare_for_it(**order)
 
 
 def test_letterbox_leaves_the_rest_to_the_model(clip):
@@ -552,11 +592,14 @@ def test_jobs_are_sampled_together_and_each_as_if_alone(clip):
             made.append(frames)
         return made
 
-    together = canvas.run(jobs, sample)
+    together = list(canvas.run(jobs, sample))
     assert rounds[0] == 3 and rounds[1] == 1
-    for job, video in zip(jobs, together, strict=True):
-        np.testing.assert_array_equal(canvas.run([job], sample)[0], video)
-    assert canvas.run([], sample) == []
+    # Each as soon as it is there: those of one pass before the others.
+    assert sorted(number for number, _ in together) == [0, 1, 2] != [number for number, _ in together]
+    for number, (video, _) in together:
+        ((_, (alone, _)),) = canvas.run([jobs[number]], sample)
+        np.testing.assert_array_equal(alone, video)
+    assert list(canvas.run([], sample)) == []
 
 
 def test_pass_seeds_differ_and_are_seeds():

@@ -26,7 +26,9 @@ class Oracle(pipeline.Pipeline):
     """A pipeline with a perfect VAE whose videos are what `answer` says: of a job, or of a request for text alone."""
 
     def __init__(self, folder):
-        self.run = types.SimpleNamespace(data=types.SimpleNamespace(world=WORLD))
+        known = types.SimpleNamespace(next_frame=0.0)
+        loader = types.SimpleNamespace(known=known)
+        self.run = types.SimpleNamespace(data=types.SimpleNamespace(world=WORLD), loader=loader)
         self.geometry = types.SimpleNamespace(stride=(4, 8, 8), patch=(1, 1, 1))
         self.codec = types.SimpleNamespace(encode=lambda videos: [(video, None) for video in videos], decode=list)
         self.judge = prompting.Prompting(self, SamplerConfig(), COUNT, 0, folder)

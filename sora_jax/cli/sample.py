@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sora_jax.generate import manifest, requests
+    from sora_jax.generate.canvas import Job, Result
     from sora_jax.generate.pipeline import Pipeline
 
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
@@ -139,7 +140,7 @@ def add_sample(verbs: Any) -> None:
 def _add_modes(parser: flags.Parser) -> None:
     """What a video is made from beside text."""
     modes = parser.add_argument_group(
-        "from an image or a video", "one of the first eight; none of them is a model or a sampler of its own"
+        "from an image or a video", "one of these; none of them is a model or a sampler of its own"
     )
     files = {
         "image": "an image that is the first frame",
@@ -158,6 +159,7 @@ def _add_modes(parser: flags.Parser) -> None:
         "--loop",
         nargs="?",
         const=True,
+        type=lambda text: True if text == "true" else text,
         metavar="FILE",
         help="a video that is led back to its start; without FILE one that is made from the prompt, of which the way back knows "
         "nothing (default: none)",
@@ -178,14 +180,14 @@ def _add_modes(parser: flags.Parser) -> None:
         help="how much noise --edit, --interpolate and --draft begin with, 0 = as it is, 1 = nothing of it (default: 0.6)",
     )
     for name in ("left", "right", "top", "bottom"):
-        beside.add_argument(f"--{name}", type=flags.count, metavar="PIXELS", help="for --outpaint (default: 0)")
+        beside.add_argument(f"--{name}", type=flags.pixels, metavar="PIXELS", help="for --outpaint (default: 0)")
     beside.add_argument("--factor", type=flags.count, metavar="N", help="for --interpolate (default: 2)")
     beside.add_argument(
         "--draft",
         type=float,
         metavar="X",
         help="make the video at this share of its size first, as the seed makes it there, and then in full from it "
-        "(default: no draft)",
+        "(default: no draft, else also written to NAME-draft)",
     )
     beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
     beside.add_argument("--start", type=float, metavar="SECONDS", help="where the video begins to be used (default: 0)")
@@ -264,7 +266,9 @@ def sample(arguments: argparse.Namespace) -> None:
         jobs = pipeline.prepare(orders)
     stills = [job.size.frames == 1 for job in jobs]
     videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
-    if replaced := {video.path.resolve() for video in videos} & {Path(path).resolve() for path in inputs}:
+    written = [video.path for video in videos]
+    written += [_draft_path(video.path) for video, job in zip(videos, jobs, strict=True) if job.draft is not None]
+    if replaced := {path.resolve() for path in written} & {Path(path).resolve() for path in inputs}:
         raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
     if told.exists():
         with errors_for_users(ValueError):
@@ -280,10 +284,9 @@ def sample(arguments: argparse.Namespace) -> None:
     trained.tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
-    made = pipeline.make(jobs, settings)
     scale = kept.scale if kept else arguments.scale or math.ceil(SHOWN_WIDTH / max(job.size.width for job in jobs))
     with errors_of_writing(told):
-        _write(videos, made, [job.size.fps for job in jobs], scale)
+        measured = _write(videos, jobs, pipeline.making(jobs, settings), scale)
         found = manifest.Manifest(
             version=sora_jax.__version__,
             checkpoint=str(workdir.absolute()),
@@ -299,8 +302,8 @@ def sample(arguments: argparse.Namespace) -> None:
         )
         content = json.dumps(found.to_json(told.parent), indent=2, ensure_ascii=False)
         disk.write_atomically(told, content.encode())
-    for video, order in zip(videos, orders, strict=True):
-        print(f"{video.path}  seed {video.seed}  {video.prompt or order.mode}")
+    for video, order, words in zip(videos, orders, measured, strict=True):
+        print(f"{video.path}  seed {video.seed}  {video.prompt or order.mode}{words}")
 
 
 def _sized(order: requests.Order, size: requests.Size) -> requests.Order:
@@ -358,17 +361,45 @@ def arrange(
     return [Video(order.prompt, order.seed, path) for order, path in zip(orders, paths, strict=True)]
 
 
-def _write(videos: Sequence[Video], made: Sequence[np.ndarray], fps: Sequence[float], scale: int) -> None:
-    """One file a video, or all on one sheet where they share a file."""
+def _write(videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[int, Result]], scale: int) -> list[str]:
+    """One file a video, written as soon as it is made, or all on one sheet where they share a file; a draft goes to NAME-draft.
+    Returns what was measured of each."""
     from sora_jax.generate import files
 
-    if len({video.path for video in videos}) < len(videos):
-        labels = [f"{video.prompt} (seed {video.seed})" for video in videos]
-        sheet = files.contact_sheet(made, labels, frames_per_video=SHEET_FRAMES, scale=scale)
-        files.write_image(videos[0].path, sheet)
-        return
-    for video, frames, rate in zip(videos, made, fps, strict=True):
+    measured, kept = [""] * len(videos), dict[int, np.ndarray]()
+    sheet = len({video.path for video in videos}) < len(videos)
+    for number, (frames, draft) in making:
+        video, rate = videos[number], jobs[number].size.fps
+        measured[number] = _measured(jobs[number], frames)
+        if sheet:
+            kept[number] = frames
+            continue
         files.write_video(video.path, frames, rate, scale)
+        if draft is not None:
+            files.write_video(_draft_path(video.path), draft, rate, scale)
+    if sheet:
+        labels = [f"{video.prompt} (seed {video.seed})" for video in videos]
+        shown = files.contact_sheet(
+            [kept[number] for number in range(len(videos))], labels, frames_per_video=SHEET_FRAMES, scale=scale
+        )
+        files.write_image(videos[0].path, shown)
+    return measured
+
+
+def _draft_path(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}-draft")
+
+
+def _measured(job: Job, frames: np.ndarray) -> str:
+    """What a user would look at first where a video is made of parts: how much changes where they meet."""
+    from sora_jax.evaluate import continuity
+
+    words = []
+    if job.timeline.loop:
+        words.append(f"closes with {continuity.loop_change(frames):.2f} of the usual change")
+    if seams := job.timeline.seams:
+        words.append(f"at seams at most {continuity.seam_change(frames, seams):.2f} of it changes")
+    return "".join(f"  ({'; '.join(words)})" if words else "")
 
 
 def _manifest_path(out: Path | None, outdir: Path | None) -> Path:

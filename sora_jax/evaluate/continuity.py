@@ -31,6 +31,14 @@ def loop_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
     return float(closing / max(changes(frames_THWC).mean(), LEAST_CHANGE))
 
 
+def seam_change(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: Sequence[int]) -> float:
+    """The largest change into one of the frames `at`, as a multiple of the mean of the others."""
+    found = changes(frames_THWC)
+    places = np.asarray(at) - 1
+    others = np.delete(found, places)
+    return float(found[places].max() / max(others.mean() if len(others) else 0.0, LEAST_CHANGE))
+
+
 def change_into_groups(frames_THWC: UInt8[np.ndarray, "T H W 3"], group: int) -> float:
     """The mean change into the first frame of each `group` frames after the first, as a multiple of the mean change.
 

@@ -1,7 +1,7 @@
 """From orders to canvases: every way of prompting is pixels that are given, a noise level for the rest, and one sampler.
 
 A Job lays an order out on a Timeline: all frames of the result, which pixels are given, and the windows in which the rest is
-made. `passes` walks through it: it yields what is to be sampled, is sent what was made, and returns the video. numpy only.
+made. `passes` walks through it: it yields what is to be sampled, is sent what was made, and returns the result. numpy only.
 
 Time goes in groups, as the causal VAE has it: of a canvas, frame 0 is a latent alone and latent k stands for frames
 stride (k - 1) + 1 .. stride k. A latent is known where every pixel that it stands for is given, so windows are laid such that
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,14 @@ class Timeline:
     strength: float = 1.0
     clips: tuple[tuple[int, int], ...] = ()
     loop: int = 0
+
+    @property
+    def seams(self) -> list[int]:
+        """The frames at which what was made or given apart meets, first to last."""
+        edges = {edge for clip in self.clips for edge in clip} | {
+            edge for window in self.windows for edge in (window.first, window.last)
+        }
+        return sorted(edges - {0, len(self.frames_THWC)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +160,16 @@ def _window_before(first: int, at: int, have: int, groups: int, stride: int) -> 
     return Window(start, at + stride * head, max(first, start), at)
 
 
+def one_by_one(first: int, last: int, *, window: int, stride: int) -> tuple[Window, ...]:
+    """Windows that make frames first .. last - 1 a latent each, from all before it that a window of `window` frames holds: the way
+    of a model that was trained to make the next one alone."""
+    windows = [Window(0, 1, 0, 1)] if first == 0 else []
+    for at in range(max(first, 1), last, stride):
+        start = at - 1 - stride * min((at - 1) // stride, max(0, (window - 1) // stride - 1))
+        windows.append(Window(start, at + stride, at, min(at + stride, last)))
+    return tuple(windows)
+
+
 # Frames -------------------------------------------------------------------------------------------------------------
 
 
@@ -205,34 +223,40 @@ def enlarge(frames_THWC: UInt8[np.ndarray, "T H W 3"], height: int, width: int) 
 
 
 def pass_seed(seed: int, number: int) -> int:
-    """The seed of an order's pass: its own for the first, so that windows and drafts do not share their noise."""
+    """The seed of an order's pass: its own for the first, and others behind it, so that windows do not share their noise."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 
-Passes = Generator[Pass, np.ndarray, np.ndarray]
+class Result(NamedTuple):
+    """A video, uint8 (T, H, W, 3), and the draft that it was made from, if it was."""
+
+    frames_THWC: np.ndarray
+    draft_THWC: np.ndarray | None = None
 
 
-def passes(job: Job) -> Passes:
-    """Yields what is to be sampled and is sent what was made of it; returns the video, uint8 (T, H, W, 3)."""
-    timeline, number = job.timeline, 0
-    if job.draft is not None:
-        small_THWC = yield from _walk(job, job.draft, 0)
-        number = len(job.draft.windows) + len(job.draft.clips)
-        drafted_THWC = enlarge(small_THWC, job.size.height, job.size.width)
-        timeline = dataclasses.replace(
-            timeline,
-            frames_THWC=np.where(timeline.given_THW[..., None], timeline.frames_THWC, drafted_THWC),
-            strength=STRENGTH if job.order.strength is None else job.order.strength,
-        )
-    return (yield from _walk(job, timeline, number))
+Walk = Generator[Pass, np.ndarray, np.ndarray]
 
 
-def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
+def passes(job: Job) -> Generator[Pass, np.ndarray, Result]:
+    """Yields what is to be sampled and is sent what was made of it. A draft has the seeds of what is made from it."""
+    if job.draft is None:
+        return Result((yield from _walk(job, job.timeline)))
+    small_THWC = yield from _walk(job, job.draft)
+    drafted_THWC = enlarge(small_THWC, job.size.height, job.size.width)
+    timeline = dataclasses.replace(
+        job.timeline,
+        frames_THWC=np.where(job.timeline.given_THW[..., None], job.timeline.frames_THWC, drafted_THWC),
+        strength=STRENGTH if job.order.strength is None else job.order.strength,
+    )
+    return Result((yield from _walk(job, timeline)), small_THWC)
+
+
+def _walk(job: Job, timeline: Timeline) -> Walk:
     """Window after window; frames that were made are given to the windows after them, which insist on them only where they have
     to meet something. Where a loop is led back there is no prompt: it tells of the way there."""
-    frames_THWC, given_THW = timeline.frames_THWC.copy(), timeline.given_THW.copy()
+    frames_THWC, given_THW, number = timeline.frames_THWC.copy(), timeline.given_THW.copy(), 0
     from_prompt = timeline.loop > 0 and not timeline.given_THW.any()
 
     def one(known: Known, only_going_on: bool = False, prompt: str = job.order.prompt) -> Pass:
@@ -259,7 +283,7 @@ def _walk(job: Job, timeline: Timeline, number: int) -> Passes:
     for first, last in timeline.clips:
         count = _whole(last - first, job.stride)
         shown = first + np.minimum(np.arange(count), last - first - 1)
-        known = Known(frames_THWC[shown], np.ones((count, *given_THW.shape[1:]), bool))
+        known = Known(timeline.frames_THWC[shown], np.ones((count, *given_THW.shape[1:]), bool))
         made_THWC = yield one(known)
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
@@ -286,10 +310,10 @@ def _indices(start: int, stop: int, total: int, loop: int) -> np.ndarray:
     return np.where(at >= total, np.minimum(at - total, loop - 1), inside) if loop else inside
 
 
-def run(jobs: Sequence[Job], sample: Callable[[list[Pass]], Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """The videos of jobs, in order. sample makes one pass of each unfinished job at a time, so that they can share rows: what is
-    given comes back as the VAE's round trip of the canvas, exactly."""
-    walks, videos = [passes(job) for job in jobs], [np.empty(0, np.uint8)] * len(jobs)
+def run(jobs: Sequence[Job], sample: Callable[[list[Pass]], Sequence[np.ndarray]]) -> Iterator[tuple[int, Result]]:
+    """(number, result) of jobs, each as soon as it is there. sample makes one pass of each unfinished job at a time, so that they
+    can share rows: what is given comes back as the VAE's round trip of the canvas, exactly."""
+    walks = [passes(job) for job in jobs]
     waiting = {number: next(walk) for number, walk in enumerate(walks)}
     while waiting:
         numbers = list(waiting)
@@ -297,6 +321,5 @@ def run(jobs: Sequence[Job], sample: Callable[[list[Pass]], Sequence[np.ndarray]
             try:
                 waiting[number] = walks[number].send(made)
             except StopIteration as done:
-                videos[number] = done.value
                 del waiting[number]
-    return videos
+                yield number, done.value

@@ -24,10 +24,12 @@ FACTOR = 2
 
 
 class Grid(NamedTuple):
-    """What the model's sizes are multiples of: a latent in (frames, pixels, pixels), and a token in latents."""
+    """What the model's sizes are multiples of: a latent in (frames, pixels, pixels), and a token in latents; and whether it makes
+    latents of time one by one."""
 
     stride: tuple[int, int, int]
     patch: tuple[int, int, int] = (1, 1, 1)
+    one_by_one: bool = False
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ def _off(what: str, value: int, unit: int, offset: int = 0) -> list[str]:
 
 def check_size(size: Size, grid: Grid) -> None:
     """Raises RequestError, with the nearest sizes that work, for what the strides do not allow."""
-    (st, sh, sw), (pt, ph, pw) = grid
+    (st, sh, sw), (pt, ph, pw) = grid.stride, grid.patch
     wrong = _off(f"height {size.height} is", size.height, sh * ph) + _off(f"width {size.width} is", size.width, sw * pw)
     wrong += _off(f"{size.frames} frames are", size.frames, st * pt, 1 + st * (pt - 1))
     if wrong:
@@ -85,7 +87,7 @@ class _Scene:
             raise RequestError(
                 f"left, right, top and bottom leave no room in {self.size.height}x{self.size.width}; make it larger"
             )
-        (_, sh, sw), (_, ph, pw) = self.grid
+        (_, sh, sw), (_, ph, pw) = self.grid.stride, self.grid.patch
         return Fit(height, width, self.order.fit or "crop", (sh * ph, sw * pw))
 
     def read(self, path: str, fps: float | None = None, part: Part | None = None) -> Video:
@@ -108,7 +110,8 @@ class _Scene:
         if not mask.new_THW.any():
             raise RequestError("mask has no white; make white what is to be made anew")
         timeline = _timeline([video], self.plan(0, frames))
-        return dataclasses.replace(timeline, given_THW=timeline.given_THW & ~mask.new_THW)
+        given_THW = timeline.given_THW & ~mask.new_THW
+        return dataclasses.replace(timeline, given_THW=given_THW, clips=_runs(given_THW.all((1, 2))))
 
     def tell_unseen(self, timeline: Timeline) -> None:
         """Tells how much of what is given the model does not see: what shares a latent with something that is to be made."""
@@ -145,6 +148,8 @@ class _Scene:
     def plan(
         self, first: int, last: int, before: int = 0, after: int = 0, backward: bool = False
     ) -> tuple[Window, ...]:
+        if self.grid.one_by_one:
+            return canvas.one_by_one(first, last, window=self.window, stride=self.stride)
         return canvas.plan(
             first, last, window=self.window, stride=self.stride, before=before, after=after, backward=backward
         )
@@ -171,6 +176,10 @@ def prepare(
     defaults is the size where the order says none; window is how many frames the model makes at once where the order does not
     say (None: those of defaults). Raises RequestError and media.MediaError.
     """
+    if grid.one_by_one and (order.mode not in ("text", "image", "extend") or order.direction == "backward"):
+        raise RequestError(
+            "this model makes frames one after the other; it is prompted by text, an image or a video that goes on forward"
+        )
     window = _window(order, window or defaults.frames, grid)
     left, right, top, bottom = borders = _borders(order)
     size = dataclasses.replace(
@@ -358,6 +367,12 @@ def _timeline(parts: Sequence[Video], windows: tuple[Window, ...]) -> Timeline:
     frames_THWC = np.concatenate([part.frames_THWC for part in parts])
     given = [np.broadcast_to(part.given_HW, part.frames_THWC.shape[:3]) for part in parts]
     return Timeline(frames_THWC, np.concatenate(given), windows)
+
+
+def _runs(true_T: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(first, last) of frames first .. last - 1 for which it holds, each as long as it can be."""
+    edges = np.flatnonzero(np.diff(true_T.astype(int), prepend=0, append=0))
+    return tuple((int(first), int(last)) for first, last in edges.reshape(-1, 2))
 
 
 def _around(parts: Sequence[Video], scene: _Scene, made: int) -> Timeline:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from sora_jax.config import DiTRun
 from sora_jax.data import pack
 from sora_jax.diffusion import flow, sampler
 from sora_jax.generate import canvas, layouts, media
-from sora_jax.generate.canvas import Job, Pass
+from sora_jax.generate.canvas import Job, Pass, Result
 from sora_jax.generate.codec import Codec
 from sora_jax.generate.known import Known, known_cells, known_patches
 from sora_jax.generate.requests import Order, Size
@@ -40,6 +41,8 @@ NOISE_KEY = 0
 ROW_STEP = 32
 # Tokens that are denoised together, where rows are split over devices on each of them.
 BATCH_TOKENS = 4096
+# Batches of videos that are made and kept together before the first is handed on.
+TOGETHER = 8
 # Clips that a row has room for, however small the smallest is: each takes slots and text, used or not.
 MOST_SHARE = 16
 # Stands in the settings for any known_guidance but 1, whose branch is a part of the program; that of each request is an argument.
@@ -117,14 +120,18 @@ class Pipeline:
     def prepare(self, orders: Sequence[Order]) -> list[Job]:
         """Orders laid out for this model; what differs in its seed alone is read once. Raises RequestError and MediaError."""
         laid: dict[Order, Job] = {}
-        grid = layouts.Grid(self.geometry.stride, self.geometry.patch)
         jobs = []
         for order in orders:
             alike = dataclasses.replace(order, seed=0)
             if alike not in laid:
-                laid[alike] = layouts.prepare(alike, self._defaults(alike), grid)
+                laid[alike] = layouts.prepare(alike, self._defaults(alike), self.grid)
             jobs.append(dataclasses.replace(laid[alike], order=order))
         return jobs
+
+    @property
+    def grid(self) -> layouts.Grid:
+        """What its sizes are multiples of."""
+        return layouts.Grid(self.geometry.stride, self.geometry.patch, self.run.loader.known.next_frame > 0)
 
     @property
     def usual_size(self) -> Size:
@@ -150,15 +157,20 @@ class Pipeline:
         return dataclasses.replace(self.usual_size, height=height, width=width)
 
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
-        """uint8 videos (T, H, W, 3) of orders that are laid out (layouts.prepare), in order.
+        """uint8 videos (T, H, W, 3) of orders that are laid out (layouts.prepare), in order."""
+        made = dict(self.making(jobs, settings))
+        return [made[number].frames_THWC for number in range(len(jobs))]
+
+    def making(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> Iterator[tuple[int, Result]]:
+        """(number, result) of orders that are laid out, each as soon as it is there, so that no more has to be kept than a few
+        batches.
 
         Their passes share rows, which have one shape throughout, so that the model is compiled once for all of them.
         """
         self.text.prepare(["", *(job.order.prompt for job in jobs)])
+        tokens = [self._most_tokens(job) for job in jobs]
         with self._on_mesh():
-            packing = packing_for(
-                [self._most_tokens(job) for job in jobs], max(self._words(job.order.prompt) for job in jobs)
-            )
+            packing = packing_for(tokens, max(self._words(job.order.prompt) for job in jobs))
         program = Program(packing, any(_insists(job, settings.known_guidance) for job in jobs))
 
         def sampled(passes: list[Pass]) -> list[np.ndarray]:
@@ -174,7 +186,11 @@ class Pipeline:
             ]
             return self.sample(requests, settings, program)
 
-        return canvas.run(jobs, sampled)
+        begun, most = np.cumsum([0, *tokens]), TOGETHER * packing.rows * packing.row_tokens
+        for _, group in itertools.groupby(range(len(jobs)), key=lambda number: int(begun[number]) // most):
+            numbers = list(group)
+            for number, result in canvas.run([jobs[number] for number in numbers], sampled):
+                yield numbers[number], result
 
     def _most_tokens(self, job: Job) -> int:
         """Of the longest pass of a job."""

@@ -20,10 +20,8 @@ from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, reader
-from sora_jax.generate import layouts
-from sora_jax.generate.canvas import Window
 from sora_jax.generate.pipeline import Pipeline
-from sora_jax.generate.requests import Order, Size
+from sora_jax.generate.requests import Order
 from sora_jax.study import judgement, prompting, report
 from sora_jax.train import dit
 
@@ -71,8 +69,8 @@ def _framed(
 def rollout(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
     """Each model makes long videos as it was trained to; kept in rollout.json beside the checkpoints.
 
-    A model whose clips had a next_frame (loader.known) makes one latent frame after the other, each from those before it; any
-    other makes windows of which half was made before (canvas.plan).
+    A model whose clips had a next_frame (loader.known) makes one latent frame after the other, each from those before it
+    (canvas.one_by_one); any other makes windows of which half was made before (canvas.plan).
     """
     words = (
         "The same prompts and seeds, many times as long as any clip of training: the share of videos of the colour, shape and "
@@ -88,15 +86,11 @@ def _rolled(
     window = max(world.frame_counts)
     scenes = prompting.of_motions(world, prompting.ENDLESS, study.prompts, window)
     total = 1 + stride * ((LONGEST * window - 1) // stride)
-    grid, several_sizes = layouts.Grid(made.geometry.stride, made.geometry.patch), len(world.sizes) > 1
-    jobs = []
+    several_sizes, orders = len(world.sizes) > 1, []
     for number, scene in enumerate(scenes):
-        order = Order(prompt=captions.prompt(scene, several_sizes), seed=study.seed + number, frames=total)
-        job = layouts.prepare(order, Size(scene.height, scene.width, window, scene.fps), grid)
-        if made.run.loader.known.next_frame:
-            windows = one_by_one(total, window, stride)
-            job = dataclasses.replace(job, timeline=dataclasses.replace(job.timeline, windows=windows))
-        jobs.append(job)
+        prompt, seed = captions.prompt(scene, several_sizes), study.seed + number
+        orders.append(Order(prompt=prompt, seed=seed, height=scene.height, width=scene.width, frames=total))
+    jobs = made.prepare(orders)
     videos = made.make(jobs, settings)
     lengths = [min(total, window * 2**n) for n in range(LONGEST.bit_length())]
     shares = {
@@ -104,15 +98,6 @@ def _rolled(
         for length in lengths
     }
     return shares, videos, scenes
-
-
-def one_by_one(frames: int, window: int, stride: int) -> tuple[Window, ...]:
-    """Windows that make one latent frame each: the first from nothing, the others from all before it that a window holds."""
-    windows = [Window(0, 1, 0, 1)]
-    for first in range(1, frames, stride):
-        start = max(0, first + stride - window)
-        windows.append(Window(start, first + stride, first, first + stride))
-    return tuple(windows)
 
 
 # Both -----------------------------------------------------------------------------------------------------------------

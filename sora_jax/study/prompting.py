@@ -456,13 +456,12 @@ class Prompting:
 
     def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[Made]:
         """Videos of the scenes' prompts, each with its order's own keys."""
-        grid = layouts.Grid(self.made.geometry.stride, self.made.geometry.patch)
         several_sizes = len(self.world.sizes) > 1
         jobs = []
         for number, scene in enumerate(scenes):
             usual = Size(scene.height, scene.width, self.window, scene.fps)
             order = Order(prompt=captions.prompt(scene, several_sizes), seed=self.seed + number, **given(number))
-            jobs.append(layouts.prepare(order, usual, grid))
+            jobs.append(layouts.prepare(order, usual, self.made.grid))
         made = self.made.make(jobs, self.settings)
         return [
             Made(frames_THWC, job.size.fps, job.order.prompt, job.order.seed, given_THW=job.timeline.given_THW)
