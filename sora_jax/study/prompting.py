@@ -26,6 +26,7 @@ from sora_jax.data.worlds.scene import Scene
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, continuity, reader, reconstruction
 from sora_jax.generate import canvas, layouts
+from sora_jax.generate.canvas import Job
 from sora_jax.generate.pipeline import Pipeline
 from sora_jax.generate.requests import Order, Size
 from sora_jax.study import judgement, report
@@ -45,9 +46,10 @@ SCENES_A_SEED = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Made(report.Video):
-    """A video with what of it was given; None is nothing."""
+    """A video with what of it was given, None is nothing; clips are frames that were given in whole, and where they begin."""
 
     given_THW: np.ndarray | None = None
+    clips: tuple[tuple[int, np.ndarray], ...] = ()
 
     def marked(self) -> report.Video:
         """With a margin that is green beside what was given."""
@@ -133,6 +135,7 @@ class Prompting:
             self.connect,
             self.connect_others,
             self.edit,
+            self.edit_shape,
             self.edit_masked,
             self.inpaint,
             self.inpaint_time,
@@ -143,16 +146,18 @@ class Prompting:
             self.variations,
         )
         sizes = {f"sizes_{name}": functools.partial(self.sizes, name) for name in self.groups_of_sizes()}
-        return {way.__name__: way for way in ways} | sizes
+        lengths = {
+            f"length_{name}": functools.partial(self.lengths, frames) for name, frames in self.other_lengths().items()
+        }
+        return {way.__name__: way for way in ways} | sizes | lengths
 
     # Modes -----------------------------------------------------------------------------------------------------------
 
     def image(self) -> Mode:
         """The first frame of a real clip is animated."""
         videos = self._made(self.scenes, lambda number: {"image": self._file(self.real[number][:1])})
-        firsts = self._round_trips([clip[:1] for clip in self.real])
         made = [video.frames_THWC for video in videos]
-        return _returned(firsts, [frames_THWC[:1] for frames_THWC in made]) | {
+        return self._returned(videos) | {
             "identity": _identity(made, self.scenes),
             "identity_ceiling": _identity(self.round_trips, self.scenes),
             "motion": reader.score(made, self.scenes)["motion"],
@@ -173,14 +178,16 @@ class Prompting:
             return {"extend": self._file(clip), "frames": self.window - len(clip)} | more
 
         videos = self._made(self.scenes, given)
-        made, wanted = [video.frames_THWC for video in videos], self._round_trips([part(clip) for clip in self.real])
-        place = slice(seam, None) if more else slice(seam)
-        return _seams(made, seam) | {
+        made = [video.frames_THWC for video in videos]
+        found = _seams(made, seam) | {
             f"{name}_ceiling": share for name, share in _seams(self.round_trips, seam).items()
-        } | {
+        }
+        if moving := _that_move(self.scenes):
+            found["both_of_moving"] = _seams([made[number] for number in moving], seam)["both"]
+        return found | {
             "identity": _identity(made, self.scenes),
             "motion": reader.score(made, self.scenes)["motion"],
-        } | _returned(wanted, [frames_THWC[place] for frames_THWC in made]), videos
+        } | self._returned(videos), videos
 
     def long(self) -> Mode:
         """The first half of a real clip goes on to LONGER times the length of any clip of training, of motions that stay in the
@@ -196,10 +203,11 @@ class Prompting:
         at = [window.first for window in windows]
         seams = [max(seam.values()) for frames_THWC in made for seam in continuity.seams(frames_THWC, at)]
         ends = [frames_THWC[-self.window :] for frames_THWC in made]
-        moving = [number for number, scene in enumerate(scenes) if scene.things[0].motion != "still"]
-        at_end = {"": range(len(made)), "_of_moving": moving}
+        at_end = {"": range(len(made)), "_of_moving": _that_move(scenes)}
+        kept = [continuity.kept(frames_THWC, self.window) for frames_THWC in made]
         return {
-            "kept": float(np.mean([continuity.kept(frames_THWC, self.window) for frames_THWC in made])),
+            f"kept{of}": float(np.mean([kept[number] for number in which])) for of, which in at_end.items() if which
+        } | {
             "kept_in_every_frame": float(np.mean([continuity.kept(each, self.window, most_lost=0.0) for each in made])),
             "identity_at_start": _identity([frames_THWC[: self.window] for frames_THWC in made], scenes),
         } | {
@@ -209,7 +217,7 @@ class Prompting:
         } | {
             "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
             "frames": float(frames),
-        } | _returned(self._round_trips(beginnings), [frames_THWC[: self.half] for frames_THWC in made]), videos
+        } | self._returned(videos), videos
 
     def loop(self) -> Mode:
         """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
@@ -220,9 +228,7 @@ class Prompting:
         """The first half of a real clip is led back to its start."""
         halves = [clip[: self.half] for clip in self.real]
         videos = self._made(self.scenes, lambda number: {"loop": self._file(halves[number])})
-        made = [video.frames_THWC for video in videos]
-        given = [frames_THWC[: self.half] for frames_THWC in made]
-        return self._looped(made, halves) | _returned(self._round_trips(halves), given), videos
+        return self._looped([video.frames_THWC for video in videos], halves) | self._returned(videos), videos
 
     def _looped(self, made: Sequence[np.ndarray], led: Sequence[np.ndarray]) -> dict[str, float]:
         """Do loops close, and move, beside videos that were not led back."""
@@ -275,19 +281,23 @@ class Prompting:
             return float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in frames]))
 
         frames = [video.frames_THWC for video in videos]
-        wanted = [self._round_trips([pair[place] for pair in ends]) for place in range(2)]
-        first = [each[: len(start)] for each, start in zip(frames, wanted[0], strict=True)]
-        last = [each[-len(end) :] for each, end in zip(frames, wanted[1], strict=True)]
         return {
             "smooth": smooth(frames),
             "smooth_floor": smooth([np.concatenate(pair) for pair in ends]),
             "smooth_ceiling": smooth(self.round_trips),
-        } | _returned([*wanted[0], *wanted[1]], [*first, *last]), videos
+        } | self._returned(videos), videos
 
     def edit(self) -> Mode:
         """Real clips are made anew with another colour in the prompt, any of the others."""
-        videos = self._made(self.recoloured, lambda number: {"edit": self._file(self.real[number])})
-        return self._edited([video.frames_THWC for video in videos]), videos
+        return self._remade("colour", self.recoloured)
+
+    def edit_shape(self) -> Mode:
+        """The same with another shape."""
+        return self._remade("shape", self._changed("shape", self.world.shapes))
+
+    def _remade(self, attribute: str, scenes: Sequence[Scene]) -> Mode:
+        videos = self._made(scenes, lambda number: {"edit": self._file(self.real[number])})
+        return self._edited([video.frames_THWC for video in videos], attribute, scenes), videos
 
     def edit_masked(self) -> Mode:
         """The same within a box around the thing alone."""
@@ -300,24 +310,27 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         black = [number for number, mask in enumerate(masks) if not mask.all()]
         around = [[clips[number][:, ~masks[number]] for number in black] for clips in (self.real, made)]
-        return self._edited(made) | ({"original_psnr": reconstruction.psnr(*around)} if black else {}), videos
+        return self._edited(made, "colour", self.recoloured) | (
+            {"original_psnr": reconstruction.psnr(*around)} if black else {}
+        ), videos
 
     @functools.cached_property
     def recoloured(self) -> list[Scene]:
-        """The scenes with another colour, any of the others."""
+        return self._changed("colour", self.world.colours)
+
+    def _changed(self, attribute: str, values: Sequence[str]) -> list[Scene]:
+        """The scenes with another colour or shape, any of the others."""
         rng = np.random.default_rng(self.seed)
         found = []
         for scene in self.scenes:
             (thing,) = scene.things
-            others = [colour for colour in self.world.colours if colour != thing.colour]
-            recoloured = dataclasses.replace(thing, colour=others[int(rng.integers(len(others)))])
-            found.append(dataclasses.replace(scene, things=(recoloured,)))
+            others = [value for value in values if value != getattr(thing, attribute)]
+            changed = dataclasses.replace(thing, **{attribute: others[int(rng.integers(len(others)))]})
+            found.append(dataclasses.replace(scene, things=(changed,)))
         return found
 
-    def _edited(self, made: Sequence[np.ndarray]) -> dict[str, float]:
-        return {
-            "changed": reader.score(made, self.recoloured)["colour"],
-        } | _place_kept(made, self.real)
+    def _edited(self, made: Sequence[np.ndarray], attribute: str, scenes: Sequence[Scene]) -> dict[str, float]:
+        return {"changed": reader.score(made, scenes)[attribute]} | _place_kept(made, self.real)
 
     def inpaint(self) -> Mode:
         """The right half of real clips is made anew."""
@@ -349,14 +362,10 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         both = [continuity.seams(frames_THWC, [first, last]) for frames_THWC in made]
         smooth = [max(*one.values(), *other.values()) <= MOST_SEAM for one, other in both]
-        # Groups behind the gap are not those of the round trip of the whole, as the VAE begins with a frame alone.
-        beginnings = [[clip[:first] for clip in group] for group in (self.round_trips, made)]
-        ends = [[clip[last:] for clip in group] for group in (self.real, made)]
         return {
             "identity": _identity(made, self.scenes),
             "seams_smooth": float(np.mean(smooth)),
-            "original_psnr": reconstruction.psnr(*ends),
-        } | _place_kept(made, self.real) | _returned(*beginnings), videos
+        } | _place_kept(made, self.real) | self._returned(videos), videos
 
     def _inpainted(self, white: Callable[[np.ndarray], np.ndarray]) -> list[Made]:
         def given(number: int) -> dict[str, Any]:
@@ -385,18 +394,26 @@ class Prompting:
         )
         made = [video.frames_THWC for video in videos]
 
+        # Between frames of things at rest there is nothing to make.
+        moving = _that_move(self.scenes)
+
         def between(group: Sequence[np.ndarray]) -> float:
-            return reconstruction.psnr([clip[1::2] for clip in self.real], [clip[1::2] for clip in group])
+            return reconstruction.psnr(*([clips[number][1::2] for number in moving] for clips in (self.real, group)))
 
         return {
             "identity": _identity(made, self.scenes),
             "smooth": float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in made])),
             "original_psnr": reconstruction.psnr([clip[::2] for clip in self.real], [clip[::2] for clip in made]),
-            "made_psnr": between(made),
-            # Of means of the neighbours, which show the thing at both places, half each.
-            "made_psnr_floor": between([_blended(clip) for clip in self.real]),
-            "made_psnr_ceiling": between(self.round_trips),
-        } | _place_kept(made, self.real), videos
+        } | (
+            {
+                "made_psnr": between(made),
+                # Of means of the neighbours, which show the thing at both places, half each.
+                "made_psnr_floor": between(self._round_trips([_blended(clip) for clip in self.real])),
+                "made_psnr_ceiling": between(self.round_trips),
+            }
+            if moving
+            else {}
+        ) | _place_kept(made, self.real), videos
 
     def draft(self) -> Mode:
         """A draft of two thirds of the height and width first, then the same in full size, larger than those of training."""
@@ -452,6 +469,23 @@ class Prompting:
         ]
         return adherence.judge(made, scenes, self.seed)[0], videos
 
+    def other_lengths(self) -> dict[str, int]:
+        """Frames between those of the two longest kinds of clips of training, and 1.5 times as many as the longest have."""
+        *_, less, most = sorted({1, *self.world.frame_counts})
+
+        def whole(frames: float) -> int:
+            return 1 + self.stride * round((frames - 1) / self.stride)
+
+        found = {"between": whole((less + most) / 2), "longer": whole(1.5 * most)}
+        return {name: frames for name, frames in found.items() if frames not in self.world.frame_counts}
+
+    def lengths(self, frames: int) -> Mode:
+        """Adherence at a length of none of the clips of training, which is made in windows if it is longer."""
+        world = dataclasses.replace(self.world, frame_counts=(frames,), frame_count_weights=())
+        scenes = dit.heldout_videos(world, self.count, self.start)
+        videos = self._made(scenes, lambda number: {"frames": frames})
+        return adherence.judge([video.frames_THWC for video in videos], scenes, self.seed)[0], videos
+
     # Making ----------------------------------------------------------------------------------------------------------
 
     def _made(self, scenes: Sequence[Scene], given: Callable[[int], dict[str, Any]]) -> list[Made]:
@@ -463,10 +497,32 @@ class Prompting:
             order = Order(prompt=captions.prompt(scene, several_sizes), seed=self.seed + number, **given(number))
             jobs.append(layouts.prepare(order, usual, self.made.grid))
         made = self.made.make(jobs, self.settings)
-        return [
-            Made(frames_THWC, job.size.fps, job.order.prompt, job.order.seed, given_THW=job.timeline.given_THW)
-            for frames_THWC, job in zip(made, jobs, strict=True)
-        ]
+
+        def kept(frames_THWC: np.ndarray, job: Job) -> Made:
+            timeline = job.timeline
+            given = tuple((first, timeline.frames_THWC[first:last]) for first, last in timeline.clips)
+            return Made(
+                frames_THWC,
+                job.size.fps,
+                job.order.prompt,
+                job.order.seed,
+                given_THW=timeline.given_THW,
+                clips=given,
+            )
+
+        return [kept(frames_THWC, job) for frames_THWC, job in zip(made, jobs, strict=True)]
+
+    def _returned(self, videos: Sequence[Made]) -> dict[str, float]:
+        """How what was given came back: beside its round trip, of the worst video too, and the largest difference, in levels."""
+        given = [(video, first, clip) for video in videos for first, clip in video.clips]
+        wanted = self._round_trips([clip for _, _, clip in given])
+        made = [video.frames_THWC[first : first + len(clip)] for video, first, clip in given]
+        pairs = list(zip(wanted, made, strict=True))
+        return {
+            "given_psnr": reconstruction.psnr(wanted, made),
+            "given_psnr_least": min(reconstruction.psnr([one], [other]) for one, other in pairs),
+            "given_apart": float(max(int(np.abs(one.astype(int) - other).max()) for one, other in pairs)),
+        }
 
     def _round_trips(self, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Through the VAE; the last frame is held to fill a group."""
@@ -518,11 +574,9 @@ def _blended(clip_THWC: np.ndarray) -> np.ndarray:
     return found.round().astype(np.uint8)
 
 
-def _returned(wanted: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> dict[str, float]:
-    """How what was given came back: beside its round trip, and the largest difference, in levels of 255. Where what is given
-    shares cells with what is made its round trip is not that of the clip, and original_psnr is beside the clip as it was."""
-    most = max(int(np.abs(one.astype(int) - other).max()) for one, other in zip(wanted, made, strict=True))
-    return {"given_psnr": reconstruction.psnr(wanted, made), "given_apart": float(most)}
+def _that_move(scenes: Sequence[Scene]) -> list[int]:
+    """Numbers of those whose thing moves."""
+    return [number for number, scene in enumerate(scenes) if scene.things[0].motion != "still"]
 
 
 def _looks(scene: Scene) -> tuple[str, str]:
@@ -544,10 +598,11 @@ def _box(clip_THWC: np.ndarray) -> np.ndarray:
 
 
 def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
-    """The share of videos that show one thing, of the scene's colour and shape."""
+    """The share of videos that show one thing, in one piece, of the scene's colour and shape."""
     kept = [
         reading is not None
         and len(reading.things) == 1
+        and reading.things[0].whole
         and (reading.things[0].colour, reading.things[0].shape) == _looks(scene)
         for reading, scene in zip(reader.read_many(videos), scenes, strict=True)
     ]
