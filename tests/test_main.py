@@ -656,13 +656,11 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys, mon
         # Packed with others, what falls between two levels of 255 may fall to the other side.
         apart = np.abs(written[out / "videos" / name] - written[tmp_path / f"v-{number}.mp4"])
         assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
-    assert [video["seed"] for video in json.loads((out / "manifest.json").read_text())["videos"]][:5] == [
-        7,
-        8,
-        9,
-        10,
-        11,
-    ]
+    told = json.loads((out / "manifest.json").read_text())
+    assert [video["seed"] for video in told["videos"]][:5] == [7, 8, 9, 10, 11]
+    # What it takes to make them again.
+    assert told["fingerprint"] == checkpoint.digest(trained, 3) and told["step"] == 3
+    assert told["settings"]["steps"] == 1 and "jax" in told["versions"] and "--vbench=" in told["command"]
 
 
 def test_a_mesh_that_cannot_be_is_told(trained, tmp_path, capsys):

@@ -62,7 +62,7 @@ def decode(path: Path) -> tuple[np.ndarray, float]:
 
 def test_round_trip(tmp_path):
     prompts = [PLAIN, "a cat", "in the style of a/b"]
-    videos = vbench.export(tmp_path, samples_of(prompts), 8.0, files.write_video)
+    videos = vbench.export(tmp_path, samples_of(prompts), 8.0, files.write_video, {})
     for prompt in prompts[:2]:
         for index, path in enumerate(read_as_suite(videos, prompt)):
             frames, fps = decode(path)
@@ -86,7 +86,7 @@ def test_round_trip(tmp_path):
 def test_any_prompt_becomes_a_file_of_its_own_in_the_folder(tmp_path):
     alike = ["a/b", "a\\b", "a_b", "long " * 101, "c" * 300, "c" * 301]
     prompts = list(dict.fromkeys([*UGLY, *alike]))
-    videos = vbench.export(tmp_path / "out", samples_of(prompts), 8.0, write_nothing)
+    videos = vbench.export(tmp_path / "out", samples_of(prompts), 8.0, write_nothing, {})
     everything = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(everything) == 5 * len(prompts) + 2
     assert sum(path.parent == videos for path in everything) == 5 * len(prompts)
@@ -114,7 +114,7 @@ def test_longest_name_can_be_written(tmp_path):
 
 def test_more_than_five_are_taken(tmp_path):
     many = vbench.Samples(PLAIN, [make_video(PLAIN, index % 5) for index in range(25)], range(25))
-    videos = vbench.export(tmp_path, [many], 8.0, write_nothing)
+    videos = vbench.export(tmp_path, [many], 8.0, write_nothing, {})
     assert {path.name for path in videos.iterdir()} == {f"{PLAIN}-{index}.mp4" for index in range(25)}
 
 
@@ -127,9 +127,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="prompt is empty"):
         vbench.Samples(" ", [video] * 5, range(5))
     with pytest.raises(ValueError, match="'a' comes twice"):
-        vbench.export(tmp_path / "twice", samples_of(["a", "b", "a"]), 8.0, write_nothing)
+        vbench.export(tmp_path / "twice", samples_of(["a", "b", "a"]), 8.0, write_nothing, {})
     assert not (tmp_path / "twice" / "manifest.json").exists()
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        vbench.export(tmp_path / "twice", samples_of(["a"]), 8.0, write_nothing)
+        vbench.export(tmp_path / "twice", samples_of(["a"]), 8.0, write_nothing, {})
     with pytest.raises(ValueError, match="no samples"):
-        vbench.export(tmp_path / "none", [], 8.0, write_nothing)
+        vbench.export(tmp_path / "none", [], 8.0, write_nothing, {})

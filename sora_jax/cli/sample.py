@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sora_jax.generate import manifest, requests
     from sora_jax.generate.canvas import Job, Result
-    from sora_jax.generate.pipeline import Pipeline
 
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
 SHOWN_WIDTH = 256
@@ -254,7 +253,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from sora_jax import checkpoint, config, disk
 
     fingerprint = checkpoint.digest(workdir, step)
-    versions = manifest.versions(_device(pipeline))
+    versions = manifest.versions(trained.device(pipeline))
     if kept:
         with errors_for_users(ValueError):
             manifest.check_fingerprint(kept, fingerprint)
@@ -325,14 +324,6 @@ def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Vi
             f"{arguments.manifest} is of {', '.join(dict.fromkeys(names))}; give --outdir, or --out of that kind"
         )
     return [Video(order.prompt, order.seed, path) for order, path in zip(kept.orders, paths, strict=True)]
-
-
-def _device(pipeline: Pipeline) -> str:
-    """What the pixels are computed on, and over which mesh."""
-    import jax
-
-    kind = jax.devices()[0].device_kind
-    return f"{kind} x {jax.device_count()}" + (f", {words}" if (words := trained.mesh_in_words(pipeline)) else "")
 
 
 def _refuse_place(out: Path | None, outdir: Path | None) -> None:

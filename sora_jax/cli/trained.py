@@ -67,6 +67,14 @@ def mesh_in_words(pipeline: Pipeline) -> str:
     return f"on {pipeline.mesh.size} devices: {sharding.in_words(pipeline.mesh.shape)}"
 
 
+def device(pipeline: Pipeline) -> str:
+    """What the pixels are computed on, and over which mesh."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return f"{kind} x {jax.device_count()}" + (f", {words}" if (words := mesh_in_words(pipeline)) else "")
+
+
 def tell_mesh(pipeline: Pipeline) -> None:
     if words := mesh_in_words(pipeline):
         logging.info("%s", words)

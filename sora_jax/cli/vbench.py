@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import sora_jax
 from sora_jax.cli import asked, flags, trained
 from sora_jax.cli.failures import Failure, errors_for_users, errors_of_writing
 
@@ -32,15 +33,14 @@ def sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> 
     with errors_for_users(FileExistsError):
         vbench.new_folder(folder)
     seeds = _seeds(arguments.seed or 0, count)
-    pipeline, _, settings = trained.load_with(arguments.checkpoint, arguments)
-    from sora_jax.data import pack
-    from sora_jax.generate import files
+    pipeline, (workdir, step), settings = trained.load_with(arguments.checkpoint, arguments)
+    from sora_jax import checkpoint
+    from sora_jax.generate import files, layouts, manifest
     from sora_jax.generate.pipeline import Request
 
     size = asked.size_of(arguments, pipeline.usual_size)
     with errors_for_users(ValueError):  # a size that cannot be made
-        shape = pipeline.vae_config.latent_shape(size.frames, size.height, size.width)
-        pack.grid_shape(shape, pipeline.run.dit.patch)
+        layouts.check_size(size, pipeline.grid)
     asked.warn_of(size, pipeline.run.data.world)
     trained.tell_mesh(pipeline)
     logging.info("sampling %d of %s", len(prompts) * count, size)
@@ -57,8 +57,16 @@ def sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> 
     def write_video(path: Path, frames_THWC: np.ndarray, fps: float) -> None:
         files.write_video(path, frames_THWC, fps, arguments.scale or 1)
 
+    made_by = {
+        "checkpoint": str(workdir.absolute()),
+        "step": step,
+        "fingerprint": checkpoint.digest(workdir, step),
+        "settings": dataclasses.asdict(settings),
+        "versions": {"sora_jax": sora_jax.__version__, **manifest.versions(trained.device(pipeline))},
+        "command": arguments.command,
+    }
     with errors_of_writing(folder):
-        print(vbench.export(folder, samples(), size.fps, write_video))
+        print(vbench.export(folder, samples(), size.fps, write_video, made_by))
 
 
 def _seeds(first: int, count: int) -> list[int]:

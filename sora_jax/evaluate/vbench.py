@@ -19,8 +19,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,9 +59,14 @@ class Samples:
 
 
 def export(
-    folder: str | Path, samples: Iterable[Samples], fps: float, write_video: Callable[[Path, np.ndarray, float], None]
+    folder: str | Path,
+    samples: Iterable[Samples],
+    fps: float,
+    write_video: Callable[[Path, np.ndarray, float], None],
+    made_by: Mapping[str, Any],
 ) -> Path:
-    """Writes the videos of all prompts with prompts.json and, last, manifest.json; returns the folder of the videos.
+    """Writes the videos of all prompts with prompts.json and, last, manifest.json, which begins with made_by; returns the folder
+    of the videos.
 
     samples may be a generator: one prompt's videos are held at a time. write_video(path, frames_THWC, fps) writes an
     .mp4; generate.files.write_video does. Raises FileExistsError if the folder of the videos holds anything, as VBench
@@ -92,7 +98,7 @@ def export(
         raise ValueError("there are no samples to export; give at least one prompt")
     # Plain ASCII: VBench reads the file in whatever encoding its machine has.
     disk.write_atomically(folder / "prompts.json", json.dumps(prompts, indent=2).encode("ascii"))
-    manifest = {"fps": fps, "videos": entries}
+    manifest = {**made_by, "fps": fps, "videos": entries}
     disk.write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2).encode("ascii"))
     return videos
 
