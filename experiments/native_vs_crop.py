@@ -1,4 +1,5 @@
-"""Native frames against squares: one model sees whole frames of any aspect, the other their middle squares, as was done before.
+"""Native frames against squares: one model sees whole frames of any aspect, the other their middle squares, resized and of
+one length, as was done before.
 
 sora-jax study --config=experiments/native_vs_crop.py --workdir=runs/native_vs_crop
 """
@@ -20,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def world(square: bool) -> ConfigDict:
-    """Clips of one length, since what was cut to squares was cut to a length, too."""
+    """Clips as they are, or as they were made fit before: the middle square, in one size and one length."""
     world = parts.compact_world()
-    world.frame_counts = (1, 17)
-    world.square = square
+    if square:
+        world.square, world.frame_counts = True, (17,)
     return world

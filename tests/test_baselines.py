@@ -8,7 +8,7 @@ import tiny
 from test_prompting import Oracle
 
 from sora_jax import config
-from sora_jax.data.worlds import clips
+from sora_jax.data.worlds import clips, scene
 from sora_jax.study import baselines, prompting
 
 COUNT = 8
@@ -51,8 +51,20 @@ def test_things_that_are_cut_are_told_from_things_that_are_not(tmp_path, monkeyp
     assert asked[0] == asked[1] and all((scene.height, scene.width) == (32, 32) for scene in asked[0])
     assert whole["inside"] == whole["whole_videos"] == whole["adherence_all"] == whole["inside_of_real"] == 1
     assert other["inside"] == 1 > other["inside_of_real"]
+    assert min(whole["visible"], whole["visible_of_real"], other["visible"]) > 0.98 > other["visible_of_real"]
     monkeypatch.setattr(baselines.judgement, "sampled", shown(cut=True))
-    assert baselines._framed(STUDY, native, native.run.sampler)[0]["inside"] < 0.3
+    cut = baselines._framed(STUDY, native, native.run.sampler)[0]
+    assert cut["inside"] < 0.3 < cut["visible"] < 0.8
+
+
+def test_how_much_of_a_thing_is_visible_is_its_area_within_the_frame():
+    circle = scene.Thing("red", "circle", "large", "still", 8.0, 16.0, 16.0)
+    blank = scene.Scene((circle,), None, "white", 32, 32, 5, 8.0)
+    shown = {}
+    for x in (16.0, 31.0, 100.0):  # whole; an eighth of its width less than half of it; gone
+        moved = dataclasses.replace(blank, things=(dataclasses.replace(circle, centre_x=x),))
+        shown[x] = baselines._in_sight(clips.render_mixed([moved]), [blank])["visible"]
+    assert shown[16.0] > 0.98 and shown[31.0] == pytest.approx(0.58, abs=0.05) and shown[100.0] == 0
 
 
 @pytest.mark.parametrize("alone", [False, True])

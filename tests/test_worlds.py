@@ -187,6 +187,20 @@ def test_a_square_is_the_middle_of_the_frame():
         assert cut.captions == whole.captions
 
 
+def test_squares_of_all_sizes_are_brought_to_the_least():
+    """What is half as large in a square of half the side is the same picture at half the scale."""
+    config = dataclasses.replace(world.COMPACT, frame_sizes=((32, 32), (64, 96)), frame_size_weights=())
+    squares, large = dataclasses.replace(config, square=True), 0
+    assert squares.clip_sizes == ((32, 32),)
+    for index in range(12):
+        whole, cut = (clips.clip(each, "train", index).frames_THWC.astype(float) for each in (config, squares))
+        if whole.shape[1] == 64:
+            middle = whole[:, :, 16:80].reshape(len(whole), 32, 2, 32, 2, 3).mean((2, 4))
+            assert np.abs(middle - cut).mean() < 1.5
+            large += 1
+    assert large
+
+
 def test_frames_are_played_to_and_fro_in_training_alone_and_words_and_numbers_stay():
     played = dataclasses.replace(world.COMPACT, to_and_fro=0.5)
     turned = videos = 0

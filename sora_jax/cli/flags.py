@@ -115,7 +115,12 @@ def add_sampler(parser: Parser) -> None:
         help="how a step is made; heun evaluates the model twice (default: the checkpoint's config.sampler.method)",
     )
     for name, kind, metavar, words in (
-        ("guidance_going_on", float, "X", "most guidance of what is extended, led back, connected, painted in or around, filled in"),
+        (
+            "guidance_going_on",
+            float,
+            "X",
+            "most guidance of what is extended, led back, connected, painted or filled in",
+        ),
         ("guidance_interval", _interval, "LOW,HIGH", "times, 0 (data) to 1 (noise), at which there is guidance"),
         ("guidance_rescale", float, "X", "how much of the contrast that guidance adds is taken back, 0 to 1"),
         ("shift", float, "X", "above 1 spends more of the steps near noise, as larger videos need"),

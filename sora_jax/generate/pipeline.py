@@ -105,7 +105,7 @@ class Pipeline:
         self.codec = Codec(vae_config, *vae_weights)
         self.geometry = pack.Geometry(run.dit.patch, vae_config.stride)
         self.vae_config = vae_config
-        # Pixels down and across that training reached. Seconds stay what they are: laid closer together they would be another speed.
+        # Pixels down and across that training reached. Seconds stay what they are: closer together they would be another speed.
         self._reach_3 = np.array([np.inf, *np.max(run.data.world.clip_sizes, axis=0)], np.float32)
         self._denoise = jax.jit(denoiser(run.dit), static_argnames="settings")
 

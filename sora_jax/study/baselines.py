@@ -17,7 +17,7 @@ import numpy as np
 
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
-from sora_jax.data.worlds.scene import Scene
+from sora_jax.data.worlds.scene import Scene, track
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, reader
 from sora_jax.generate.pipeline import Pipeline
@@ -35,8 +35,8 @@ LONGEST = 8  # of what is rolled out, in longest clips of training; told after 1
 def framing(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, Any], report.Section]:
     """All models make the same held-out prompts in the squares that they all know; kept in framing.json beside the checkpoints."""
     words = (
-        "The same prompts and seeds in square frames: 'inside' is the share of frames in which all of the thing is in sight, "
-        "'inside of real' that of real clips like those of training, through the VAE."
+        "The same prompts and seeds in square frames: 'visible' is how much of the thing is within the frame, 'inside' the share "
+        "of frames in which all of it is, and 'of real' those of real clips like those of training, through the VAE."
     )
     return _compared(study, workdir, names, _framed, ("framing", "Native frames against squares", words))
 
@@ -45,22 +45,48 @@ def _framed(
     study: StudyRun, made: Pipeline, settings: SamplerConfig
 ) -> tuple[dict[str, Any], list[np.ndarray], Sequence[Scene]]:
     world = made.run.data.world
-    side = min(map(min, world.frame_sizes))
-    squares = dataclasses.replace(world, square=False, frame_sizes=((side, side),), frame_size_weights=())
+    side, frames = min(map(min, world.frame_sizes)), max(world.frame_counts)
+    squares = dataclasses.replace(
+        world,
+        square=False,
+        frame_sizes=((side, side),),
+        frame_size_weights=(),
+        frame_counts=(frames,),
+        frame_count_weights=(),
+    )
     scenes = dit.heldout_videos(squares, study.prompts)
     videos = judgement.sampled(made, settings, scenes, study.seed, "framing")
-    real = judgement.reconstructed(made, clips.render_mixed(dit.heldout_videos(world, study.prompts)))
-    inside, inside_of_real = ([reader.inside(video) for video in group] for group in (videos, real))
-    return (
-        {
-            "inside": float(np.mean([frames.mean() for frames in inside])),
-            "inside_of_real": float(np.mean([frames.mean() for frames in inside_of_real])),
-            "whole_videos": float(np.mean([frames.all() for frames in inside])),
-            "adherence_all": adherence.judge(videos, scenes, study.seed)[0]["all"],
-        },
-        videos,
-        scenes,
+    of_training = dit.heldout_videos(world, study.prompts)
+    real = judgement.reconstructed(made, clips.render_mixed(of_training))
+    scores = _in_sight(videos, scenes) | {
+        f"{name}_of_real": value for name, value in _in_sight(real, of_training).items()
+    }
+    return scores | {"adherence_all": adherence.judge(videos, scenes, study.seed)[0]["all"]}, videos, scenes
+
+
+def _in_sight(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """How much of what scenes show is within the frames of videos; and the share of frames, and of videos, in which all of it is."""
+    inside = [reader.inside(video) for video in videos]
+    alone = clips.render_mixed([_alone(scene) for scene in scenes])
+    visible = []
+    for video, scene, frame in zip(videos, scenes, alone, strict=True):
+        (thing,) = scene.things
+        whole_T = reader.areas(frame)[0] * (track(thing, scene.num_frames)[:, 2] / thing.radius) ** 2
+        visible.append(np.minimum(reader.areas(video) / whole_T, 1))
+    return {
+        "visible": float(np.mean([frames.mean() for frames in visible])),
+        "inside": float(np.mean([frames.mean() for frames in inside])),
+        "whole_videos": float(np.mean([frames.all() for frames in inside])),
+    }
+
+
+def _alone(scene: Scene) -> Scene:
+    """An image of the scene's thing in the middle, where nothing of it is cut."""
+    (thing,) = scene.things
+    middle = dataclasses.replace(
+        thing, motion="still", centre_y=scene.height / 2, centre_x=scene.width / 2, travel=0.0, growth=0.0, cycles=0
     )
+    return dataclasses.replace(scene, things=(middle,), num_frames=1)
 
 
 # Together or one after the other ---------------------------------------------------------------------------------------

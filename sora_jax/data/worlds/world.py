@@ -37,7 +37,8 @@ class WorldConfig:
     frames teach much for few tokens, but what is held out shows all sizes alike. frame_counts are 4k + 1, where 1 is an
     image; frame_count_weights is empty or one weight per count. two_things_fraction of the scenes hold two things.
     holdout_fraction of all combinations (colour, shape, motion) never occur in training. With square, clips are what the
-    middle square of a frame shows, as data sets were cut before models took any size: things may be cut, too. to_and_fro is
+    middle square of a frame shows, resized to the least side of any, as data sets were cut before models took any size: things
+    may be cut, too. to_and_fro is
     the share of training videos whose frames are played to and fro, turning at a random place and back within the clip: a
     model that connects what is given learns to lead back from them. Raises ValueError if a world cannot be drawn from these.
     """
@@ -76,10 +77,12 @@ class WorldConfig:
 
     @property
     def clip_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of the clips: of the frames, or of their squares."""
-        if not self.square:
-            return self.frame_sizes
-        return tuple(dict.fromkeys((min(size), min(size)) for size in self.frame_sizes))
+        """(height, width) of the clips: of the frames, or the one of all squares."""
+        return ((self._side, self._side),) if self.square else self.frame_sizes
+
+    @property
+    def _side(self) -> int:
+        return min(map(min, self.frame_sizes))
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,14 +138,21 @@ def sample_scene(config: WorldConfig, split: Split, index: int) -> Scene:
     combinations = _pick_combinations(rng, config, split, blank)
     things = tuple(_sample_thing(rng, config, blank, place, each) for place, each in enumerate(combinations))
     scene = dataclasses.replace(blank, things=_align(things, blank))
-    return _middle_square(scene) if config.square else scene
+    return _middle_square(scene, config.clip_sizes[0][0]) if config.square else scene
 
 
-def _middle_square(scene: Scene) -> Scene:
-    side = min(scene.height, scene.width)
-    top, left = (scene.height - side) / 2, (scene.width - side) / 2
+def _middle_square(scene: Scene, side: int) -> Scene:
+    """What the middle square of a scene shows, resized: its lengths are those of the drawing, so nothing is blurred."""
+    short = min(scene.height, scene.width)
+    top, left, scale = (scene.height - short) / 2, (scene.width - short) / 2, side / short
     things = tuple(
-        dataclasses.replace(thing, centre_y=thing.centre_y - top, centre_x=thing.centre_x - left)
+        dataclasses.replace(
+            thing,
+            centre_y=(thing.centre_y - top) * scale,
+            centre_x=(thing.centre_x - left) * scale,
+            radius=thing.radius * scale,
+            travel=thing.travel * scale,
+        )
         for thing in scene.things
     )
     return dataclasses.replace(scene, things=things, height=side, width=side)
