@@ -65,7 +65,7 @@ def _framed(
 
 
 def _in_sight(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """How much of what scenes show is within the frames of videos; and the share of frames, and of videos, in which all of it is."""
+    """How much of what scenes show is within the frames of videos; and the share of frames, and of videos, that have all of it."""
     inside = [reader.inside(video) for video in videos]
     alone = clips.render_mixed([_alone(scene) for scene in scenes])
     visible = []
