@@ -106,3 +106,11 @@ def test_kept_is_the_same_thing_to_the_end():
         ]
     )[0]
     assert not continuity.kept(np.concatenate([whole[:40], larger[40:]]), 17)
+
+
+def test_a_change_at_a_seam_is_held_against_the_others():
+    grey = np.array([0, 2, 4, 10, 12, 13, 15], np.uint8)
+    frames = np.broadcast_to(grey[:, None, None, None], (7, 4, 4, 3))
+    assert continuity.seam_change(frames, [3]) == pytest.approx(6 / 1.8)
+    assert continuity.seam_change(frames, [3, 5]) == pytest.approx(6 / 2)
+    assert continuity.seam_change(np.zeros((5, 4, 4, 3), np.uint8), [2]) == 0

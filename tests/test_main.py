@@ -23,6 +23,7 @@ from sora_jax.cli import asked, checkpoints, configs, process, sample, vbench
 from sora_jax.cli import flags as all_flags
 from sora_jax.cli import trained as by_path
 from sora_jax.data import loader
+from sora_jax.evaluate import continuity
 from sora_jax.generate import files, pipeline, requests
 from sora_jax.study import runner
 from sora_jax.train import lock, loop, vae
@@ -592,25 +593,37 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
     iio.imwrite(tmp_path / "clip.gif", video, duration=200, loop=0)
     flags = [f"--checkpoint={trained}", "--prompt=a red circle", "--height=8", "--width=8", "--fps=5", "--steps=1"]
     loaded = by_path.load(trained / "3", {})
-    made = {}
-    with mock.patch.object(by_path, "load", return_value=loaded), mock.patch.object(sample, "_write") as write:
+    made, told = {}, {}
+    with (
+        mock.patch.object(by_path, "load", return_value=loaded),
+        mock.patch.object(files, "write_video", lambda path, frames, *_: made.update({path.stem: frames})),
+    ):
         for name, more in {
-            "forward": ["--extend", "--frames=4"],
-            "backward": ["--extend", "--direction=backward", "--frames=4"],
-            "loop": ["--loop", "--frames=4", "--window=9"],
+            "forward": [f"--extend={tmp_path / 'clip.gif'}", "--frames=4", "--window=9"],
+            "backward": [f"--extend={tmp_path / 'clip.gif'}", "--direction=backward", "--frames=4", "--window=9"],
+            "loop": [f"--loop={tmp_path / 'clip.gif'}", "--frames=4", "--window=9"],
+            "endless": ["--loop=true", "--frames=8", "--window=9"],
+            "small": ["--draft=0.5", "--height=16", "--width=16", "--frames=5"],
         }.items():
-            mode, *rest = more
-            assert (
-                main.run(["sample", *flags, f"{mode}={tmp_path / 'clip.gif'}", *rest, f"--out={tmp_path / 'x.mp4'}"])
-                == 0
-            )
-            (made[name],) = write.call_args.args[1]
+            capsys.readouterr()
+            assert main.run(["sample", *flags, *more, f"--out={tmp_path / name}.mp4"]) == 0
+            told[name] = capsys.readouterr().out
         here = str(tmp_path / "clip.gif")
         assert "is an input, which the output would replace" in refusal(
             capsys, "sample", *flags, f"--extend={here}", "--frames=4", f"--out={here}"
         )
         assert "is not a file that is there" in refusal(capsys, "sample", *flags, f"--extend={here}4", "--out=x.mp4")
-    assert {name: len(frames) for name, frames in made.items()} == {"forward": 9, "backward": 9, "loop": 9}
+    sizes = {name: frames.shape[:2] for name, frames in made.items()}
+    assert sizes == {"forward": (9, 8), "backward": (9, 8), "loop": (9, 8), "endless": (8, 8)} | {
+        "small": (5, 16), "small-draft": (5, 8)
+    }  # fmt: skip
+    # Where a video was put together, and where it closes, is told with how much changes there.
+    for name, seam in (("forward", 5), ("backward", 4)):
+        assert (
+            f"(changes at seams by at most {continuity.seam_change(made[name], [seam]):.2f} of the usual)" in told[name]
+        )
+    assert f"(closes with {continuity.loop_change(made['endless']):.2f} of the usual change" in told["endless"]
+    assert "(" not in told["small"].removeprefix(str(tmp_path))
     # The clip comes back as its round trip wherever it stands.
     assert np.array_equal(made["forward"][:5], made["backward"][4:]) and np.array_equal(
         made["forward"][:5], made["loop"][:5]

@@ -357,7 +357,8 @@ def _write(videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[
     Returns what was measured of each."""
     from sora_jax.generate import files
 
-    measured, kept = [""] * len(videos), dict[int, np.ndarray]()
+    measured = [""] * len(videos)
+    kept: dict[int, np.ndarray] = {}
     sheet = len({video.path for video in videos}) < len(videos)
     for number, (frames, draft) in making:
         video, rate = videos[number], jobs[number].size.fps
@@ -389,7 +390,7 @@ def _measured(job: Job, frames: np.ndarray) -> str:
     if job.timeline.loop:
         words.append(f"closes with {continuity.loop_change(frames):.2f} of the usual change")
     if seams := job.timeline.seams:
-        words.append(f"at seams at most {continuity.seam_change(frames, seams):.2f} of it changes")
+        words.append(f"changes at seams by at most {continuity.seam_change(frames, seams):.2f} of the usual")
     return "".join(f"  ({'; '.join(words)})" if words else "")
 
 
