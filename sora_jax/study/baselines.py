@@ -66,13 +66,14 @@ def _framed(
 
 def _in_sight(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
     """How much of what scenes show is within the frames of videos; and the share of frames, and of videos, that have all of it."""
-    inside = [reader.inside(video) for video in videos]
-    alone = clips.render_mixed([_alone(scene) for scene in scenes])
-    visible = []
-    for video, scene, frame in zip(videos, scenes, alone, strict=True):
+    inside, visible = [reader.inside(video) for video in videos], []
+    for video, whole_T, scene, frame in zip(
+        videos, inside, scenes, clips.render_mixed([_alone(s) for s in scenes]), strict=True
+    ):
         (thing,) = scene.things
-        whole_T = reader.areas(frame)[0] * (track(thing, scene.num_frames)[:, 2] / thing.radius) ** 2
-        visible.append(np.minimum(reader.areas(video) / whole_T, 1))
+        area_T = reader.areas(frame)[0] * (track(thing, scene.num_frames)[:, 2] / thing.radius) ** 2
+        # What is not cut is visible in whole, in whatever size it was made.
+        visible.append(np.where(whole_T, 1, np.minimum(reader.areas(video) / area_T, 1)))
     return {
         "visible": float(np.mean([frames.mean() for frames in visible])),
         "inside": float(np.mean([frames.mean() for frames in inside])),
