@@ -131,7 +131,7 @@ class Pipeline:
     @property
     def grid(self) -> layouts.Grid:
         """What its sizes are multiples of."""
-        return layouts.Grid(self.geometry.stride, self.geometry.patch, self.run.loader.known.next_frame > 0)
+        return layouts.Grid(self.geometry.stride, self.geometry.patch, self.run.loader.known.next_frame == 1)
 
     @property
     def usual_size(self) -> Size:
