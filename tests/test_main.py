@@ -588,6 +588,19 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         assert "not the file that the manifest" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x")
 
 
+def test_a_manifest_tells_of_no_file_that_was_half_replaced(trained, tmp_path, capsys):
+    """Files are written one by one; where that ends early the manifest of those before is gone, unless it is what makes them."""
+    out, kept = tmp_path / "x.mp4", tmp_path / "x.json"
+    flags = [f"--checkpoint={trained}", "--prompt=a", "--height=8", "--width=8", "--steps=1", f"--out={out}"]
+    full = mock.patch.object(files, "write_video", side_effect=OSError(28, "No space left on device"))
+    with mock.patch.object(by_path, "load", return_value=by_path.load(trained / "3", {})):
+        assert main.run(["sample", *flags]) == 0 and kept.exists()
+        with full:
+            for again, left in (([f"--manifest={kept}", f"--out={out}"], True), ([*flags, "--seed=1"], False)):
+                assert main.run(["sample", *again]) == 1 and kept.exists() == left
+                assert "No space left" in capsys.readouterr().err
+
+
 def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path, capsys):
     video = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     iio.imwrite(tmp_path / "clip.gif", video, duration=200, loop=0)
@@ -661,6 +674,8 @@ def test_vbench_finds_five_videos_of_every_prompt(trained, tmp_path, capsys, mon
         assert main.run(["sample", f"--vbench={out}", *flags]) == 0
         assert capsys.readouterr().out == f"{out / 'videos'}\n"
         assert "not an empty folder" in refusal(capsys, "sample", f"--vbench={out}", *flags)
+        odd = refusal(capsys, "sample", f"--vbench={tmp_path / 'odd'}", *flags[:-1], "--frames=6", "--height=33")
+        assert "32 and 40 are the nearest that work" in odd and "5 and 9 are the nearest that work" in odd
         # The same seeds make the same videos in the other way of writing them.
         assert main.run(["sample", f"--out={tmp_path / 'v.mp4'}", "--samples=5", "--scale=1", *flags]) == 0
     names = [f"{prompt}-{index}.mp4" for prompt in prompts.read_text().splitlines() for index in range(5)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.generate.known import Known
 from sora_jax.text.captions import CaptionText
@@ -196,6 +197,29 @@ def test_a_request_file_of_many_sizes_and_ways_is_one_program(sampler, tmp_path)
     for number in (3, 4):
         (alone,) = sampler.generate([orders[number]])
         assert np.abs(alone.astype(int) - videos[number]).max() <= 1 and np.abs(np.diff(alone, axis=0)).max() > 0
+
+
+def test_videos_are_handed_on_before_all_are_made(sampler, monkeypatch):
+    """A few batches at a time, whatever way each is made, and as they are when all are made together."""
+    from sora_jax.generate.requests import Order
+
+    orders = [Order(prompt="a", frames=17 if number == 1 else 5, window=9, seed=number) for number in range(7)]
+    jobs, settings = sampler.prepare(orders), sampler.run.sampler
+    together = sampler.make(jobs, settings)
+    rounds, sample = [], sampler.sample
+    monkeypatch.setattr(
+        sampler, "sample", lambda requests, *rest: (rounds.append(len(requests)), sample(requests, *rest))[1]
+    )
+    monkeypatch.setattr(pipeline, "packing_for", lambda *_: pack.PackConfig(2, 64, 8, 64, window=8))
+    monkeypatch.setattr(pipeline, "TOGETHER", 1)
+    made = {}
+    for number, (frames, _) in sampler.making(jobs, settings):
+        made[number] = frames
+        # No more than what has been handed on, and its own group, has been begun.
+        assert sum(rounds) <= len(made) + 4
+    assert len(rounds) >= 3 and sorted(made) == list(range(7))
+    for number, video in enumerate(together):
+        assert np.abs(made[number].astype(int) - video).max() <= 1
 
 
 def test_a_longer_video_needs_no_more_memory_than_its_windows(sampler, monkeypatch):

@@ -20,10 +20,32 @@ COMMAND = [
 GIB = 2**30
 
 
+needs_libtpu = pytest.mark.skipif(
+    not (LIBTPU.is_dir() or importlib.util.find_spec("libtpu")), reason="libtpu is not installed"
+)
+COUNT = """
+import sys
+from sora_jax.plan import topology
+target = topology.target(sys.argv[1])
+print(len(target.devices), target.devices[0].device_kind)
+"""
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("v4:2x2x2", "TPU v4"), ("v5e:2x4", "TPU v5 lite"), ("v5p:2x2x2", "TPU v5"), ("v6e:2x4", "TPU v6 lite")],
+)
+def test_a_chip_is_a_device(name, kind):
+    environment = os.environ | {"PYTHONPATH": str(LIBTPU), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, name], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == f"8 {kind}", done.stderr
+
+
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
-    if not (LIBTPU.is_dir() or importlib.util.find_spec("libtpu")):
-        pytest.skip("libtpu is not installed")
     out = tmp_path_factory.mktemp("plan") / "plan.json"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "PYTHONPATH": str(LIBTPU),
@@ -42,6 +64,7 @@ def numbers(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@needs_libtpu
 def test_a_billion_parameters_fit_as_measured(numbers):
     memory, count = numbers["memory"], numbers["model"]["parameters"]
     assert count > 1e9 and numbers["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
@@ -53,12 +76,14 @@ def test_a_billion_parameters_fit_as_measured(numbers):
     assert 9 * GIB < memory["total"] < 11 * GIB and numbers["verdict"]["fits"]
 
 
+@needs_libtpu
 def test_attention_is_the_kernel_of_tpus(numbers):
     """Forward, again forward, and both halves of backward, of tokens among themselves and with their captions, in 14 blocks."""
     kernels = {name.split("_segmented")[0]: times for name, times in numbers["kernels"].items()}
     assert kernels == {"splash_mha_fwd": 56, "splash_mha_dq": 28, "splash_mha_dkv": 28}
 
 
+@needs_libtpu
 def test_weights_are_gathered_and_gradients_scattered_block_by_block(numbers):
     found = {(each["kind"], each["axes"]): each for each in numbers["collectives"]}
     count = numbers["model"]["parameters"]

@@ -186,7 +186,7 @@ def _add_modes(parser: flags.Parser) -> None:
         type=float,
         metavar="X",
         help="make the video at this share of its size first, as the seed makes it there, and then in full from it "
-        "(default: no draft, else also written to NAME-draft)",
+        "(default: no draft; one is written to NAME-draft, but beside no sheet)",
     )
     beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
     beside.add_argument("--start", type=float, metavar="SECONDS", help="where the video begins to be used (default: 0)")
@@ -285,6 +285,8 @@ def sample(arguments: argparse.Namespace) -> None:
     logging.info("sampling %d of %s", len(jobs), sizes)
     scale = kept.scale if kept else arguments.scale or math.ceil(SHOWN_WIDTH / max(job.size.width for job in jobs))
     with errors_of_writing(told):
+        if told != arguments.manifest:
+            told.unlink(missing_ok=True)  # it tells of files that are replaced one by one from now on
         measured = _write(videos, jobs, pipeline.making(jobs, settings), scale)
         found = manifest.Manifest(
             version=sora_jax.__version__,
@@ -391,7 +393,7 @@ def _measured(job: Job, frames: np.ndarray) -> str:
         words.append(f"closes with {continuity.loop_change(frames):.2f} of the usual change")
     if seams := job.timeline.seams:
         words.append(f"changes at seams by at most {continuity.seam_change(frames, seams):.2f} of the usual")
-    return "".join(f"  ({'; '.join(words)})" if words else "")
+    return f"  ({'; '.join(words)})" if words else ""
 
 
 def _manifest_path(out: Path | None, outdir: Path | None) -> Path:

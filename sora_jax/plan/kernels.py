@@ -45,8 +45,8 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
         "pack.row_text": _up(packing.row_text, step),
         "mesh.sequence": math.gcd(heads, split),
     }
-    if model.attention == "blockwise":
-        return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
+    if model.attention in ("blockwise", "chunked"):
+        return [f"dit.attention={model.attention} takes no {kernel} kernel: set dit.attention=auto"]
     return [
         f"no {kernel} kernel for attention {what}: {_remedy(backend, now, better)}"
         for what, backend in _backends(model, packing, mesh, platform).items()
