@@ -9,6 +9,7 @@ import pytest
 
 from sora_jax import config
 from sora_jax.data.worlds import clips
+from sora_jax.data.worlds.scene import Scene, Thing
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import reader
 from sora_jax.generate import pipeline
@@ -79,6 +80,18 @@ def test_an_image_that_moves_as_prompted_is_told_from_another_thing(oracle):
     assert found["identity"] == 0 and found["motion"] == 1
     assert found["given_psnr"] < 30
     assert oracle.scores("image", grey)["identity"] == 0
+
+
+@pytest.mark.parametrize(("shape", "radius"), [("circle", 6.0), ("star", 5.0)])
+def test_two_of_a_thing_are_not_it(shape, radius):
+    """Read as one, of its colour and shape, but not in one piece."""
+    left = Thing("red", shape, "small", "still", radius, 24.0, 17.0)
+    scenes = [Scene((dataclasses.replace(left, centre_x=x),), None, "black", 48, 48, 5, 8.0) for x in (17.0, 31.0)]
+    one, other = clips.render_mixed(scenes)
+    (reading,) = reader.read_many([np.maximum(one, other)])
+    assert [(thing.colour, thing.shape) for thing in reading.things] == [("red", shape)]
+    assert prompting._identity([one], scenes[:1]) == 1
+    assert prompting._identity([np.maximum(one, other)], scenes[:1]) == 0
 
 
 @pytest.mark.parametrize(("mode", "new"), [("extend_forward", slice(9, None)), ("extend_backward", slice(9))])
