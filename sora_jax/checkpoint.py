@@ -73,6 +73,9 @@ _OF_THE_DISK = (
     "Input/output error",
 )
 _PART_BYTES = 2**28  # of a device, that are read back at a time
+# From how many on devices that hold the same array write a part of it each: every part is cut out by a program of its own, and
+# compiling hundreds of them for small arrays took longer than the rest of a first save.
+_SHARED_BYTES = 2**24
 # Of what others may have written.
 _MAX_METADATA_BYTES = 2**25  # of a JSON file of orbax's: 100,000 arrays
 _MAX_ARRAYS = 2**17
@@ -189,7 +192,10 @@ def save(
     try:
         _sweep(root)
         # Blocking on purpose: a small model takes 0.2 s, and the caller may donate its buffers to the next step at once.
-        ocp.save_checkpointables(place, stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SHARED_BYTES
+        with context:
+            ocp.save_checkpointables(place, stored, custom_metadata={_RECORD: record, "sha256": _digest(record)})
         wrong = _wrong(place, record, {name: _abstracts(arrays) for name, arrays in flat.items()})
         if not (damaged := processes.on_any(bool(wrong))) and sealed:
             seal.write(place, root / str(step))

@@ -89,17 +89,16 @@ def dit(
     plain, batched = {"none": (0, 0), "dots": (0, 1), "offload": (0, 1), "full": (1, 1)}[config.remat]
     learned = int(config.text is not None)  # text states that need gradients
 
-    def block(part: str, flops: float, gradients: int = 2, again: int = plain) -> Product:
-        return Product(part, config.blocks * flops, gradients, again)
-
-    products = [
-        block("self-attention", 2 * N * D * (3 * D + D)),
-        block("self-attention", 2 * 2 * pairs * D, again=batched),
-        block("cross-attention", 2 * N * D * (D + D) + 2 * L * D * 2 * D),
-        block("cross-attention", 2 * 2 * text_pairs * D, again=batched),
-        block("mlp", 2 * 2 * N * D * config.mlp_ratio * D),
-        block("modulation", 2 * S * D * 6 * D),
-        block("modulation", 2 * N * row_slots * 6 * D, gradients=1, again=batched),
+    block = [
+        Product("self-attention", 2 * N * D * (3 * D + D), recomputed=plain),
+        Product("self-attention", 2 * 2 * pairs * D, recomputed=batched),
+        Product("cross-attention", 2 * N * D * (D + D) + 2 * L * D * 2 * D, recomputed=plain),
+        Product("cross-attention", 2 * 2 * text_pairs * D, recomputed=batched),
+        Product("mlp", 2 * 2 * N * D * config.mlp_ratio * D, recomputed=plain),
+        Product("modulation", 2 * S * D * 6 * D, recomputed=plain),
+        Product("modulation", 2 * N * row_slots * 6 * D, gradients=1, recomputed=batched),
+    ]
+    outside = [
         Product("modulation", 2 * S * D * 2 * D),
         Product("modulation", 2 * N * row_slots * 2 * D, gradients=1),
         Product("ends", 2 * N * D * (P + 48), gradients=1),
@@ -109,7 +108,8 @@ def dit(
         Product("condition", 2 * (L + S) * M * D, gradients=1 + learned),
         Product("condition", 2 * S * row_text * M, gradients=learned),
     ]
-    return products + ([] if config.text is None else text_encoder(config.text, rows, row_text))
+    encoder = [] if config.text is None else text_encoder(config.text, rows, row_text)
+    return [each._replace(flops=config.blocks * each.flops) for each in block] + outside + encoder
 
 
 def captioner(config: CaptionerConfig, rows: int, row_tokens: int, row_text: int) -> list[Product]:

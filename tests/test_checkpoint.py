@@ -125,6 +125,25 @@ def test_restores_onto_another_mesh(tmp_path):
         checkpoint.restore(tmp_path, {"params": {"kernel": odd}})
 
 
+def test_small_arrays_that_all_devices_hold_are_not_cut_up_by_programs(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put({"kernel": np.ones((64, 24), np.float32), "bias": np.ones(40, np.float32)}, everywhere)
+    compiled = []
+
+    def note(event, _, **said):
+        if "backend_compile" in event:
+            compiled.append(said)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        save(tmp_path, 1, {"params": params})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert len(compiled) <= 2, compiled  # the fingerprints', where no test before has made them
+    assert_same(checkpoint.restore_nested(tmp_path, "params", 1), jax.device_get(params))
+
+
 def test_reads_only_what_is_asked_for(tmp_path):
     items = make_items()
     save(tmp_path, 0, items)
