@@ -13,6 +13,7 @@ from flax import nnx
 
 from sora_jax import sharding
 from sora_jax.models import vae
+from sora_jax.nn.layers import abstract
 
 # Latent frames a chunk: large enough for short clips to be one chunk, small enough for long ones to fit.
 CHUNK = 8
@@ -37,7 +38,7 @@ class Codec:
 
     def __init__(self, config: vae.VAEConfig, params: Any, rest: Any) -> None:
         self.config = config
-        graphdef, _, _ = vae.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))
+        graphdef, _, _ = vae.split(abstract(vae.VAE, config))
 
         @jax.jit
         def encode_chunk(weights: Any, frames: Any, pasts: Any) -> Any:

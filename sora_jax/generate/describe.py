@@ -15,8 +15,9 @@ from sora_jax.config import CaptionerRun
 from sora_jax.data import pack
 from sora_jax.generate import media
 from sora_jax.generate.codec import Codec
-from sora_jax.generate.pipeline import initial_beside, restored
+from sora_jax.generate.pipeline import beside, restored
 from sora_jax.models import captioner, vae
+from sora_jax.nn.layers import abstract
 from sora_jax.text import tokenise
 
 
@@ -34,7 +35,7 @@ class Describer:
         self.run, self.vocabulary, self.params = run, vocabulary, params
         self.geometry = pack.Geometry(run.captioner.patch, vae_config.stride)
         self.codec = Codec(vae_config, *vae_weights)
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: captioner.Captioner(run.captioner, nnx.Rngs(0))), nnx.Param)
+        graphdef, _ = nnx.split(abstract(captioner.Captioner, run.captioner), nnx.Param)
         ids = np.arange(run.captioner.words)
         sayable_V = (ids == tokenise.STOP) | ((ids >= tokenise.FIRST_PIECE) & (ids < len(vocabulary)))
 
@@ -117,13 +118,14 @@ def load(path: Path, step: int | None = None) -> Describer:
         raise config.ConfigError(f"{path} holds no captioner; give the work dir of a trained one")
     vae_config, vocabulary = config.vae_config(meta.get("vae")), stored_vocabulary(meta, run)
     here = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    params, weights = restored(path, step, lambda: initial_weights(run, vae_config, jax.random.key(0)), here)
+    like = beside(abstract(captioner.Captioner, run.captioner), abstract(vae.VAE, vae_config))
+    params, weights = restored(path, step, like, here)
     return Describer(run, vae_config, params, weights, vocabulary)
 
 
 def initial_weights(run: CaptionerRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
     """(params, rest) of a captioner run: its parameters, and the VAE it works with, which it does not train."""
-    return initial_beside(captioner.Captioner(run.captioner, nnx.Rngs(key)), vae_config, key)
+    return beside(captioner.Captioner(run.captioner, nnx.Rngs(key)), vae.VAE(vae_config, nnx.Rngs(key)))
 
 
 def stored_vocabulary(meta: Mapping[str, Any], run: CaptionerRun) -> tokenise.Vocabulary:

@@ -32,6 +32,7 @@ from sora_jax.generate.known import Known, known_cells, known_patches
 from sora_jax.generate.requests import Order, Size
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
+from sora_jax.nn.layers import abstract
 from sora_jax.structs import Layout, PackedBatch
 from sora_jax.text.captions import CaptionText
 
@@ -371,7 +372,7 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
     blind is the batch's layout without prompts, seed_BS a seed for every slot, as is known_guidance_BS, which has a part in it
     if the settings' is not 1.
     """
-    graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(config, nnx.Rngs(0))), nnx.Param)[0]
+    graphdef = nnx.split(abstract(dit.DiT, config), nnx.Param)[0]
 
     def denoise(
         params: Any,
@@ -456,15 +457,12 @@ def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipel
     run = load_run(path, step)
     vae_config = config.vae_config(checkpoint.read_meta(path, step).get("vae"))
     mesh = mesh or sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    params, weights = restored(path, step, lambda: initial_weights(run, vae_config, jax.random.key(0)), mesh)
+    params, weights = restored(path, step, beside(abstract(dit.DiT, run.dit), abstract(vae.VAE, vae_config)), mesh)
     return Pipeline(run, vae_config, params, weights, CaptionText(run.text, run.text.encoder), mesh)
 
 
-def restored(
-    path: Path, step: int | None, initial: Callable[[], tuple[Any, Any]], mesh: Mesh
-) -> tuple[Any, tuple[Any, Any]]:
-    """(averaged params, the VAE's params and rest) of a checkpoint of a model on latents, whose initial() weights are alike."""
-    like = jax.eval_shape(initial)
+def restored(path: Path, step: int | None, like: tuple[Any, Any], mesh: Mesh) -> tuple[Any, tuple[Any, Any]]:
+    """(averaged params, the VAE's params and rest) of a checkpoint of a model on latents, given the shapes beside() has."""
     whole = sharding.replicated(mesh)
     placed = sharding.parameter_shardings(like[0], mesh), jax.tree.map(lambda _: whole, like[1])
     like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, placed)
@@ -475,12 +473,12 @@ def restored(
 
 def initial_weights(run: DiTRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
     """(params, rest) of a DiT run: the transformer's parameters, and the VAE it works with, which it does not train."""
-    return initial_beside(dit.DiT(run.dit, nnx.Rngs(key)), vae_config, key)
+    return beside(dit.DiT(run.dit, nnx.Rngs(key)), vae.VAE(vae_config, nnx.Rngs(key)))
 
 
-def initial_beside(model: nnx.Module, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
-    """(params of the model, rest that holds a VAE)."""
-    _, vae_params, vae_rest = vae.split(vae.VAE(vae_config, nnx.Rngs(key)))
+def beside(model: nnx.Module, network: vae.VAE) -> tuple[Any, Any]:
+    """(params of the model, rest that holds the VAE)."""
+    _, vae_params, vae_rest = vae.split(network)
     rest = {"vae": {"params": nnx.to_pure_dict(vae_params), "rest": nnx.to_pure_dict(vae_rest)}}
     return nnx.to_pure_dict(nnx.state(model, nnx.Param)), rest
 
@@ -497,7 +495,7 @@ def load_vae_config(path: Path) -> vae.VAEConfig:
 def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
     """(config, averaged params, rest) of a VAE's work dir. Raises FileNotFoundError or ConfigError."""
     shape = load_vae_config(path)
-    like = jax.eval_shape(lambda: tuple(nnx.to_pure_dict(part) for part in vae.split(vae.VAE(shape, nnx.Rngs(0)))[1:]))
+    like = tuple(nnx.to_pure_dict(part) for part in vae.split(abstract(vae.VAE, shape))[1:])
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}).items
     return shape, jax.device_get(items["ema"]), jax.device_get(items["rest"])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import string
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from jaxtyping import Float
 from sora_jax import sharding
 from sora_jax.nn.products import product
 
+Model = TypeVar("Model", bound=nnx.Module)
+
 
 def whole(x_BND: Array, tokens: str = "tokens") -> Array:
     """Tokens with their whole width on one device; tokens is the logical axis of the tokens.
@@ -21,6 +26,12 @@ def whole(x_BND: Array, tokens: str = "tokens") -> Array:
     the next weight, comes out wrong on a mesh of data, fsdp and tensor (jax 0.10.2, with either partitioner).
     """
     return sharding.constrain(x_BND, "rows", tokens, "width")
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(kind: Callable[..., Model], config: Any) -> Model:
+    """kind(config, rngs) with shapes in place of its arrays. One for all who ask, as it takes long to trace: not to be changed."""
+    return nnx.eval_shape(lambda: kind(config, nnx.Rngs(0)))
 
 
 class Linear(nnx.Module):

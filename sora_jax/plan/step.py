@@ -20,6 +20,7 @@ from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models.vae import VAEConfig
+from sora_jax.nn.layers import abstract
 from sora_jax.structs import PackedBatch, TrainState
 from sora_jax.train import dit, guard, loop, optimizer
 
@@ -83,11 +84,7 @@ def lower_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Lowered:
 
 def parameter_shapes(run: DiTRun) -> Any:
     """Shapes of a resolved run's parameters."""
-    return jax.eval_shape(lambda: _params(run))
-
-
-def _params(run: DiTRun) -> Any:
-    return nnx.to_pure_dict(nnx.state(dit_model.DiT(run.dit, nnx.Rngs(0)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(abstract(dit_model.DiT, run.dit), nnx.Param))
 
 
 def _batch(run: DiTRun, packing: pack.PackConfig, placed: NamedSharding) -> PackedBatch:

@@ -22,6 +22,7 @@ from sora_jax.evaluate import frechet, mobilenet
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
+from sora_jax.nn.layers import abstract
 from sora_jax.study import scaling
 from sora_jax.train import dit, optimizer, progress
 
@@ -90,7 +91,7 @@ def _check_sweep(swept: dict[str, StagePlan], name: str) -> None:
 
 
 def _vae_plan(name: str, run: VAERun, mesh: Mesh) -> StagePlan:
-    shapes = nnx.eval_shape(lambda: vae_model.VAE(run.vae, nnx.Rngs(0)))
+    shapes = abstract(vae_model.VAE, run.vae)
     _check_mesh(name, mesh, shapes, rows=run.vae_train.batch)
     flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
     units = run.loop.steps * run.vae_train.batch
@@ -115,7 +116,7 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
     except ValueError as error:
         raise ConfigError(f"stage {name}: {error}") from error
     tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens
-    shapes = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
+    shapes = abstract(dit_model.DiT, run.dit)
     _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     follows = stage.compute.along == "frontier" and stage.compute.multiplier != 1 and "isoflop" in study.groups

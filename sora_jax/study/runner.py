@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from sora_jax import checkpoint, compute, config, disk
 from sora_jax.config import DiTRun, StudyRun, VAERun
 from sora_jax.data.worlds import clips
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
+from sora_jax.nn.layers import abstract
 from sora_jax.study import baselines, dry_run, judgement, prompting, report, scaling
 from sora_jax.train import dit, lock, loop, progress, vae
 
@@ -100,7 +100,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
     run = pipeline.load_run(directory)
     steps, packing = run.loop.steps, packing_totals(directory)
     step = compute.dit_step(run.dit, run.pack)
-    model = nnx.eval_shape(lambda: dit_model.DiT(run.dit, nnx.Rngs(0)))
+    model = abstract(dit_model.DiT, run.dit)
     # The packer counts a window when its first row is drawn: of all rows that it packed, those of the steps were used.
     used = steps * run.pack.rows * run.pack.row_tokens / max(1.0, packing["row_tokens"])
     pairs = {name: packing[name] * used / steps for name in ("pairs", "text_pairs")}

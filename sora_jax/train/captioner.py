@@ -21,6 +21,7 @@ from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import description
 from sora_jax.generate import describe, files
 from sora_jax.models import captioner
+from sora_jax.nn.layers import abstract
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text.captions import CaptionWords
 from sora_jax.text.tokenise import Vocabulary
@@ -33,8 +34,7 @@ class Objective:
     """What a captioner of a run is trained on: the cross-entropy of every word, given the clip and the words before."""
 
     def __init__(self, run: CaptionerRun) -> None:
-        shape = nnx.eval_shape(lambda: captioner.Captioner(run.captioner, nnx.Rngs(0)))
-        self.graphdef = nnx.split(shape, nnx.Param)[0]
+        self.graphdef = nnx.split(abstract(captioner.Captioner, run.captioner), nnx.Param)[0]
 
     def __call__(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
         """As loop.Loss."""

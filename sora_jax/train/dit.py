@@ -26,6 +26,7 @@ from sora_jax.evaluate import validation
 from sora_jax.generate import files, pipeline
 from sora_jax.models import dit
 from sora_jax.models.vae import VAEConfig
+from sora_jax.nn.layers import abstract
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
@@ -87,7 +88,7 @@ class Objective:
 
     def __init__(self, run: DiTRun) -> None:
         self.run = run
-        self.graphdef = nnx.split(nnx.eval_shape(lambda: dit.DiT(run.dit, nnx.Rngs(0))), nnx.Param)[0]
+        self.graphdef = nnx.split(abstract(dit.DiT, run.dit), nnx.Param)[0]
 
     def __call__(self, params: Any, rest: Any, batch: PackedBatch, key: Array) -> tuple[Array, dict[str, Array]]:
         """The loss of a training step, as loop.Loss.

@@ -22,6 +22,7 @@ from sora_jax.data.worlds import clips, world
 from sora_jax.evaluate import continuity, reader, reconstruction
 from sora_jax.generate import codec, files
 from sora_jax.models import vae
+from sora_jax.nn.layers import abstract
 from sora_jax.structs import Clip, Share, TrainState
 
 # Clips whose latents give the statistics that normalise them.
@@ -60,7 +61,7 @@ class VAETask:
         self.rows = settings.batch
         self.sizes: dict[str, int] = {}
         self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop).total
-        self.graphdef = vae.split(nnx.eval_shape(lambda: vae.VAE(self.run.vae, nnx.Rngs(0))))[0]
+        self.graphdef = vae.split(abstract(vae.VAE, self.run.vae))[0]
 
     def flops_before(self) -> float:
         return 0.0
