@@ -81,6 +81,13 @@ def test_nine_bands_in_ten_hold_the_truth(runs):
     assert 80 <= held <= 99
 
 
+def test_slopes_are_those_of_the_fitted_curve(rng):
+    x, y = rng.normal(0, 1, (2, 6))
+    constants = np.array([0.3, -1.0, 0.4, -0.7, 0.6])
+    wanted = optimize.approx_fprime(constants, lambda values: laws._log_loss(values, x, y))
+    np.testing.assert_allclose(laws._slopes(constants, x, y), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "law", [laws.Law(0.3, 0.4, 0.25, 2e12), laws.Law(0.0, 0.6, 0.22, 1e12), laws.Law(0.5, 0.1, 1.5, 4e12)]
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -138,6 +138,7 @@ def fit_surface(runs: Runs) -> Surface:
         optimize.least_squares(
             lambda constants: _log_loss(constants, x, y) - np.log(loss),
             [0.5 * loss.min(), guess, a, guess, b],
+            jac=lambda constants: _slopes(constants, x, y),
             bounds=([0, -20, EXPONENTS[0], -20, EXPONENTS[0]], [loss.min(), 20, EXPONENTS[1], 20, EXPONENTS[1]]),
             loss="huber",
             f_scale=HUBER,
@@ -194,6 +195,14 @@ def _log_loss(constants: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     return np.log(np.maximum(irreducible + np.exp(log_A - a * x) + np.exp(log_B - b * y), 1e-12))
 
 
+def _slopes(constants: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Derivatives (runs, constants) of _log_loss by the constants."""
+    irreducible, log_A, a, log_B, b = constants
+    size, data = np.exp(log_A - a * x), np.exp(log_B - b * y)
+    by_loss = np.stack([np.ones_like(x), size, -x * size, data, -y * data], axis=1)
+    return by_loss / np.maximum(irreducible + size + data, 1e-12)[:, None]
+
+
 def deviation(surface: Surface, runs: Runs) -> float:
     """Standard deviation of the logarithms of runs' losses around the surface that was fitted to them."""
     residuals = np.log(np.asarray(runs.losses, float) / surface.after(runs.parameters, runs.steps))
@@ -218,13 +227,11 @@ def band(surface: Surface, runs: Runs, at: Numbers, level: float = 0.9) -> tuple
     )
     N, D = np.asarray(runs.parameters, float), np.asarray(runs.steps, float)
     wanted = np.asarray(at, float)
-
-    def slopes(of: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
-        # Of one point scipy makes a vector.
-        return optimize.approx_fprime(constants, of).reshape(count, CONSTANTS)
-
-    J = slopes(lambda values: _log_loss(values, np.log(N / units[0]), np.log(D / units[1])), len(N))
-    g = slopes(lambda values: np.log(_surface(values, units, surface.cost).law(wanted)), len(wanted))
+    J = _slopes(constants, np.log(N / units[0]), np.log(D / units[1]))
+    by_constants = optimize.approx_fprime(
+        constants, lambda values: np.log(_surface(values, units, surface.cost).law(wanted))
+    )
+    g = by_constants.reshape(len(wanted), CONSTANTS)  # of one point scipy makes a vector
     covariance = np.linalg.pinv(J.T @ J) * deviation(surface, runs) ** 2
     width = stats.t.ppf((1 + level) / 2, len(N) - CONSTANTS) * np.sqrt(np.einsum("na,ab,nb->n", g, covariance, g))
     law = surface.law
