@@ -289,12 +289,13 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
         number += 1
     if from_prompt:
         # The bridge met the round trip of both its ends, so all is shown as that. It begins behind what the bridge saw, where the
-        # loop closes in the middle of a group: the VAE joins what was made apart within a group, and not between two.
+        # loop closes in the middle of a group: the VAE joins what was made apart within a group, and not between two. Before it the
+        # frame before it is seen, as the VAE has the first of what it sees alone.
         total, behind = len(frames_THWC), timeline.windows[-1].stop
         middle = ((total - 1 - behind - np.arange(job.stride)) % total) % job.stride == job.stride // 2
-        shown = (behind + int(np.argmax(middle)) + np.arange(_whole(total, job.stride))) % total
+        shown = (behind + int(np.argmax(middle)) + np.arange(_whole(total + 1, job.stride))) % total
         made_THWC = yield one(Known(frames_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
-        frames_THWC[shown[:total]] = made_THWC[:total]
+        frames_THWC[shown[1 : total + 1]] = made_THWC[1 : total + 1]
     return frames_THWC
 
 
