@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 ARGUMENTS = ("", "vae", "dit")
 # Many times the quickstart's: a VAE that is stopped early shows one place in all frames of a group, and then jumps.
-VAE_STEPS, DIT_STEPS = 6000, 18000
+VAE_STEPS, DIT_STEPS = 6000, 12000
 # Motions that can go on for ever are among them, to be extended and looped.
 MOTIONS = ("still", *parts.DIRECTIONS, "orbit")
 
@@ -45,8 +45,7 @@ def dit() -> ConfigDict:
     run = parts.dit_run(world(), steps=DIT_STEPS, vae_checkpoint="vae")
     # At 144 it learnt no more: 1500 steps on top of 12000 changed its loss by 0.2 %.
     run.dit.width, run.dit.heads = 192, 4
-    # Many steps of few clips, as the ladder's.
-    run.pack.rows, run.optimizer.rate = 5, 0.02
+    run.pack.rows, run.optimizer.rate = 10, 0.014
     run.loader.known.update(
         first_frame=0.12,
         first_frames=0.12,
