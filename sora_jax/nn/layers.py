@@ -1,4 +1,4 @@
-"""Linear, norms and the MLP: parameters in float32, matmuls in a given dtype with float32 accumulation."""
+"""Linear, norms and the MLP: float32 parameters, matmuls in a given dtype with float32 accumulation; models without arrays."""
 
 from __future__ import annotations
 
