@@ -1,5 +1,7 @@
 """Attention in blocks: parts are put together, other clips' blocks are skipped, padding costs nothing and stays finite."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from sora_jax.nn import blockwise
 from sora_jax.nn.attention import reference
+from sora_jax.nn.blockwise import Blocks
 
 N, K, E = 50, 3, 8
 
@@ -27,6 +30,27 @@ def test_blocks_that_do_not_divide_the_row(inputs, block):
     real = np.asarray(segment) > 0
     assert np.allclose(out[real], reference(q, k, v, segment, segment)[real], atol=1e-5)
     assert np.all(out[~real] == 0)
+
+
+def test_captions_have_few_keys_a_block(rng):
+    """A clip of 100 tokens meets a caption of 10, so a block of 128 queries needs few keys; values are the same."""
+    assert Blocks.of(256, 4096, 4096) == (256, 256)
+    assert Blocks.of(256, 4096, 512) == (256, 64) and Blocks.of(256, 4096, 1100) == (256, 128)
+    assert Blocks.of(256, 4096, 40) == (256, 40) and Blocks.of(256, 100, 4096) == (100, 256)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, tokens, K, E)), jnp.float32) for tokens in (800, 90, 90))
+    of_q, of_k = (jnp.repeat(jnp.arange(1, 9), each)[None] for each in (100, 10))
+    of_k = jnp.pad(of_k, ((0, 0), (0, 10)))
+
+    def loss(attend, *inputs):
+        return jnp.sum(attend(*inputs, of_q, of_k) * jnp.cos(jnp.arange(q.size).reshape(q.shape)))
+
+    def in_blocks(*inputs):
+        return blockwise.blockwise(*inputs, block=128)[0]
+
+    (ours, theirs) = (
+        jax.value_and_grad(partial(loss, attend), (0, 1, 2))(q, k, v) for attend in (in_blocks, reference)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
 def test_segments_in_any_order(inputs, rng):
@@ -58,22 +82,22 @@ def test_parts_over_some_keys_are_one_attention(inputs):
 def test_only_blocks_with_a_clip_in_common_are_computed():
     segment = jnp.asarray([np.repeat([1, 2, 3, 0], 16), np.repeat([1, 2], 32)], jnp.int32)
     zeros = jnp.zeros((2, 64, 1, 8))
-    inputs = blockwise.prepared(zeros, zeros, zeros, segment, segment, "float32", 16)
-    (row, i, j), count = blockwise._pairs(inputs, 16)
+    inputs = blockwise.prepared(zeros, zeros, zeros, segment, segment, "float32", Blocks(16, 16))
+    (row, i, j), count = blockwise._pairs(inputs, Blocks(16, 16))
     pairs = list(zip(*(np.asarray(part[:count]).tolist() for part in (row, i, j)), strict=True))
     assert pairs[:3] == [(0, 0, 0), (0, 1, 1), (0, 2, 2)]
     assert pairs[3:] == [(1, a, b) for a in range(4) for b in range(4) if a // 2 == b // 2]
 
 
-def computed(q_segment, k_segment, block):
+def computed(q_segment, k_segment, blocks):
     """Pairs of blocks that are computed, and those of which the dense mask has a pair of tokens, as sets."""
     q, k = (jnp.asarray(segment, jnp.int32)[None] for segment in (q_segment, k_segment))
     heads = [jnp.zeros((1, each.shape[1], 1, 8)) for each in (q, k, k)]
-    inputs = blockwise.prepared(*heads, q, k, "float32", block)
-    (_, i, j), count = blockwise._pairs(inputs, block)
+    inputs = blockwise.prepared(*heads, q, k, "float32", blocks)
+    (_, i, j), count = blockwise._pairs(inputs, blocks)
     q, k = np.asarray(inputs.q_segment_BN[0]), np.asarray(inputs.k_segment_BM[0])
     dense = (q[:, None] == k) & (q[:, None] > 0)
-    some = dense.reshape(len(q) // block, block, len(k) // block, block).any((1, 3))
+    some = dense.reshape(len(q) // blocks.q, blocks.q, len(k) // blocks.k, blocks.k).any((1, 3))
     pairs = list(zip(np.asarray(i[:count]).tolist(), np.asarray(j[:count]).tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
     return set(pairs), set(zip(*(part.tolist() for part in np.nonzero(some)), strict=True))
@@ -81,7 +105,7 @@ def computed(q_segment, k_segment, block):
 
 @given(st.lists(st.integers(0, 4), min_size=24, max_size=24), st.lists(st.integers(0, 4), min_size=17, max_size=17))
 def test_no_block_is_skipped_that_the_dense_mask_needs(q_segment, k_segment):
-    found, needed = computed(q_segment, k_segment, 8)
+    found, needed = computed(q_segment, k_segment, Blocks(8, 4))
     assert needed <= found
 
 
@@ -89,7 +113,7 @@ def test_no_block_is_skipped_that_the_dense_mask_needs(q_segment, k_segment):
 def test_of_a_packed_row_exactly_the_blocks_of_the_dense_mask_are_computed(lengths, padding):
     segment = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])[:40]
     segment = np.pad(segment, (0, 40 - len(segment)))
-    found, needed = computed(segment, segment, 8)
+    found, needed = computed(segment, segment, Blocks(8, 4))
     assert found == needed
 
 

@@ -114,6 +114,30 @@ def test_remat_changes_nothing(noisy, layout, remat):
         assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def within(program):
+    """All equations of a program, and those within theirs."""
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from within(value)
+
+
+@pytest.mark.parametrize(("remat", "loops"), [("none", 2), ("dots", 2), ("full", 4)])
+def test_what_attention_gave_is_kept_with_the_products(noisy, layout, remat, loops):
+    """Attention in blocks is a loop, and another backward, of tokens among themselves and with captions."""
+    config = dataclasses.replace(CONFIG, remat=remat, attention="blockwise")
+    graphdef, params = nnx.split(dit.DiT(config, nnx.Rngs(0)))
+
+    def loss(params):
+        return nnx.merge(graphdef, params)(noisy, TIME, layout).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    backward = [each for each in within(program) if each.primitive.name == "scan" and each.params["reverse"]]
+    names = [each.primitive.name for scan in backward for each in within(scan.params["jaxpr"])]
+    assert names.count("while") == loops
+
+
 def test_bfloat16_is_close_and_returns_float32(model, noisy, layout):
     out = randomised(dataclasses.replace(CONFIG, dtype="bfloat16"))(noisy, TIME, layout)
     exact = model(noisy, TIME, layout)

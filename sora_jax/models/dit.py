@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from sora_jax import sharding, structs
 from sora_jax.models import text_encoder
-from sora_jax.nn import multihead, rope
+from sora_jax.nn import blockwise, multihead, rope
 from sora_jax.nn.layers import MLP, Linear, layer_norm, whole
 from sora_jax.nn.multihead import CrossAttention, SelfAttention
 
@@ -29,9 +29,13 @@ LEAST_TIME = 0.05
 MOST_WIDTH, MOST_BLOCKS = 2**17, 2**12
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products of weights, and of attention its result: what it needs of it is no larger, and takes long to make again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(blockwise.KEPT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
-    # What "dots" keeps, in the host's memory until it is wanted.
+    # Products of weights, in the host's memory until they are wanted.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 

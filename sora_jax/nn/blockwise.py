@@ -14,12 +14,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from sora_jax.nn.products import product
 
 # Stands for minus infinity, yet differences of it are numbers.
 LEAST = -1e30
+
+
+# The name by which a policy of recomputing keeps what the backward pass needs beside queries, keys and values.
+KEPT = "attention"
+# Blocks of keys are of so many or a multiple: of fewer there would be many, each of too little work.
+KEYS = 64
+
+
+class Blocks(NamedTuple):
+    """How many tokens a block of queries has, and how many one of keys."""
+
+    q: int
+    k: int
+
+    @classmethod
+    def of(cls, block: int, queries: int, keys: int) -> Blocks:
+        """Blocks of at most `block` tokens; one of keys is no larger a part of all than one of queries, as captions have few."""
+        part = KEYS * math.ceil(block * keys / queries / KEYS)
+        return cls(min(block, queries), min(block, part, keys))
 
 
 class Inputs(NamedTuple):
@@ -44,25 +64,26 @@ def blockwise(
     """(softmax(q k^T / sqrt(E)) v within segments, logarithm of each query's sum of exponentials), both differentiable.
 
     With the logarithms parts over different keys are put together (merge). Tokens of segment 0 and queries without keys get
-    zeros and a logarithm of LEAST. block is the number of tokens of a block; which blocks are skipped follows from the range
+    zeros and a logarithm of LEAST. block is the most tokens of a block; which blocks are skipped follows from the range
     of their segments, so a row's clips must not be interleaved for it to help.
     """
     N, M = q_BNKE.shape[1], k_BMKE.shape[1]
-    block = min(block, max(N, M))
-    inputs = prepared(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype, block)
-    out_BKNE, log_sum_BKN = _attend(inputs, block)
+    blocks = Blocks.of(block, N, M)
+    inputs = prepared(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype, blocks)
+    out_BKNE, log_sum_BKN = _attend(inputs, blocks)
     return out_BKNE.swapaxes(1, 2)[:, :N], log_sum_BKN.swapaxes(1, 2)[:, :N]
 
 
 def prepared(
-    q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str, block: int
+    q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str, blocks: Blocks
 ) -> Inputs:
-    def in_blocks(x: Array) -> Array:
+    def in_blocks(x: Array, block: int) -> Array:
         return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
     scaled = q_BNKE * q_BNKE.shape[-1] ** -0.5
-    q, k, v = (in_blocks(x).astype(dtype).swapaxes(1, 2) for x in (scaled, k_BMKE, v_BMKE))
-    return Inputs(q, k, v, in_blocks(q_segment_BN), in_blocks(k_segment_BM))
+    padded = (in_blocks(scaled, blocks.q), in_blocks(k_BMKE, blocks.k), in_blocks(v_BMKE, blocks.k))
+    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in padded)
+    return Inputs(q, k, v, in_blocks(q_segment_BN, blocks.q), in_blocks(k_segment_BM, blocks.k))
 
 
 def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -88,9 +109,9 @@ def meetings(
     return (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
 
 
-def _pairs(inputs: Inputs, block: int) -> tuple[tuple[Array, Array, Array], Array]:
+def _pairs(inputs: Inputs, blocks: Blocks) -> tuple[tuple[Array, Array, Array], Array]:
     """(row, block of queries, block of keys) of all pairs with a segment in common, in order, and how many there are."""
-    shared = meetings(inputs.q_segment_BN, inputs.k_segment_BM, block, block)
+    shared = meetings(inputs.q_segment_BN, inputs.k_segment_BM, blocks.q, blocks.k)
     row, i, j = jnp.nonzero(shared, size=math.prod(shared.shape), fill_value=0)
     return (row, i, j), shared.sum()
 
@@ -105,32 +126,36 @@ def _put(x: Array, value: Array, row: Array, number: Array, block: int) -> Array
     return jax.lax.dynamic_update_slice(x, value[None], (row, 0, number * block, *(0 for _ in x.shape[3:])))
 
 
-def _same(inputs: Inputs, row: Array, i: Array, j: Array, block: int) -> Array:
-    """(block, block): whether a query and a key belong to one clip."""
-    q = jax.lax.dynamic_slice(inputs.q_segment_BN, (row, i * block), (1, block))[0]
-    k = jax.lax.dynamic_slice(inputs.k_segment_BM, (row, j * block), (1, block))[0]
+def _same(inputs: Inputs, row: Array, i: Array, j: Array, blocks: Blocks) -> Array:
+    """(blocks.q, blocks.k): whether a query and a key belong to one clip."""
+    q = jax.lax.dynamic_slice(inputs.q_segment_BN, (row, i * blocks.q), (1, blocks.q))[0]
+    k = jax.lax.dynamic_slice(inputs.k_segment_BM, (row, j * blocks.k), (1, blocks.k))[0]
     return (q[:, None] == k[None, :]) & (q[:, None] > 0)
 
 
 Three = tuple[Array, Array, Array]
 
 
-def forward(inputs: Inputs, block: int) -> tuple[Array, Array]:
+def forward(inputs: Inputs, blocks: Blocks) -> tuple[Array, Array]:
     """(out_BKNE, log_sum_BKN), float32."""
-    (row, i, j), count = _pairs(inputs, block)
+    (row, i, j), count = _pairs(inputs, blocks)
     shape, dtype = inputs.q_BKNE.shape, inputs.q_BKNE.dtype
 
     def visit(number: Array, carry: Three) -> Three:
         r, a, b = row[number], i[number], j[number]
-        value, sum_, most = (_block(x, r, a, block) for x in carry)
-        same = _same(inputs, r, a, b, block)
-        logits = product("kne,kme->knm", _block(inputs.q_BKNE, r, a, block), _block(inputs.k_BKME, r, b, block), dtype)
+        value, sum_, most = (_block(x, r, a, blocks.q) for x in carry)
+        same = _same(inputs, r, a, b, blocks)
+        logits = product(
+            "kne,kme->knm", _block(inputs.q_BKNE, r, a, blocks.q), _block(inputs.k_BKME, r, b, blocks.k), dtype
+        )
         above = jnp.maximum(most, jnp.where(same, logits, LEAST).max(-1))
         weights = jnp.where(same, jnp.exp(logits - above[..., None]), 0.0)
         shrink = jnp.exp(most - above)
-        value = value * shrink[..., None] + product("knm,kme->kne", weights, _block(inputs.v_BKME, r, b, block), dtype)
+        value = value * shrink[..., None] + product(
+            "knm,kme->kne", weights, _block(inputs.v_BKME, r, b, blocks.k), dtype
+        )
         sum_ = sum_ * shrink + weights.sum(-1)
-        value, sum_, above = (_put(x, new, r, a, block) for x, new in zip(carry, (value, sum_, above), strict=True))
+        value, sum_, above = (_put(x, new, r, a, blocks.q) for x, new in zip(carry, (value, sum_, above), strict=True))
         return value, sum_, above
 
     start = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:-1], jnp.float32), jnp.full(shape[:-1], LEAST, jnp.float32)
@@ -140,27 +165,27 @@ def forward(inputs: Inputs, block: int) -> tuple[Array, Array]:
     return out, jnp.where(some, most + jnp.log(jnp.where(some, sum_, 1.0)), LEAST)
 
 
-def backward(inputs: Inputs, log_sum_BKN: Array, mean_BKN: Array, d_out_BKNE: Array, block: int) -> Three:
+def backward(inputs: Inputs, log_sum_BKN: Array, mean_BKN: Array, d_out_BKNE: Array, blocks: Blocks) -> Three:
     """Gradients of queries, keys and values, float32, from mean_gradient's means.
 
     The log sums may be over more keys than these: then it is these keys' part of a larger attention's gradients.
     """
-    (row, i, j), count = _pairs(inputs, block)
+    (row, i, j), count = _pairs(inputs, blocks)
     dtype = inputs.q_BKNE.dtype
 
     def visit(number: Array, carry: Three) -> Three:
         r, a, b = row[number], i[number], j[number]
         d_q, d_k, d_v = carry
         q, d_out, log_sum, mean = (
-            _block(x, r, a, block) for x in (inputs.q_BKNE, d_out_BKNE, log_sum_BKN[..., None], mean_BKN[..., None])
+            _block(x, r, a, blocks.q) for x in (inputs.q_BKNE, d_out_BKNE, log_sum_BKN[..., None], mean_BKN[..., None])
         )
-        k, v = (_block(x, r, b, block) for x in (inputs.k_BKME, inputs.v_BKME))
+        k, v = (_block(x, r, b, blocks.k) for x in (inputs.k_BKME, inputs.v_BKME))
         logits = product("kne,kme->knm", q, k, dtype)
-        weights = jnp.where(_same(inputs, r, a, b, block), jnp.exp(logits - log_sum), 0.0)
+        weights = jnp.where(_same(inputs, r, a, b, blocks), jnp.exp(logits - log_sum), 0.0)
         d_logits = weights * (product("kne,kme->knm", d_out, v, dtype) - mean)
-        d_q = _put(d_q, _block(d_q, r, a, block) + product("knm,kme->kne", d_logits, k, dtype), r, a, block)
-        d_k = _put(d_k, _block(d_k, r, b, block) + product("knm,kne->kme", d_logits, q, dtype), r, b, block)
-        d_v = _put(d_v, _block(d_v, r, b, block) + product("knm,kne->kme", weights, d_out, dtype), r, b, block)
+        d_q = _put(d_q, _block(d_q, r, a, blocks.q) + product("knm,kme->kne", d_logits, k, dtype), r, a, blocks.q)
+        d_k = _put(d_k, _block(d_k, r, b, blocks.k) + product("knm,kne->kme", d_logits, q, dtype), r, b, blocks.k)
+        d_v = _put(d_v, _block(d_v, r, b, blocks.k) + product("knm,kne->kme", weights, d_out, dtype), r, b, blocks.k)
         return d_q, d_k, d_v
 
     d_q, d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in inputs[:3])
@@ -173,20 +198,20 @@ def mean_gradient(out_BKNE: Array, d_out_BKNE: Array, d_log_sum_BKN: Array | flo
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend(inputs: Inputs, block: int) -> tuple[Array, Array]:
-    return forward(inputs, block)
+def _attend(inputs: Inputs, blocks: Blocks) -> tuple[Array, Array]:
+    return forward(inputs, blocks)
 
 
-def _attend_forward(inputs: Inputs, block: int) -> tuple[tuple[Array, Array], tuple[Inputs, Array, Array]]:
-    out_BKNE, log_sum_BKN = forward(inputs, block)
+def _attend_forward(inputs: Inputs, blocks: Blocks) -> tuple[tuple[Array, Array], tuple[Inputs, Array, Array]]:
+    out_BKNE, log_sum_BKN = (checkpoint_name(x, KEPT) for x in forward(inputs, blocks))
     return (out_BKNE, log_sum_BKN), (inputs, out_BKNE, log_sum_BKN)
 
 
-def _attend_backward(block: int, kept: tuple[Inputs, Array, Array], grads: tuple[Array, Array]) -> tuple[Inputs]:
+def _attend_backward(blocks: Blocks, kept: tuple[Inputs, Array, Array], grads: tuple[Array, Array]) -> tuple[Inputs]:
     inputs, out_BKNE, log_sum_BKN = kept
     d_out_BKNE, d_log_sum_BKN = grads
     mean_BKN = mean_gradient(out_BKNE, d_out_BKNE, d_log_sum_BKN)
-    d_inputs = backward(inputs, log_sum_BKN, mean_BKN, d_out_BKNE, block)
+    d_inputs = backward(inputs, log_sum_BKN, mean_BKN, d_out_BKNE, blocks)
     return (as_gradient(inputs, d_inputs),)
 
 

@@ -31,7 +31,11 @@ def _backward(equation: str, dtype: str | jnp.dtype, kept: tuple[Array, Array], 
     one, other = kept
     (a, b), out = _letters(equation)
     gradient = gradient.astype(dtype)
-    return multiply(f"{out},{b}->{a}", gradient, other), multiply(f"{a},{out}->{b}", one, gradient)
+    d_one = multiply(f"{out},{b}->{a}", gradient, other)
+    # What is on the left may have to be laid out anew, so it is the smaller.
+    if one.size <= gradient.size:
+        return d_one, multiply(f"{a},{out}->{b}", one, gradient)
+    return d_one, multiply(f"{out},{a}->{b}", gradient, one)
 
 
 product.defvjp(_forward, _backward)
@@ -50,6 +54,7 @@ def multiply(equation: str, one: Array, other: Array) -> Array:
     batch = [x for x in a if x in b and x in out]
     pairs = [([a.index(x) for x in names], [b.index(x) for x in names]) for names in (summed, batch)]
     found = jax.lax.dot_general(one, other, (pairs[0], pairs[1]), preferred_element_type=jnp.float32)
+    found = with_layout_constraint(found, Layout(tuple(range(found.ndim))))
     made = batch + [x for x in a if x not in b] + [x for x in b if x not in a]
     return found.transpose([made.index(x) for x in out])
 

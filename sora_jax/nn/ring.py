@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sora_jax.nn import blockwise
-from sora_jax.nn.blockwise import Inputs, Three
+from sora_jax.nn.blockwise import Blocks, Inputs, Three
 
 
 def ring(
@@ -34,9 +34,9 @@ def ring(
     Arguments and result are a device's own part, which has the same number of tokens on every device.
     """
     N = q_BNKE.shape[1]
-    block = min(block, max(N, k_BMKE.shape[1]))
-    inputs = blockwise.prepared(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype, block)
-    return _attend(inputs, axis, block).swapaxes(1, 2)[:, :N]
+    blocks = Blocks.of(block, N, k_BMKE.shape[1])
+    inputs = blockwise.prepared(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype, blocks)
+    return _attend(inputs, axis, blocks).swapaxes(1, 2)[:, :N]
 
 
 def all_to_all(
@@ -65,32 +65,32 @@ def _onwards(parts: tuple[Array, ...], axis: str) -> tuple[Array, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attend(inputs: Inputs, axis: str, block: int) -> Array:
-    return _forward(inputs, axis, block)[0]
+def _attend(inputs: Inputs, axis: str, blocks: Blocks) -> Array:
+    return _forward(inputs, axis, blocks)[0]
 
 
-def _forward(inputs: Inputs, axis: str, block: int) -> tuple[Array, tuple[Inputs, Array, Array]]:
+def _forward(inputs: Inputs, axis: str, blocks: Blocks) -> tuple[Array, tuple[Inputs, Array, Array]]:
     Carry = tuple[Inputs, tuple[Array, Array]]
 
     def step(carry: Carry, _: None) -> tuple[Carry, None]:
         seen, found = carry
         k, v, segment = _onwards((seen.k_BKME, seen.v_BKME, seen.k_segment_BM), axis)
         seen = seen._replace(k_BKME=k, v_BKME=v, k_segment_BM=segment)
-        return (seen, blockwise.merge(found, blockwise.forward(seen, block))), None
+        return (seen, blockwise.merge(found, blockwise.forward(seen, blocks))), None
 
-    start = inputs, blockwise.forward(inputs, block)
+    start = inputs, blockwise.forward(inputs, blocks)
     (_, (out_BKNE, log_sum_BKN)), _ = jax.lax.scan(step, start, None, length=jax.lax.axis_size(axis) - 1)
     return out_BKNE, (inputs, out_BKNE, log_sum_BKN)
 
 
-def _backward(axis: str, block: int, kept: tuple[Inputs, Array, Array], d_out_BKNE: Array) -> tuple[Inputs]:
+def _backward(axis: str, blocks: Blocks, kept: tuple[Inputs, Array, Array], d_out_BKNE: Array) -> tuple[Inputs]:
     inputs, out_BKNE, log_sum_BKN = kept
     mean_BKN = blockwise.mean_gradient(out_BKNE, d_out_BKNE, 0.0)
     Carry = tuple[Inputs, Three]
 
     def step(carry: Carry, _: None) -> tuple[Carry, None]:
         seen, (d_q, d_k, d_v) = carry
-        more_q, more_k, more_v = blockwise.backward(seen, log_sum_BKN, mean_BKN, d_out_BKNE, block)
+        more_q, more_k, more_v = blockwise.backward(seen, log_sum_BKN, mean_BKN, d_out_BKNE, blocks)
         k, v, segment, d_k, d_v = _onwards(
             (seen.k_BKME, seen.v_BKME, seen.k_segment_BM, d_k + more_k, d_v + more_v), axis
         )
