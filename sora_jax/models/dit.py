@@ -139,7 +139,7 @@ class Context:
         """
         # For the same reason as in whole().
         slots_BSX = sharding.constrain(linear(self.condition_BSD), "rows", "slots", "none")
-        return jnp.split(jnp.einsum("bns,bsx->bnx", self.slot_one_hot_BNS, slots_BSX), count, -1)
+        return [jnp.einsum("bns,bsd->bnd", self.slot_one_hot_BNS, part) for part in jnp.split(slots_BSX, count, -1)]
 
 
 class DiT(nnx.Module):
