@@ -21,8 +21,6 @@ from sora_jax.nn.products import product
 
 # Stands for minus infinity, yet differences of it are numbers.
 LEAST = -1e30
-
-
 # The name by which a policy of recomputing keeps what the backward pass needs beside queries, keys and values.
 KEPT = "attention"
 # Blocks of keys are of so many or a multiple: of fewer there would be many, each of too little work.

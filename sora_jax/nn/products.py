@@ -45,16 +45,19 @@ def multiply(equation: str, one: Array, other: Array) -> Array:
     """einsum(equation, one, other) with a float32 result."""
     (a, b), out = _letters(equation)
     summed = [x for x in a if x in b and x not in out]
-    if one.dtype == jnp.bfloat16 and sharding.platform() == "cpu" and not a.endswith("".join(summed)):
-        # XLA's CPU backend multiplies bfloat16 fast only if the left operand is summed over its last axes in memory; what is to be
-        # laid out anew must be made before, or it is made element by element in the new order.
+    # XLA's CPU backend multiplies bfloat16 fast only if the left operand is summed over its last axes in memory, and not at all if
+    # it gives the result another layout, as it would to be spared a transposition.
+    as_laid_out = one.dtype == jnp.bfloat16 and sharding.platform() == "cpu"
+    if as_laid_out and not a.endswith("".join(summed)):
+        # What is to be laid out anew must be made before, or it is made element by element in the new order.
         order = "".join(x for x in a if x not in summed) + "".join(summed)
         one = jax.lax.optimization_barrier(one).transpose([a.index(x) for x in order])
         one, a = with_layout_constraint(one, Layout(tuple(range(one.ndim)))), order
     batch = [x for x in a if x in b and x in out]
     pairs = [([a.index(x) for x in names], [b.index(x) for x in names]) for names in (summed, batch)]
     found = jax.lax.dot_general(one, other, (pairs[0], pairs[1]), preferred_element_type=jnp.float32)
-    found = with_layout_constraint(found, Layout(tuple(range(found.ndim))))
+    if as_laid_out:
+        found = with_layout_constraint(found, Layout(tuple(range(found.ndim))))
     made = batch + [x for x in a if x not in b] + [x for x in b if x not in a]
     return found.transpose([made.index(x) for x in out])
 
