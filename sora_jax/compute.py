@@ -85,8 +85,8 @@ def dit(
     N, L = rows * row_tokens, rows * row_text
     pairs = rows * row_tokens**2 if pairs is None else pairs
     text_pairs = rows * row_tokens * row_text if text_pairs is None else text_pairs
-    # Dots without a batch axis are kept by the policy "dots", attention's and the slots' are not. What attention in blocks gave is, which
-    # is not counted here, as it is not what the reference executes.
+    # Dots without a batch axis are kept by the policy "dots", attention's and the slots' are not. It keeps what attention in blocks
+    # gave, too, but what is counted is what the reference executes.
     plain, batched = {"none": (0, 0), "dots": (0, 1), "offload": (0, 1), "full": (1, 1)}[config.remat]
     learned = int(config.text is not None)  # text states that need gradients
 
