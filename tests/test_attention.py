@@ -89,7 +89,7 @@ def value_and_grads(function, inputs, weight):
     return jax.jit(jax.value_and_grad(lambda qkv: (function(*qkv) * weight).sum()))(inputs)
 
 
-@pytest.mark.parametrize("backend", [name for name in module.BACKENDS if name not in ("auto", "chunked")])
+@pytest.mark.parametrize("backend", module.BACKENDS[1:])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, backend, mesh):
     inputs, segment, weight = long_rows(rng)
@@ -124,10 +124,9 @@ def test_memory_of_a_device_falls_with_the_devices_that_share_a_row():
     assert two < one / 1.35 and four < two / 1.85 and eight < four / 1.8
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "chunked"])
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
 @pytest.mark.parametrize("mesh", ["one device", "heads and tokens"])
-def test_captions_that_every_device_has_whole(rng, mesh, backend, monkeypatch):
-    monkeypatch.setattr(module, "DENSE_BYTES", 30_000)  # on one device in 32 parts, as 22 do not divide its tokens
+def test_captions_that_every_device_has_whole(rng, interpreted, mesh, backend):
     (q, _, _), segment, weight = long_rows(rng)
     k, v = (jnp.asarray(rng.standard_normal((4, 40, 4, 16)), jnp.float32) for _ in range(2))
     text = jnp.asarray(np.sort(rng.integers(1, 6, (4, 40))), jnp.int32)
@@ -144,38 +143,17 @@ def test_captions_that_every_device_has_whole(rng, mesh, backend, monkeypatch):
 
 
 def test_backends_are_chosen_by_platform_and_size():
-    assert {module.chosen(name, 1, 144, 144, 4) for name in ("cpu", "gpu", "tpu")} == {"reference"}
-    assert [module.chosen(name, 1, 4096, 4096, 4) for name in ("cpu", "gpu", "tpu")] == [
-        "blockwise",
-        "triton",
-        "splash",
-    ]
+    assert {module.chosen(name, 144, 144, 4) for name in ("cpu", "gpu", "tpu")} == {"reference"}
+    for keys in (4096, 256):
+        assert [module.chosen(name, 4096, keys, 4) for name in ("cpu", "gpu", "tpu")] == [
+            "blockwise",
+            "triton",
+            "splash",
+        ]
     # A kernel that cannot take the sizes is not chosen.
-    assert {module.chosen(name, 1, 4100, 4100, 4) for name in ("gpu", "tpu")} == {"blockwise"}
-    assert module.chosen("tpu", 1, 4096, 256, 4) == "splash"
-    assert module.chosen("tpu", 1, 1024, 1024, 3, split=4) == "blockwise"
-    assert module.chosen("cpu", 1, 1024, 1024, 4, split=4) == "blockwise"
-
-
-def test_captions_on_gpus_are_met_in_parts_whose_logits_are_small():
-    """64 MiB, 256 MiB and 512 MiB of them."""
-    found = [module.chosen("gpu", rows, 4096, 1024, 4) for rows in (1, 4, 8)]
-    assert found == ["reference", "reference", "chunked"]
-    assert module.chosen("cpu", 1, 4096, 1024, 4) == "blockwise"
-    # Keys that are split over devices stay where they are.
-    assert module.chosen("gpu", 1, 4096, 1024, 4, split=2) == "blockwise"
-
-
-def test_logits_of_parts_are_not_there_at_once(rng):
-    """By the compiler's account of a gradient: 16 MiB of logits in parts of 1."""
-    q, k = (jax.ShapeDtypeStruct((1, tokens, 4, 16), jnp.float32) for tokens in (4096, 256))
-    segments = [jax.ShapeDtypeStruct((1, tokens), jnp.int32) for tokens in (4096, 256)]
-
-    def size(most):
-        gradient = jax.grad(lambda q, k, *s: jnp.sum(jnp.square(module.chunked(q, k, k, *s, "float32", most))))
-        return jax.jit(gradient).lower(q, k, *segments).compile().memory_analysis().temp_size_in_bytes
-
-    assert size(2**20) < 6 * 2**20 < 2 * 2**24 < size(2**24)
+    assert module.chosen("tpu", 4100, 4100, 4) == "blockwise" and module.chosen("gpu", 4100, 4100, 4) == "triton"
+    assert {module.chosen(name, 1024, 1024, 3, split=4) for name in ("gpu", "tpu")} == {"blockwise"}
+    assert module.chosen("cpu", 1024, 1024, 4, split=4) == "blockwise"
 
 
 def test_heads_that_do_not_divide_are_told(rng):
@@ -191,16 +169,9 @@ def test_what_a_backend_cannot_take_is_told(rng):
         attention(*inputs, segment, segment, backend="flash")
     with pytest.raises(ValueError, match="multiples of 128 tokens, not 250 and 250"):
         attention(*inputs, segment, segment, backend="splash")
-    with pytest.raises(ValueError, match="multiple of 64, not 250"):
-        attention(*inputs, segment, segment, backend="triton")
     inputs, segment, _ = long_rows(rng, heads=2)
     with (
         jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 4), jax.devices()[:4])),
         pytest.raises(ValueError, match="2 heads do not divide over 4 devices of mesh axis sequence"),
     ):
         attention(*inputs, segment, segment, backend="splash")
-    with (
-        jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(1, 1, 1, 4), jax.devices()[:4])),
-        pytest.raises(ValueError, match="'chunked' is for keys that every device has"),
-    ):
-        attention(*inputs, segment, segment, backend="chunked")

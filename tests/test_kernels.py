@@ -1,4 +1,4 @@
-"""The kernel of TPUs, run by the interpreter: what it leaves out cannot matter, and what it does is the reference."""
+"""Kernels of accelerators, run by the interpreter: what they leave out cannot matter, and what they do is the reference."""
 
 import functools
 
@@ -14,9 +14,11 @@ from sora_jax.nn.attention import reference
 BLOCK = 128
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
+@pytest.fixture(params=["splash", "triton"])
+def kernel(request, monkeypatch):
+    """Of blocks that are no larger than BLOCK."""
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", BLOCK)
+    return functools.partial(getattr(kernels, request.param), interpret=True)
 
 
 def packed(*tokens):
@@ -46,24 +48,23 @@ MEETS = {0: {0, 1}, 1: {0, 1}, 2: {2, 3}, 3: {2, 3}}
 
 
 @pytest.mark.parametrize("block", MEETS)
-def test_queries_do_not_touch_keys_and_values_of_other_clips(rng, small_blocks, block):
+def test_queries_do_not_touch_keys_and_values_of_other_clips(rng, kernel, block):
     q, k, v, d_out = some(rng, *[(1, SEGMENT.size, 2, 16)] * 4)
     expected, backward = jax.vjp(lambda q: reference(q, k, v, SEGMENT, SEGMENT), q)
     (expected_dq,) = backward(d_out)
     k, v = spoiled(k, MEETS[block]), spoiled(v, MEETS[block])
-    found, backward = jax.vjp(lambda q: kernels.splash(q, k, v, SEGMENT, SEGMENT, "float32", interpret=True), q)
+    found, backward = jax.vjp(lambda q: kernel(q, k, v, SEGMENT, SEGMENT, "float32"), q)
     (found_dq,) = backward(d_out)
     assert np.allclose(in_blocks(found)[block], in_blocks(expected)[block], atol=1e-5)
     assert np.allclose(in_blocks(found_dq)[block], in_blocks(expected_dq)[block], atol=1e-5)
 
 
 @pytest.mark.parametrize("block", MEETS)
-def test_keys_and_values_do_not_touch_queries_of_other_clips(rng, small_blocks, block):
+def test_keys_and_values_do_not_touch_queries_of_other_clips(rng, kernel, block):
     q, k, v, d_out = some(rng, *[(1, SEGMENT.size, 2, 16)] * 4)
     expected = jax.vjp(lambda k, v: reference(q, k, v, SEGMENT, SEGMENT), k, v)[1](d_out)
     q, d_out = spoiled(q, MEETS[block]), spoiled(d_out, MEETS[block])
-    splash = functools.partial(kernels.splash, dtype="float32", interpret=True)
-    found = jax.vjp(lambda k, v: splash(q, k, v, SEGMENT, SEGMENT), k, v)[1](d_out)
+    found = jax.vjp(lambda k, v: kernel(q, k, v, SEGMENT, SEGMENT, "float32"), k, v)[1](d_out)
     for one, other in zip(found, expected, strict=True):
         assert np.allclose(in_blocks(one)[block], in_blocks(other)[block], atol=1e-5)
 
@@ -103,7 +104,7 @@ def test_a_step_holds_the_next_block_that_runs(rng):
             assert np.array_equal(info.data_next, rearrange(expected, joined))
 
 
-def test_queries_without_keys_are_finite(rng, small_blocks):
+def test_queries_without_keys_are_finite(rng, kernel):
     """Blocks of padding, and clips without a caption, of which nothing comes back either."""
     q, k, v, weight = some(rng, (1, 384, 2, 16), *[(1, 256, 2, 16)] * 2, (1, 384, 2, 16))
     segment, text = packed(100, 28, 128, -128), packed(-128, 28, -100)
@@ -113,26 +114,25 @@ def test_queries_without_keys_are_finite(rng, small_blocks):
         out = attend(q, k, v)
         return jnp.where(seen, out * weight, 0.0).sum(), out
 
-    splash = functools.partial(kernels.splash, q_segment_BN=segment, k_segment_BM=text, dtype="float32", interpret=True)
+    here = functools.partial(kernel, q_segment_BN=segment, k_segment_BM=text, dtype="float32")
     full = functools.partial(reference, q_segment_BN=segment, k_segment_BM=text)
     (found, expected) = (
-        jax.grad(functools.partial(loss, attend), argnums=(0, 1, 2), has_aux=True)(q, k, v) for attend in (splash, full)
+        jax.grad(functools.partial(loss, attend), argnums=(0, 1, 2), has_aux=True)(q, k, v) for attend in (here, full)
     )
     assert np.all(np.isfinite(found[1])) and np.allclose(found[1][0, 100:128], expected[1][0, 100:128], atol=1e-5)
     for one, other in zip(found[0], expected[0], strict=True):
         assert np.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_bfloat16_of_tokens_and_their_captions(rng, small_blocks, size):
+@pytest.mark.parametrize("size", [64, 72, 128])
+def test_bfloat16_of_tokens_and_their_captions(rng, kernel, size):
     """Two rows, within 2 % of the largest: bfloat16 has 8 bits, and the softmax's weights are rounded to it."""
     q, k, v, weight = some(rng, (2, 384, 2, size), *[(2, 256, 2, size)] * 2, (2, 384, 2, size))
     segment = jnp.concatenate((packed(200, 56, 128), packed(30, 300, -54)))
     text = jnp.concatenate((packed(20, 140, 10, -86), packed(190, 60, -6)))
     weight = weight * (segment > 0)[..., None, None]
-    splash = functools.partial(kernels.splash, interpret=True)
     found, expected = (
-        jax.vjp(lambda *x, attend=attend: attend(*x, segment, text), q, k, v) for attend in (splash, reference)
+        jax.vjp(lambda *x, attend=attend: attend(*x, segment, text), q, k, v) for attend in (kernel, reference)
     )
     some_keys = np.asarray(segment > 0)
     assert close(np.asarray(found[0])[some_keys], np.asarray(expected[0])[some_keys])
@@ -142,3 +142,13 @@ def test_bfloat16_of_tokens_and_their_captions(rng, small_blocks, size):
 
 def close(one, other):
     return np.abs(one - other).max() < 0.02 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_of_gpus_is_lowered_where_there_is_none(dtype):
+    """One program forward, two backward, as Triton takes them: sizes that are no powers of two, and tokens that fill no block."""
+    shapes = [jax.ShapeDtypeStruct((2, tokens, 4, 72), jnp.float32) for tokens in (1000, 200, 200)]
+    segments = [jax.ShapeDtypeStruct((2, tokens), jnp.int32) for tokens in (1000, 200)]
+    gradient = jax.jit(jax.grad(lambda *x: kernels.triton(*x, dtype).sum(), argnums=(0, 1, 2)))
+    lowered = gradient.trace(*shapes, *segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert [lowered.count(f'name = "{name}"') for name in ("flash", "flash_of_queries", "flash_of_keys")] == [1, 1, 1]

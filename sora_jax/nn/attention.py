@@ -6,12 +6,10 @@ Which kernel runs is chosen by platform and size, or said by name; whatever runs
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -20,17 +18,13 @@ from sora_jax.nn import kernels, ring
 from sora_jax.nn.blockwise import blockwise
 from sora_jax.nn.products import product
 
-BACKENDS = ("auto", "reference", "chunked", "blockwise", "splash", "triton")
+BACKENDS = ("auto", "reference", "blockwise", "splash", "triton")
 KERNELS = {"splash": kernels.splash, "triton": kernels.triton}
 GPUS = ("gpu", "cuda", "rocm")
 # Far below any logit, yet finite: a fully masked row (padding) gives finite numbers instead of NaN.
 MASKED = -1e9
 # The most (query, key) pairs of a row that the reference is chosen for: their logits stay in a cache.
 SHORT = 512 * 512
-# The most bytes of logits that a GPU has at a time where no kernel fits, as for captions: there blocks one after the other are many
-# small kernels, and one product over all pairs is few large ones. It has to be paid in memory: 24 blocks that recompute nothing,
-# which keep two arrays of this size each, take 12 of 80 GiB.
-DENSE_BYTES = 2**28
 
 
 def attention(
@@ -58,11 +52,9 @@ def attention(
         return reference(*inputs, dtype, causal=True)
     split = sharding.shards("tokens") if keys == "tokens" else 1
     if backend == "auto":
-        rows, N, heads = (
-            size // sharding.shards(axis) for size, axis in zip(q_BNKE.shape, ("rows", queries, "heads"), strict=False)
-        )
+        N, heads = q_BNKE.shape[1] // sharding.shards(queries), q_BNKE.shape[2] // sharding.shards("heads")
         # Keys that every device has are met by its own queries alone, others by those of all.
-        backend = chosen(sharding.platform(), rows, N * split, k_BMKE.shape[1], heads, split)
+        backend = chosen(sharding.platform(), N * split, k_BMKE.shape[1], heads, split)
     if backend == "reference":
         return reference(*inputs, dtype)
     function = _on_a_device(backend, dtype, split)
@@ -71,22 +63,15 @@ def attention(
     return sharding.on_each_device(function, (of_q[0], of_k[0], of_k[0], of_q[1], of_k[1]), of_q[0])(*inputs)
 
 
-def chosen(platform: str, rows: int, queries: int, keys: int, heads: int, split: int = 1) -> str:
-    """The backend for a device's rows and heads, a row having so many queries and keys, its tokens split over `split` devices."""
+def chosen(platform: str, queries: int, keys: int, heads: int, split: int = 1) -> str:
+    """The backend for a device's heads, a row having so many queries and keys, its tokens split over `split` devices."""
     if queries * keys <= SHORT:
         return "reference"
     # Kernels see all tokens of some heads where tokens are split, so there must be enough heads.
     fits = heads % split == 0
     if platform == "tpu" and fits and queries % kernels.SPLASH_LANES == 0 == keys % kernels.SPLASH_LANES:
         return "splash"
-    if platform in GPUS and fits and queries == keys and queries % kernels.TRITON_BLOCK == 0:
-        return "triton"
-    if platform in GPUS and split == 1:
-        if rows * heads * queries * keys * 4 <= DENSE_BYTES:
-            return "reference"
-        if queries != keys:
-            return "chunked"
-    return "blockwise"
+    return "triton" if platform in GPUS and fits else "blockwise"
 
 
 def _on_a_device(backend: str, dtype: str, split: int) -> Callable[..., Array]:
@@ -96,10 +81,6 @@ def _on_a_device(backend: str, dtype: str, split: int) -> Callable[..., Array]:
         if split > 1:
             return functools.partial(ring.ring, axis=axis, dtype=dtype)
         return lambda q, k, v, q_segment, k_segment: blockwise(q, k, v, q_segment, k_segment, dtype)[0]
-    if backend == "chunked":
-        if split > 1:
-            raise ValueError("attention 'chunked' is for keys that every device has; use 'blockwise'")
-        return functools.partial(chunked, dtype=dtype, most=DENSE_BYTES)
     if backend not in KERNELS:
         raise ValueError(f"attention {backend!r} is none of {', '.join(BACKENDS)}")
     kernel = functools.partial(KERNELS[backend], dtype=dtype)
@@ -122,33 +103,3 @@ def reference(
         seen_BNM &= jnp.tri(seen_BNM.shape[1], seen_BNM.shape[2], dtype=bool)
     weights_BKNM = jax.nn.softmax(jnp.where(seen_BNM[:, None], logits_BKNM, MASKED), axis=-1)
     return product("bknm,bmke->bnke", weights_BKNM, v_BMKE, dtype)
-
-
-def chunked(
-    q_BNKE: Array,
-    k_BMKE: Array,
-    v_BMKE: Array,
-    q_segment_BN: Array,
-    k_segment_BM: Array,
-    dtype: str,
-    most: int,
-) -> Array:
-    """reference() for some queries after the other, so that their logits take no more than `most` bytes; in a backward pass they
-    are computed again."""
-    B, N, K, _ = q_BNKE.shape
-    least = math.ceil(B * N * K * k_BMKE.shape[1] * 4 / most)
-    parts = next(count for count in range(min(least, N), N + 1) if N % count == 0)
-
-    @jax.checkpoint
-    def part(inputs: tuple[Array, Array]) -> Array:
-        q, segment = inputs
-        return reference(q, k_BMKE, v_BMKE, segment, k_segment_BM, dtype)
-
-    found = jax.lax.map(
-        part,
-        (
-            rearrange(q_BNKE, "b (p n) k e -> p b n k e", p=parts),
-            rearrange(q_segment_BN, "b (p n) -> p b n", p=parts),
-        ),
-    )
-    return rearrange(found, "p b n k e -> b (p n) k e")

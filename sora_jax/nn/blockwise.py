@@ -75,13 +75,15 @@ def blockwise(
 def prepared(
     q_BNKE: Array, k_BMKE: Array, v_BMKE: Array, q_segment_BN: Array, k_segment_BM: Array, dtype: str, blocks: Blocks
 ) -> Inputs:
-    def in_blocks(x: Array, block: int) -> Array:
-        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
-
     scaled = q_BNKE * q_BNKE.shape[-1] ** -0.5
     padded = (in_blocks(scaled, blocks.q), in_blocks(k_BMKE, blocks.k), in_blocks(v_BMKE, blocks.k))
     q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in padded)
     return Inputs(q, k, v, in_blocks(q_segment_BN, blocks.q), in_blocks(k_segment_BM, blocks.k))
+
+
+def in_blocks(x_BN: Array, block: int) -> Array:
+    """x (B, N, ...) with zeros behind its tokens to fill whole blocks."""
+    return jnp.pad(x_BN, [(0, 0), (0, -x_BN.shape[1] % block)] + [(0, 0)] * (x_BN.ndim - 2))
 
 
 def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:

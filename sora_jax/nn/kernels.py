@@ -1,11 +1,11 @@
 """Attention kernels of accelerators behind one signature: (B, N, K, E) queries, keys, values, and segments (B, N).
 
-They come with jax (pallas.ops) and are imported when one is used. interpret=True runs them on any platform, slowly, for tests.
+That of TPUs comes with jax (pallas.ops), that of GPUs is flash.py; they are imported when one is used. interpret=True runs them on
+any platform, slowly, for tests.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ SPLASH_LANES = 128  # what blocks of a TPU kernel are multiples of
 # million a chip: at 0.35 us each (an assumption, nothing was timed on a TPU) 1.6 s where 512 takes 6.3. Logits of 1024 x 1024 fit
 # into the fast memory of a v4, v5e, v5p and v6e, say their compilers.
 SPLASH_BLOCK = 512
-TRITON_BLOCK = 64
 
 
 def splash(
@@ -108,16 +107,10 @@ def triton(
     dtype: str = "bfloat16",
     interpret: bool = False,
 ) -> Array:
-    """Flash attention on GPU, of tokens among themselves. Raises ValueError for numbers of tokens that are no multiples of 64."""
-    with warnings.catch_warnings():
-        # jax 0.12 points to tokamax instead, which takes no segment ids.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu import attention as pallas
+    """Flash attention on GPU, of which only blocks run that share a segment, as of splash."""
+    from sora_jax.nn import flash
 
-    N, M, E = q_BNKE.shape[1], k_BMKE.shape[1], q_BNKE.shape[-1]
-    if N != M or N % TRITON_BLOCK:
-        raise ValueError(f"the GPU kernel needs as many keys as queries, a multiple of {TRITON_BLOCK}, not {N} and {M}")
-    blocks = pallas.BlockSizes(**{name: min(TRITON_BLOCK, N) for name in pallas.BlockSizes.__dataclass_fields__})
-    q, k, v = (x.astype(dtype) for x in (q_BNKE, k_BMKE, v_BMKE))
-    out = pallas.mha(q, k, v, q_segment_BN, sm_scale=E**-0.5, block_sizes=blocks, interpret=interpret)
-    return out.astype(jnp.float32)
+    of_tokens = q_BNKE * q_BNKE.shape[-1] ** -0.5, k_BMKE, v_BMKE
+    q, k, v = (blockwise.in_blocks(x.astype(dtype), flash.BLOCK) for x in of_tokens)
+    segments = (blockwise.in_blocks(x, flash.BLOCK) for x in (q_segment_BN, k_segment_BM))
+    return flash.flash(q, k, v, *segments, interpret)[:, : q_BNKE.shape[1]].astype(jnp.float32)

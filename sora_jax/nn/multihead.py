@@ -66,8 +66,7 @@ class CrossAttention(nnx.Module):
         self.kv = Linear(width, 2 * width, rngs=rngs, dtype=dtype)
         self.out = Linear(width, width, rngs=rngs, dtype=dtype, gain=gain)
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-        # The GPU's kernel takes as many keys as queries.
-        self.heads, self.dtype, self.backend = heads, dtype, "auto" if backend == "triton" else backend
+        self.heads, self.dtype, self.backend = heads, dtype, backend
 
     def keys(self, other_BLD: Array) -> tuple[Array, Array]:
         """Keys and values (B, L, K, E) of the other sequence."""

@@ -17,14 +17,10 @@ from jax.sharding import AbstractMesh, Mesh
 from sora_jax import sharding
 from sora_jax.data.pack import PackConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.nn import attention, blockwise, kernels
+from sora_jax.nn import attention, blockwise, flash, kernels
 
 # By platform: the kernel, and what numbers of tokens it takes are multiples of.
-KERNELS = {
-    "tpu": ("splash", kernels.SPLASH_LANES),
-    "gpu": ("triton", kernels.TRITON_BLOCK),
-    "cuda": ("triton", kernels.TRITON_BLOCK),
-}
+KERNELS = {"tpu": ("splash", kernels.SPLASH_LANES), "gpu": ("triton", 1), "cuda": ("triton", 1)}
 AMONG, CAPTIONS = "among a row's tokens", "to captions"
 # The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
 Backend = Callable[[int, int, int], str]
@@ -45,8 +41,8 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
         "pack.row_text": _up(packing.row_text, step),
         "mesh.sequence": math.gcd(heads, split),
     }
-    if model.attention in ("blockwise", "chunked"):
-        return [f"dit.attention={model.attention} takes no {kernel} kernel: set dit.attention=auto"]
+    if model.attention == "blockwise":
+        return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
     return [
         f"no {kernel} kernel for attention {what}: {_remedy(backend, now, better)}"
         for what, backend in _backends(model, packing, mesh, platform).items()
@@ -56,13 +52,13 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
 
 def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> dict[str, Backend]:
     """Of the attentions whose backend is chosen: that to captions always is."""
-    rows, heads = packing.rows // sharding.shards("rows", mesh), model.heads // sharding.shards("heads", mesh)
+    heads = model.heads // sharding.shards("heads", mesh)
 
     def among(tokens: int, text: int, split: int) -> str:
-        return attention.chosen(platform, rows, tokens, tokens, heads, split)
+        return attention.chosen(platform, tokens, tokens, heads, split)
 
     def to_captions(tokens: int, text: int, split: int) -> str:
-        return attention.chosen(platform, rows, tokens // split, text, heads)
+        return attention.chosen(platform, tokens // split, text, heads)
 
     parts: dict[str, Backend] = {AMONG: among} if model.attention == "auto" else {}
     return parts | {CAPTIONS: to_captions}
@@ -71,7 +67,7 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
 class Work(NamedTuple):
     """Pairs of tokens, and of tokens and words, that attention computes in a step, and the bytes that its kernels read again.
 
-    pairs are None where all of a row are computed. A kernel reads the keys of a block anew for every block of queries.
+    pairs are None where all of a row are computed. A TPU's kernel reads the keys of a block anew for every block of queries.
     """
 
     pairs: float | None
@@ -87,12 +83,12 @@ def work(
     segments: tuple[np.ndarray, np.ndarray],
     passes: tuple[int, int],
 ) -> Work:
-    """What the kernels of TPUs do, which leave out blocks of other clips; other backends compute all pairs of a row.
+    """What kernels do, which leave out blocks of other clips; other backends compute all pairs of a row.
 
     segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand; passes are how often
     a block's attention goes over keys for its queries, and over queries for its keys.
     """
-    split = sharding.shards("tokens", mesh)
+    split, (kernel, _) = sharding.shards("tokens", mesh), KERNELS.get(platform, (None, 1))
     chosen = {
         what: backend(packing.row_tokens, packing.row_text, split)
         for what, backend in _backends(model, packing, mesh, platform).items()
@@ -102,14 +98,19 @@ def work(
     read = 0.0
     # Captions are met by a device's own tokens; for those among each other it has all tokens of some heads.
     for what, keys, parts in ((AMONG, tokens, 1), (CAPTIONS, text, split)):
-        if platform != "tpu" or chosen.get(what, model.attention) != "splash":
+        if chosen.get(what, model.attention) != kernel:
             found.append(None)
             continue
-        bq, bk = kernels.splash_blocks(tokens.shape[1] // parts, keys.shape[1])
-        of_a_step = int(blockwise.meetings(tokens, keys, bq, bk).sum()) * packing.rows / len(tokens)
+        splash = kernel == "splash"
+        bq, bk = (
+            kernels.splash_blocks(tokens.shape[1] // parts, keys.shape[1]) if splash else (flash.BLOCK, flash.BLOCK)
+        )
+        met = blockwise.meetings(blockwise.in_blocks(tokens, bq), blockwise.in_blocks(keys, bk), bq, bk)
+        of_a_step = int(met.sum()) * packing.rows / len(tokens)
         found.append(of_a_step * bq * bk)
-        # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
-        read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks
+        # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of. A GPU has a row's in
+        # its cache: of 32k tokens of a head they are 16 of 50 MiB.
+        read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks if splash else 0
     return Work(found[0], found[1], read)
 
 
