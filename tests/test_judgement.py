@@ -137,11 +137,16 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
         report.Rung("edit", videos[2:], {"changed": 1.0}),
         report.Rung("sizes", (), {"all": 0.25}),
     ]
-    calls = []
+    calls, asked_for, stop_before = [], [], ""
 
-    def judge(model, settings):
+    def judge(model, settings, there):
         calls.append(settings)
-        return made
+        for rung in made:
+            if rung.name not in there:
+                if rung.name == stop_before:
+                    raise KeyboardInterrupt
+                asked_for.append(rung.name)
+                yield rung
 
     study, folder = tiny.study(), tmp_path / "1x"
     folder.mkdir()
@@ -169,3 +174,11 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
     once(3, guidance=7.0, guidance_interval=(0.1, 0.9))
     once(3, guidance=7.0, guidance_interval=(0.1, 0.9))
     assert len(calls) == 4 and calls[-1].guidance == 7.0 != calls[0].guidance
+    # What was judged before it was stopped is there when it is begun again.
+    asked_for.clear()
+    stop_before = "sizes"
+    with pytest.raises(KeyboardInterrupt):
+        once(4)
+    stop_before = ""
+    assert [rung.name for rung in once(4)] == ["long", "edit", "sizes"] == asked_for
+    assert {path.name for path in folder.iterdir()} == {"prompted.json", "prompted.npz"}

@@ -1,6 +1,8 @@
 """Numbers for people, and what a terminal and a file are shown."""
 
+import importlib.util
 import io
+import subprocess
 import sys
 
 import pytest
@@ -49,3 +51,15 @@ def test_a_terminal_gets_a_bar_and_lines_of_evaluations(monkeypatch, tmp_path):
     shown = told(Terminal(), monkeypatch, tmp_path)
     assert "\r" in shown and "100%" in shown and "4/4" in shown and "loss 0.5000" in shown
     assert "step 4/4  val_loss 0.25\n" in shown and "step 2/4  loss" not in shown
+
+
+def test_tensorboard_gets_its_records_without_torch():
+    """Which takes seconds to import, and stays what it is for others."""
+    code = """
+import importlib.util, sys
+from sora_jax.train import progress
+assert progress.scalars(1, {"loss": 0.5}) and "torch" not in sys.modules
+print(importlib.util.find_spec("torch") is not None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(importlib.util.find_spec("torch") is not None)

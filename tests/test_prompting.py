@@ -302,7 +302,7 @@ def test_all_modes_are_judged_in_one_go(oracle):
     oracle.judge.count, oracle.answer = 2, grey
     oracle.judge.scenes, oracle.judge.real = oracle.judge.scenes[:2], oracle.judge.real[:2]
     oracle.judge.round_trips = oracle.judge.round_trips[:2]
-    rungs = oracle.judge.judge()
+    rungs = list(oracle.judge.judge())
     assert [rung.name for rung in rungs] == list(oracle.judge.modes())
     assert all(len(rung.samples) == rung.scores["count"] and rung.scores["count"] in (1, 2, 4) for rung in rungs)
     assert {"sizes_trained", "sizes_both_sides"} <= {rung.name for rung in rungs}

@@ -119,7 +119,7 @@ def data_uri(source: str | os.PathLike[str] | bytes, mime: str | None = None) ->
 def _encode_mp4(frames_THWC: np.ndarray, fps: float, scale: int) -> bytes:
     # PyAV itself, which imageio's plugin wraps: the plugin has no way to set the quality or to name the colour matrix.
     import av
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
     height, width = (scale * size for size in frames_THWC.shape[1:3])
     rate = Fraction(fps).limit_denominator(65535)
@@ -135,10 +135,13 @@ def _encode_mp4(frames_THWC: np.ndarray, fps: float, scale: int) -> bytes:
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
+        reformatter = VideoReformatter()  # a frame's own is made anew for each
         for index, frame_HWC in enumerate(frames_THWC):
             even_HWC = np.pad(_enlarge(frame_HWC, scale), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(even_HWC), format="rgb24")
-            frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame = reformatter.reformat(
+                rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,16 @@ def _compared(
     """Scores by stage, and some videos of each. told is (name, title, words) of the section."""
     judges = reader, adherence, prompting, sys.modules[__name__]
 
-    def judged(name: str, made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
+    def judged(name: str, made: Pipeline, settings: SamplerConfig, there: Collection[str]) -> Iterator[report.Rung]:
+        if name in there:
+            return
         scores, videos, scenes = judge(study, made, settings)
         requests = judgement.asked(made.run.data.world, scenes[:SHOWN], study.seed)
         shown = [
             report.Video(video, request.fps, request.prompt, request.seed)
             for video, request in zip(videos, requests, strict=False)
         ]
-        return [report.Rung(name, shown, scores | {"count": len(videos)})]
+        yield report.Rung(name, shown, scores | {"count": len(videos)})
 
     rungs = [
         rung

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -255,22 +255,29 @@ def noise(made: Pipeline, scenes: Sequence[Scene], seed: int) -> list[np.ndarray
     return made.codec.decode([rng.standard_normal(each, np.float32) for each in shapes])
 
 
-def once(
-    study: StudyRun,
-    folder: Path,
-    stem: str,
-    judges: Sequence[ModuleType],
-    judge: Callable[[Pipeline, SamplerConfig], list[report.Rung]],
-) -> list[report.Rung]:
+# (model, its sampler, names of rungs that are there) -> the other rungs, one after the other
+Judging = Callable[[Pipeline, SamplerConfig, Collection[str]], Iterable[report.Rung]]
+
+
+def once(study: StudyRun, folder: Path, stem: str, judges: Sequence[ModuleType], judge: Judging) -> list[report.Rung]:
     """What `judge` finds of the DiT in folder, a stage's, sampled as the study says; kept there as stem.json and stem.npz, and read
-    from these for the same checkpoint, sampler, prompts, seed and code of `judges`."""
+    from these for the same checkpoint, sampler, prompts, seed and code of `judges`. A rung is kept as soon as it is judged."""
     about = about_of(study, folder, *judges)
-    if kept := read_kept(folder, stem, about):
-        try:
-            return _with_videos(*kept)
-        except (KeyError, ValueError) as error:
-            logging.warning("%s does not say what its videos are (%r); judging anew", folder / f"{stem}.json", error)
-    rungs = judge(pipeline.load(folder), study.stages[folder.name].sampler)
+    finished = _kept_rungs(folder, stem, about)
+    if finished is not None:
+        return finished
+    begun = f"{stem}_begun"
+    rungs = _kept_rungs(folder, begun, about) or []
+    for rung in judge(pipeline.load(folder), study.stages[folder.name].sampler, [rung.name for rung in rungs]):
+        rungs.append(rung)
+        _keep_rungs(folder, begun, about, rungs)
+    _keep_rungs(folder, stem, about, rungs)
+    for ending in ("json", "npz"):
+        (folder / f"{begun}.{ending}").unlink(missing_ok=True)
+    return rungs
+
+
+def _keep_rungs(folder: Path, stem: str, about: dict[str, Any], rungs: Sequence[report.Rung]) -> None:
     scores = {rung.name: dict(rung.scores) for rung in rungs}
     # What is shown is told with the scores: of which rung it is, and what was asked for.
     scores[SHOWN] = {
@@ -279,7 +286,15 @@ def once(
         for number, video in enumerate(rung.samples)
     }
     write_kept(folder, stem, about, scores, [video.frames_THWC for rung in rungs for video in rung.samples])
-    return rungs
+
+
+def _kept_rungs(folder: Path, stem: str, about: dict[str, Any]) -> list[report.Rung] | None:
+    kept = read_kept(folder, stem, about)
+    try:
+        return None if kept is None else _with_videos(*kept)
+    except (KeyError, ValueError) as error:
+        logging.warning("%s does not say what its videos are (%r); judging anew", folder / f"{stem}.json", error)
+        return None
 
 
 def _with_videos(scores: dict[str, Any], videos: Sequence[np.ndarray]) -> list[report.Rung]:

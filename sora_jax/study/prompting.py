@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, 
     """Scores of stages by mode, and the videos of the last one; kept beside the checkpoints, in prompted.json and prompted.npz."""
     judges = reader, adherence, continuity, sys.modules[__name__]
 
-    def judged(made: Pipeline, settings: SamplerConfig) -> list[report.Rung]:
+    def judged(made: Pipeline, settings: SamplerConfig, there: Collection[str]) -> Iterator[report.Rung]:
         with tempfile.TemporaryDirectory() as inputs:
-            return Prompting(made, settings, study.prompts, study.seed, Path(inputs)).judge()
+            yield from Prompting(made, settings, study.prompts, study.seed, Path(inputs)).judge(there)
 
     found = {name: judgement.once(study, workdir / name, "prompted", judges, judged) for name in names}
     words = (
@@ -112,16 +112,16 @@ class Prompting:
         """Videos of the same prompts and seeds of which nothing is given."""
         return judgement.sampled(self.made, self.settings, self.scenes, self.seed, "text")
 
-    def judge(self) -> list[report.Rung]:
-        """Every mode with its scores and some of its videos."""
-        rungs: list[report.Rung] = []
+    def judge(self, there: Collection[str] = ()) -> Iterator[report.Rung]:
+        """Every mode that is not there already, with its scores and some of its videos."""
         for name, mode in self.modes().items():
+            if name in there:
+                continue
             began = time.perf_counter()
             found, videos = mode()
             shown = [video.marked() for video in videos[:SHOWN]]
-            rungs.append(report.Rung(name, shown, found | {"count": len(videos)}))
             logging.info("%s: %s in %.1f s", name, _told(found), time.perf_counter() - began)
-        return rungs
+            yield report.Rung(name, shown, found | {"count": len(videos)})
 
     def modes(self) -> dict[str, Callable[[], Mode]]:
         """The ways of prompting by name, in the order of the page."""
