@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from optax import contrib
 
 from sora_jax import sharding
 from sora_jax.config import OptimizerConfig
@@ -74,6 +75,31 @@ def test_every_layer_of_a_stack_moves_by_the_rate_in_every_direction(rng):
     singular = np.linalg.svd(np.asarray(update), compute_uv=False)
     # sqrt(outputs / inputs) more, as optax scales; Newton-Schulz leaves singular values within a third of one.
     assert singular.shape == (3, 8) and np.all(np.abs(singular / (0.02 * 2**0.5) - 1) < 0.35)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
+@pytest.mark.parametrize("shape", [(3, 24, 24), (3, 24, 36), (3, 24, 48), (3, 96, 24), (3, 24, 144)])
+def test_muon_is_that_of_optax(rng, shape, condition):
+    """Which iterates on the matrix itself: five updates, of gradients with singular values that lie that far apart."""
+    params = {"blocks": {"map": {"kernel": jnp.zeros(shape)}}}
+    layers, short, long = shape[0], *sorted(shape[1:])
+    left, right = (np.linalg.qr(rng.standard_normal((layers, size, short)))[0] for size in (short, long))
+    spectrum = np.logspace(0, -np.log10(condition), short)
+    theirs = contrib.muon(
+        optimizer.rates(MUON.rate, MUON, 10), muon_weight_dimension_numbers=optimizer.matrix_axes, ns_steps=5
+    )
+    ours = optimizer.make(dataclasses.replace(MUON, clip_norm=1e9), 10)
+    states = [tx.init(params) for tx in (ours, theirs)]
+    for _ in range(5):
+        turned = np.linalg.qr(rng.standard_normal((layers, short, short)))[0]
+        grad = np.einsum("lik,k,lkj->lij", left, spectrum, turned @ right.swapaxes(1, 2))
+        grad = jnp.asarray(grad if shape[1] <= shape[2] else grad.swapaxes(1, 2), jnp.float32)
+        updates = []
+        for number, tx in enumerate((ours, theirs)):
+            update, states[number] = tx.update({"blocks": {"map": {"kernel": grad}}}, states[number], params)
+            updates.append(update["blocks"]["map"]["kernel"])
+        one, other = updates
+        assert np.abs(one - other).max() < 1e-4 * np.abs(other).max()
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
