@@ -179,7 +179,7 @@ class Program:
         for name, times in self.runs.items():
             for each in self.computations[name].instructions.values():
                 target = re.search(
-                    r'custom_call_target="(tpu_custom_call|__gpu\$[\w.]+|triton_kernel_call)"', each.rest
+                    r'custom_call_target="(tpu_custom_call|__gpu\$[\w.]+|triton_kernel_call\w*)"', each.rest
                 )
                 if target:
                     # On GPUs all are named after the call; where it was made they have their own.

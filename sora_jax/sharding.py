@@ -50,7 +50,7 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # Arrays in an optimizer's state that are of no parameter, by the end of their path: every device has them whole.
-OF_NO_PARAMETER = ("ns_coeffs",)  # the polynomial of Muon
+OF_NO_PARAMETER = ("ns_coeffs",)  # the polynomial of Muon, as optax keeps it
 
 
 class MeshError(ValueError):

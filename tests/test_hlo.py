@@ -60,6 +60,7 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}
  "words":"{}"
 }}, metadata={op_name="attention"}
   %pallas_call.3 = f32[64,8] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="mha/pallas_call"}
+  %pallas_call.4 = f32[64,8] custom-call(%x), custom_call_target="triton_kernel_call_ffi", metadata={op_name="flash/pallas_call"}
   %part = f32[16,8]{1,0} fusion(%kernel), kind=kCustom, calls=%scattered
   ROOT %next = (s32[], f32[64,8]{1,0}, bf16[8,8]{1,0}) tuple(%i, %kernel, %w)
 }
@@ -95,7 +96,7 @@ def test_collectives_are_counted_as_often_as_they_run(program):
     # A sum of which everyone keeps a slice is sent once, not twice.
     assert found["reduce-scatter", "fsdp"].sent == 5 * 64 * 8 * 4 * 3 / 4
     assert found["collective-permute", "data"].sent == 64 * 8 * 4
-    assert program.kernels() == {"kernel": 5, "mha": 5} and not program.unknown_loops
+    assert program.kernels() == {"kernel": 5, "mha": 5, "flash": 5} and not program.unknown_loops
 
 
 @pytest.mark.parametrize(

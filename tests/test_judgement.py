@@ -181,4 +181,12 @@ def test_rungs_are_judged_once_and_come_back_with_their_videos(tmp_path, monkeyp
         once(4)
     stop_before = ""
     assert [rung.name for rung in once(4)] == ["long", "edit", "sizes"] == asked_for
+    # Scores that were not written any more, as it was killed, are judged again, and what was before them is not.
+    asked_for.clear()
+    stop_before = "sizes"
+    with pytest.raises(KeyboardInterrupt):
+        once(5)
+    stop_before = ""
+    (folder / "prompted_begun" / "1.json").unlink()
+    assert len(once(5)) == 3 and asked_for == ["long", "edit", "edit", "sizes"]
     assert {path.name for path in folder.iterdir()} == {"prompted.json", "prompted.npz"}

@@ -1,6 +1,7 @@
 """Kernels of accelerators, run by the interpreter: what they leave out cannot matter, and what they do is the reference."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,5 +151,6 @@ def test_the_kernel_of_gpus_is_lowered_where_there_is_none(dtype):
     shapes = [jax.ShapeDtypeStruct((2, tokens, 4, 72), jnp.float32) for tokens in (1000, 200, 200)]
     segments = [jax.ShapeDtypeStruct((2, tokens), jnp.int32) for tokens in (1000, 200)]
     gradient = jax.jit(jax.grad(lambda *x: kernels.triton(*x, dtype).sum(), argnums=(0, 1, 2)))
-    lowered = gradient.trace(*shapes, *segments).lower(lowering_platforms=("cuda",)).as_text()
-    assert [lowered.count(f'name = "{name}"') for name in ("flash", "flash_of_queries", "flash_of_keys")] == [1, 1, 1]
+    traced = gradient.trace(*shapes, *segments)
+    assert re.findall(r"name=(flash\w*)", str(traced.jaxpr)) == ["flash", "flash_of_queries", "flash_of_keys"]
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -363,7 +363,10 @@ def test_kernels_work_on_blocks_that_share_a_clip():
         ("cpu", model),
         ("tpu", dataclasses.replace(model, attention="reference")),
     ):
-        assert kernels.work(changed, shape, alone, platform, rows, (3, 1)).pairs is None
+        assert kernels.work(changed, shape, alone, platform, rows, (3, 1)) == (None, None, 0)
+    # Heads of 72 are multiplied as if they had 128.
+    wide = dataclasses.replace(model, width=144)
+    assert kernels.work(wide, shape, alone, "cuda", rows, (3, 1)).pairs == pytest.approx(on_gpu.pairs * 128 / 72)
 
 
 def test_what_sampling_costs_follows_from_peaks_and_evaluations(network, target):

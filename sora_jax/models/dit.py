@@ -29,7 +29,7 @@ LEAST_TIME = 0.05
 MOST_WIDTH, MOST_BLOCKS = 2**17, 2**12
 REMAT = {
     "none": None,
-    # Products of weights, and of attention its result: what it needs of it is no larger, and takes long to make again.
+    # Products of weights, and of attention in blocks its result: what it needs of it is no larger, and takes long to make again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(blockwise.KEPT),
@@ -46,7 +46,7 @@ class DiTConfig:
 
     predict is what the last layer gives: the 'velocity', or the 'clean' patches, from which the velocity follows. A velocity
     holds all of a patch's noise, and of large patches it is hardly learned; what is clean lies in fewer directions
-    (arXiv:2511.13720, and experiments/README.md). attention is the backend of self-attention (nn/attention.BACKENDS).
+    (arXiv:2511.13720, and experiments/README.md). attention is its backend (nn/attention.BACKENDS), to captions too.
     """
 
     width: int

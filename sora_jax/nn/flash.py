@@ -154,8 +154,8 @@ def _over_blocks(
 
     number = pl.BlockSpec((None, None), lambda i, b, k: (b, i))
     split = [number, number, *(spec(x, True) for x in of_block[2:])]
-    # What jax's own kernel takes.
-    settings = triton.CompilerParams(num_warps=4 if size <= 64 else 8, num_stages=2)
+    # What jax's own kernel takes, forward and backward.
+    settings = triton.CompilerParams(num_warps=4 if size <= 64 or name != "flash" else 8, num_stages=2)
     call = pl.pallas_call(
         kernel,
         grid=(blocks, rows, heads),

@@ -51,7 +51,7 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
 
 
 def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> dict[str, Backend]:
-    """Of the attentions whose backend is chosen: that to captions always is."""
+    """Of the attentions, if their backend is chosen."""
     heads = model.heads // sharding.shards("heads", mesh)
 
     def among(tokens: int, text: int, split: int) -> str:
@@ -60,8 +60,7 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
     def to_captions(tokens: int, text: int, split: int) -> str:
         return attention.chosen(platform, tokens // split, text, heads)
 
-    parts: dict[str, Backend] = {AMONG: among} if model.attention == "auto" else {}
-    return parts | {CAPTIONS: to_captions}
+    return {AMONG: among, CAPTIONS: to_captions} if model.attention == "auto" else {}
 
 
 class Work(NamedTuple):
@@ -107,9 +106,12 @@ def work(
         )
         met = blockwise.meetings(blockwise.in_blocks(tokens, bq), blockwise.in_blocks(keys, bk), bq, bk)
         of_a_step = int(met.sum()) * packing.rows / len(tokens)
-        found.append(of_a_step * bq * bk)
+        # A GPU's multiplies heads as large as the next power of two.
+        size = model.width // model.heads
+        padded = 1.0 if splash else 2 ** math.ceil(math.log2(size)) / size
+        found.append(of_a_step * bq * bk * padded)
         # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of. A GPU has a row's in
-        # its cache: of 32k tokens of a head they are 16 of 50 MiB.
+        # its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
         read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks if splash else 0
     return Work(found[0], found[1], read)
 

@@ -7,8 +7,10 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -261,19 +263,19 @@ Judging = Callable[[Pipeline, SamplerConfig, Collection[str]], Iterable[report.R
 
 def once(study: StudyRun, folder: Path, stem: str, judges: Sequence[ModuleType], judge: Judging) -> list[report.Rung]:
     """What `judge` finds of the DiT in folder, a stage's, sampled as the study says; kept there as stem.json and stem.npz, and read
-    from these for the same checkpoint, sampler, prompts, seed and code of `judges`. A rung is kept as soon as it is judged."""
-    about = about_of(study, folder, *judges)
-    finished = _kept_rungs(folder, stem, about)
-    if finished is not None:
-        return finished
-    begun = f"{stem}_begun"
-    rungs = _kept_rungs(folder, begun, about) or []
-    for rung in judge(pipeline.load(folder), study.stages[folder.name].sampler, [rung.name for rung in rungs]):
-        rungs.append(rung)
-        _keep_rungs(folder, begun, about, rungs)
-    _keep_rungs(folder, stem, about, rungs)
-    for ending in ("json", "npz"):
-        (folder / f"{begun}.{ending}").unlink(missing_ok=True)
+    from these for the same checkpoint, sampler, prompts, seed and code of `judges`. Until all are, each is kept in the folder
+    stem_begun as soon as it is judged."""
+    about, begun = about_of(study, folder, *judges), folder / f"{stem}_begun"
+    rungs = _kept_rungs(folder, stem, about)
+    if rungs is None:
+        kept = (_kept_rungs(begun, str(number), about) for number in itertools.count())
+        rungs = [rung for some in itertools.takewhile(lambda some: some is not None, kept) for rung in some or ()]
+        for rung in judge(pipeline.load(folder), study.stages[folder.name].sampler, [rung.name for rung in rungs]):
+            begun.mkdir(exist_ok=True)
+            _keep_rungs(begun, str(len(rungs)), about, [rung])
+            rungs.append(rung)
+        _keep_rungs(folder, stem, about, rungs)
+    shutil.rmtree(begun, ignore_errors=True)
     return rungs
 
 
@@ -356,7 +358,8 @@ def _are_scores(scores: Any) -> bool:
 def write_kept(
     folder: Path, stem: str, about: dict[str, Any], scores: dict[str, Any], videos: Sequence[np.ndarray]
 ) -> None:
-    """The videos first: where there are scores there are videos."""
+    """The videos first, and no older scores beside them: where there are scores there are their videos."""
+    (folder / f"{stem}.json").unlink(missing_ok=True)
     content = io.BytesIO()
     arrays: dict[str, Any] = {f"video_{number}": video for number, video in enumerate(videos)}
     np.savez_compressed(content, **arrays)

@@ -101,7 +101,7 @@ def _takers(params: Any) -> Any:
 
 def _muon(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
     """optax.contrib.muon for the leaves that Muon takes, with orthogonal() for its iterations and the same state."""
-    moment = contrib.scale_by_muon(ns_steps=0, weight_dimension_numbers=matrix_axes)
+    moment = contrib.scale_by_muon(QUINTIC, ns_steps=0, weight_dimension_numbers=matrix_axes)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         normed, state = moment.update(grads, state, params)
