@@ -3,6 +3,7 @@
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling --dry_run
 sora-jax study --config=experiments/scaling.py:seeds --workdir=runs/scaling
+sora-jax study --config=experiments/scaling.py:ladder --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py:models --workdir=runs/models
 sora-jax study --config=experiments/scaling.py:rates --workdir=runs/rates
 sora-jax study --config=experiments/scaling.py:all --workdir=runs/scaling
@@ -11,7 +12,7 @@ sora-jax study --config=experiments/scaling.py:all --workdir=runs/scaling
 import parts
 from ml_collections import ConfigDict
 
-ARGUMENTS = ("", "seeds", "models", "rates", "all")
+ARGUMENTS = ("", "ladder", "seeds", "models", "rates", "all")
 # Budgets of the isoflop sweep as multiples of 1x, none beyond 4x, and the width, blocks and heads of the models around the
 # best of each: most that are too large or too small for a budget would say nothing of its bottom.
 SIZES = ((24, 1, 1), (36, 2, 2), (48, 2, 2), (60, 3, 3), (72, 3, 3), (84, 4, 3), (96, 4, 4))
@@ -33,13 +34,14 @@ def get_config(arg: str = "") -> ConfigDict:
     """'' is a sweep of sizes at equal budgets, then a ladder along the frontier that the sweep found.
 
     'seeds' is the same with the ladder from three seeds; in the work dir of '' it trains only what is missing there.
+    'ladder' is one seed of the ladder without the sweep, its models as large as the last sweep says.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
     'rates' are three widths at six rates each: is one rate the best for all?
     'all' is all of it, on one page; like 'seeds' it trains only what is missing in its work dir.
     """
     if arg not in ARGUMENTS:
         raise ValueError(f"{arg!r} is none of {', '.join(ARGUMENTS)}")
-    groups = dict(isoflop=sweep(), ladder=ladder(1 if arg == "" else SEEDS), models=models(), rates=rates())
+    groups = dict(isoflop=sweep(), ladder=ladder(1 if arg in ("", "ladder") else SEEDS), models=models(), rates=rates())
     if arg != "all":
         groups = {name: groups[name] for name in ((arg,) if arg in groups else ("isoflop", "ladder"))}
     return parts.study("More compute, better videos", {"vae": parts.ladder_vae_run()}, groups, shown=6)
