@@ -154,3 +154,15 @@ def test_the_kernel_of_gpus_is_lowered_where_there_is_none(dtype):
     traced = gradient.trace(*shapes, *segments)
     assert re.findall(r"name=(flash\w*)", str(traced.jaxpr)) == ["flash", "flash_of_queries", "flash_of_keys"]
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_tokens_that_fill_no_block_of_a_gpu(rng):
+    q, k, v, weight = some(rng, (1, 100, 2, 24), *[(1, 40, 2, 24)] * 2, (1, 100, 2, 24))
+    segment, text = packed(70, 30), packed(15, 25)
+    found, expected = (
+        jax.vjp(lambda *x, attend=attend: attend(*x, segment, text, "float32"), q, k, v)
+        for attend in (functools.partial(kernels.triton, interpret=True), reference)
+    )
+    assert np.allclose(found[0], expected[0], atol=1e-5)
+    for one, other in zip(found[1](weight), expected[1](weight), strict=True):
+        assert np.allclose(one, other, atol=1e-5)
