@@ -123,11 +123,6 @@ def load(path: Path, step: int | None = None) -> Describer:
     return Describer(run, vae_config, params, weights, vocabulary)
 
 
-def initial_weights(run: CaptionerRun, vae_config: vae.VAEConfig, key: jax.Array) -> tuple[Any, Any]:
-    """(params, rest) of a captioner run: its parameters, and the VAE it works with, which it does not train."""
-    return beside(captioner.Captioner(run.captioner, nnx.Rngs(key)), vae.VAE(vae_config, nnx.Rngs(key)))
-
-
 def stored_vocabulary(meta: Mapping[str, Any], run: CaptionerRun) -> tokenise.Vocabulary:
     """The words of a captioner, from its checkpoint. Raises ConfigError if they are none, or more than the model has."""
     told = meta.get("vocabulary")

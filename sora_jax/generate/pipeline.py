@@ -32,7 +32,7 @@ from sora_jax.generate.known import Known, known_cells, known_patches
 from sora_jax.generate.requests import Order, Size
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
-from sora_jax.nn.layers import abstract
+from sora_jax.nn.layers import abstract, parameters
 from sora_jax.structs import Layout, PackedBatch
 from sora_jax.text.captions import CaptionText
 
@@ -480,7 +480,7 @@ def beside(model: nnx.Module, network: vae.VAE) -> tuple[Any, Any]:
     """(params of the model, rest that holds the VAE)."""
     _, vae_params, vae_rest = vae.split(network)
     rest = {"vae": {"params": nnx.to_pure_dict(vae_params), "rest": nnx.to_pure_dict(vae_rest)}}
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), rest
+    return parameters(model), rest
 
 
 def load_vae_config(path: Path) -> vae.VAEConfig:

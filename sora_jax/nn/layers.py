@@ -34,6 +34,11 @@ def abstract(kind: Callable[..., Model], config: Any) -> Model:
     return nnx.eval_shape(lambda: kind(config, nnx.Rngs(0)))
 
 
+def parameters(model: nnx.Module) -> Any:
+    """What is trained of a model: nested dicts of arrays by name."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 class Linear(nnx.Module):
     """Affine map of the last axis. gain scales the fan-in initialisation; 0 starts the map at zero."""
 

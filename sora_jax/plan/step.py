@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from sora_jax import hlo, sharding
@@ -20,7 +19,7 @@ from sora_jax.data import pack
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models.vae import VAEConfig
-from sora_jax.nn.layers import abstract
+from sora_jax.nn.layers import abstract, parameters
 from sora_jax.structs import PackedBatch, TrainState
 from sora_jax.train import dit, guard, loop, optimizer
 
@@ -84,7 +83,7 @@ def lower_sampler(run: DiTRun, packing: pack.PackConfig, mesh: Mesh) -> Lowered:
 
 def parameter_shapes(run: DiTRun) -> Any:
     """Shapes of a resolved run's parameters."""
-    return nnx.to_pure_dict(nnx.state(abstract(dit_model.DiT, run.dit), nnx.Param))
+    return parameters(abstract(dit_model.DiT, run.dit))
 
 
 def _batch(run: DiTRun, packing: pack.PackConfig, placed: NamedSharding) -> PackedBatch:

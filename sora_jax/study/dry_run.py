@@ -22,7 +22,7 @@ from sora_jax.evaluate import frechet, mobilenet
 from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
-from sora_jax.nn.layers import abstract
+from sora_jax.nn.layers import abstract, parameters
 from sora_jax.study import scaling
 from sora_jax.train import dit, optimizer, progress
 
@@ -126,13 +126,13 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
 
 def optimizer_flops(run: VAERun | DiTRun, model: nnx.Module) -> float:
     """What the optimizer of a run multiplies in all its steps. The model may be of shapes alone."""
-    return run.loop.steps * optimizer.flops(run.optimizer, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return run.loop.steps * optimizer.flops(run.optimizer, parameters(model))
 
 
 def _check_mesh(name: str, mesh: Mesh, model: nnx.Module, **sizes: int) -> None:
     try:
         sharding.check(mesh, **sizes)
-        sharding.parameter_shardings(nnx.to_pure_dict(nnx.state(model, nnx.Param)), mesh)
+        sharding.parameter_shardings(parameters(model), mesh)
     except sharding.MeshError as error:
         raise sharding.MeshError(f"stage {name}: {error}") from error
 

@@ -21,7 +21,7 @@ from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import description
 from sora_jax.generate import describe, files
 from sora_jax.models import captioner
-from sora_jax.nn.layers import abstract
+from sora_jax.nn.layers import abstract, parameters
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text.captions import CaptionWords
 from sora_jax.text.tokenise import Vocabulary
@@ -74,7 +74,7 @@ class CaptionerTask(OnLatents):
         return Counted(loader.batches(self.stores["train"], self._tokeniser, None, share))
 
     def init(self, key: Array) -> tuple[Any, Any]:
-        params, _ = describe.initial_weights(self.run, self.vae_config, key)
+        params = parameters(captioner.Captioner(self.run.captioner, nnx.Rngs(key)))
         return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
 
     @functools.cached_property

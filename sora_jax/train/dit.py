@@ -26,7 +26,7 @@ from sora_jax.evaluate import validation
 from sora_jax.generate import files, pipeline
 from sora_jax.models import dit
 from sora_jax.models.vae import VAEConfig
-from sora_jax.nn.layers import abstract
+from sora_jax.nn.layers import abstract, parameters
 from sora_jax.structs import PackedBatch, Share, TrainState
 from sora_jax.text import encode as text_encode
 from sora_jax.text.captions import CaptionText
@@ -194,8 +194,9 @@ class DiTTask(OnLatents):
     # Loss ------------------------------------------------------------------------------------------------------------
 
     def init(self, key: Array) -> tuple[Any, Any]:
-        params, _ = pipeline.initial_weights(self.run, self.vae_config, key)
-        return params, {"vae": {"params": self.vae_params, "rest": self.vae_rest}}
+        return parameters(dit.DiT(self.run.dit, nnx.Rngs(key))), {
+            "vae": {"params": self.vae_params, "rest": self.vae_rest}
+        }
 
     # Judgement -------------------------------------------------------------------------------------------------------
 

@@ -111,21 +111,25 @@ def make_step(
     return step
 
 
-def new_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state of step 0, created on the mesh as the sharding table says."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, tx, mesh))
-    return jax.jit(lambda: _initial(task, tx), out_shardings=shardings)()
+def initial(task: Task, tx: optax.GradientTransformation) -> Callable[[], TrainState]:
+    """Makes the state of step 0. One function for its shapes and its arrays: jax traces it once, which takes seconds."""
+
+    def state() -> TrainState:
+        params, rest = task.init(jax.random.key(task.run.seed))
+        return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
+
+    return jax.jit(state)
 
 
-def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of new_state, and no arrays."""
-    shapes = jax.eval_shape(lambda: _initial(task, tx))
+def abstract_state(initial: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state of step 0, as the sharding table says, and no arrays."""
+    shapes = jax.eval_shape(initial)
     return sharding.abstract(shapes, state_shardings(shapes, mesh))
 
 
-def _initial(task: Task, tx: optax.GradientTransformation) -> TrainState:
-    params, rest = task.init(jax.random.key(task.run.seed))
-    return TrainState(jnp.int32(0), params, params, rest, tx.init(params), guard.fresh())
+def new_state(initial: Callable[[], TrainState], like: TrainState) -> TrainState:
+    """The state of step 0, created where abstract_state says."""
+    return jax.jit(initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -161,11 +165,12 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
     tx = optimizer.make(run.optimizer, loop.steps)
     with lock.locked(workdir), watch.watched(workdir, options) as watching, jax.set_mesh(mesh):
         # Before clips are encoded: what does not divide over the mesh is told at once.
-        share, shapes = sharding.share(mesh, task.rows), abstract_state(task, tx, mesh)
+        share, first = sharding.share(mesh, task.rows), initial(task, tx)
+        shapes = abstract_state(first, mesh)
         sharding.check(mesh, **task.sizes)
         source = task.batches(share)
         if checkpoint.latest_step(workdir) is None:
-            state, past = new_state(task, tx, mesh), Past()
+            state, past = new_state(first, shapes), Past()
         else:
             # Without arrays, which would lie in memory twice while the checkpoint's are read.
             state, past = _resume(task, workdir, shapes, source)
