@@ -51,6 +51,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: a worker whose test waits for processes that it started leaves its core to another."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):
         Path(session.config.getoption("--faults-figures")).unlink(missing_ok=True)
