@@ -320,7 +320,7 @@ def test_what_has_no_kernel_is_told_with_what_gives_it_one(platform, tokens, wor
 
 def test_a_plan_whose_attention_has_no_kernel_says_so_in_its_verdict(network, target, monkeypatch):
     """Blocks of attention go in loops as long as the data wants."""
-    monkeypatch.setitem(kernels.KERNELS, "cpu", ("splash", 128))
+    monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)
     where = dataclasses.replace(target, chip=topology.CHIPS["v5p"])
     numbers = roofline.plan(resolved(attention="blockwise"), network, where)
     assert numbers["unknown_loops"] and numbers["verdict"]["fits"]

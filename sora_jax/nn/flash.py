@@ -112,6 +112,11 @@ def _of_keys(first, stop, k, v, k_segment, q, d_out, q_segment, log_sum, mean, d
         triton.store(each, gradient.astype(each.dtype), mask=inside)
 
 
+def padded_head(size: int) -> int:
+    """In how many numbers a head lies: Triton's arrays have sides that are powers of two."""
+    return pl.next_power_of_2(size)
+
+
 def _inside(x: Any, size: int) -> Array:
     return (jnp.arange(x.shape[-1]) < size)[None, :]
 
@@ -140,7 +145,7 @@ def _over_blocks(
     """
     rows, blocks = of_block[0].shape
     heads, size = next((x.shape[2], x.shape[3]) for x in of_row if x.ndim == 4)
-    padded = pl.next_power_of_2(size)
+    padded = padded_head(size)
 
     def spec(x: Any, split: bool) -> pl.BlockSpec:
         axis = {2: 1, 3: 2, 4: 1}[len(x.shape)]

@@ -19,8 +19,22 @@ from sora_jax.data.pack import PackConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn import attention, blockwise, flash, kernels
 
-# By platform: the kernel, and what numbers of tokens it takes are multiples of.
-KERNELS = {"tpu": ("splash", kernels.SPLASH_LANES), "gpu": ("triton", 1), "cuda": ("triton", 1)}
+
+class Kernel(NamedTuple):
+    """An attention backend of a chip's own: its name, what numbers of tokens it takes are multiples of, the sides of its blocks for
+    numbers of queries and keys, the size of a head as it multiplies it, and whether every block of queries reads its keys anew."""
+
+    name: str
+    multiple: int
+    blocks: Callable[[int, int], tuple[int, int]]
+    head: Callable[[int], int]
+    reads_again: bool
+
+
+SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, reads_again=True)
+# A GPU has a row's keys and values in its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
+TRITON = Kernel("triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, reads_again=False)
+KERNELS = {"tpu": SPLASH, "gpu": TRITON, "cuda": TRITON}
 AMONG, CAPTIONS = "among a row's tokens", "to captions"
 # The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
 Backend = Callable[[int, int, int], str]
@@ -33,18 +47,18 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     """
     if platform not in KERNELS:
         return []
-    kernel, step = KERNELS[platform]
+    kernel = KERNELS[platform]
     heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
     now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
     better = {
-        "pack.row_tokens": _up(packing.row_tokens, step * split),
-        "pack.row_text": _up(packing.row_text, step),
+        "pack.row_tokens": _up(packing.row_tokens, kernel.multiple * split),
+        "pack.row_text": _up(packing.row_text, kernel.multiple),
         "mesh.sequence": math.gcd(heads, split),
     }
     if model.attention == "blockwise":
-        return [f"dit.attention=blockwise takes no {kernel} kernel: set dit.attention=auto"]
+        return [f"dit.attention=blockwise takes no {kernel.name} kernel: set dit.attention=auto"]
     return [
-        f"no {kernel} kernel for attention {what}: {_remedy(backend, now, better)}"
+        f"no {kernel.name} kernel for attention {what}: {_remedy(backend, now, better)}"
         for what, backend in _backends(model, packing, mesh, platform).items()
         if backend(*now.values()) == "blockwise"
     ]
@@ -66,7 +80,7 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
 class Work(NamedTuple):
     """Pairs of tokens, and of tokens and words, that attention computes in a step, and the bytes that its kernels read again.
 
-    pairs are None where all of a row are computed. A TPU's kernel reads the keys of a block anew for every block of queries.
+    pairs are None where all of a row are computed.
     """
 
     pairs: float | None
@@ -87,7 +101,7 @@ def work(
     segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand; passes are how often
     a block's attention goes over keys for its queries, and over queries for its keys.
     """
-    split, (kernel, _) = sharding.shards("tokens", mesh), KERNELS.get(platform, (None, 1))
+    split, kernel = sharding.shards("tokens", mesh), KERNELS.get(platform)
     chosen = {
         what: backend(packing.row_tokens, packing.row_text, split)
         for what, backend in _backends(model, packing, mesh, platform).items()
@@ -97,22 +111,17 @@ def work(
     read = 0.0
     # Captions are met by a device's own tokens; for those among each other it has all tokens of some heads.
     for what, keys, parts in ((AMONG, tokens, 1), (CAPTIONS, text, split)):
-        if chosen.get(what, model.attention) != kernel:
+        if kernel is None or chosen.get(what, model.attention) != kernel.name:
             found.append(None)
             continue
-        splash = kernel == "splash"
-        bq, bk = (
-            kernels.splash_blocks(tokens.shape[1] // parts, keys.shape[1]) if splash else (flash.BLOCK, flash.BLOCK)
-        )
+        bq, bk = kernel.blocks(tokens.shape[1] // parts, keys.shape[1])
         met = blockwise.meetings(blockwise.in_blocks(tokens, bq), blockwise.in_blocks(keys, bk), bq, bk)
         of_a_step = int(met.sum()) * packing.rows / len(tokens)
-        # A GPU's multiplies heads as large as the next power of two.
         size = model.width // model.heads
-        padded = 1.0 if splash else 2 ** math.ceil(math.log2(size)) / size
-        found.append(of_a_step * bq * bk * padded)
-        # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of. A GPU has a row's in
-        # its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
-        read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks if splash else 0
+        found.append(of_a_step * bq * bk * kernel.head(size) / size)
+        if kernel.reads_again:
+            # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
+            read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks
     return Work(found[0], found[1], read)
 
 
