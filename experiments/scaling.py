@@ -34,7 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     """'' is a sweep of sizes at equal budgets, then a ladder along the frontier that the sweep found.
 
     'seeds' is the same with the ladder from three seeds; in the work dir of '' it trains only what is missing there.
-    'ladder' is one seed of the ladder without the sweep, its models as large as the last sweep says.
+    'ladder' is one seed of the ladder without the sweep, its models as large as the last sweep says; in a work dir of its own,
+    as a sweep may find others.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
     'rates' are three widths at six rates each: is one rate the best for all?
     'all' is all of it, on one page; like 'seeds' it trains only what is missing in its work dir.
