@@ -22,7 +22,7 @@ MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
 # Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
 PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36, 4, 40)))
 MODEL_STEPS = 2000
-# Seeds of the ladder in 'seeds'.
+# Seeds of the ladder in 'seeds', and of every rate in 'rates'.
 SEEDS = 3
 # Widths with their heads, and rates as multiples of the ladder's, of both optimizers.
 WIDTHS = ((32, 1), (64, 2), (128, 4))
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     'ladder' is one seed of the ladder without the sweep, its models as large as the last sweep says; in a work dir of its own,
     as a sweep may find others.
     'models' are nine, of three sizes and three patches, at equal steps: does the Frechet distance follow the FLOPs?
-    'rates' are three widths at six rates each: is one rate the best for all?
+    'rates' are three widths at six rates each, from three seeds: is one rate the best for all?
     'all' is all of it, on one page; like 'seeds' it trains only what is missing in its work dir.
     """
     if arg not in ARGUMENTS:
@@ -80,13 +80,16 @@ def models() -> dict[str, ConfigDict]:
 
 
 def rates() -> dict[str, ConfigDict]:
+    """Three seeds: between those of one rate small models differ by more than between rates next to each other."""
     found = {}
-    for width, heads in WIDTHS:
-        for number, multiple in enumerate(RATES):
-            run = steps_of(RATE_STEPS, width, 3, heads)
-            run.optimizer.rate *= multiple
-            run.optimizer.adam_rate *= multiple
-            found[f"{width}_rate{number}"] = run
+    for seed in range(SEEDS):
+        for width, heads in WIDTHS:
+            for number, multiple in enumerate(RATES):
+                run = steps_of(RATE_STEPS, width, 3, heads)
+                run.seed = seed
+                run.optimizer.rate *= multiple
+                run.optimizer.adam_rate *= multiple
+                found[f"{width}_rate{number}_seed{seed}" if seed else f"{width}_rate{number}"] = run
     return found
 
 

@@ -249,6 +249,13 @@ def test_the_best_rate_of_every_width():
     assert found["best"] == pytest.approx({"48": 0.01, "96": 0.01, "192": 0.015})
     assert found["apart"] == pytest.approx(1.5) and all(found["inside"].values())
     assert "apart" not in scaling.best_rates({"48_0.01": runs["48_0.01"]})
+    # Seeds count as their mean, however far one of them is off.
+    seeds = {
+        f"{name}_{seed}": run | {"val_loss": run["val_loss"] + off}
+        for name, run in runs.items()
+        for seed, off in enumerate((0.3, -0.3) if run["rate"] == 0.03 else (0.1, -0.1))
+    }
+    assert scaling.best_rates(seeds)["best"] == pytest.approx(found["best"])
 
 
 def test_pictures_of_models_and_rates():
@@ -258,6 +265,7 @@ def test_pictures_of_models_and_rates():
         for n in range(1, 7)
     }
     rates = {f"r{n}": {"flops": 1.0, "width": 48, "rate": 0.01 * n, "val_loss": 0.5 + n} for n in (1, 2, 3)}
+    rates["r3_seed1"] = rates["r3"] | {"val_loss": 4.5}
     found = {
         "groups": {"models": list(models), "rates": list(rates)},
         "models": scaling.compared(models),

@@ -255,14 +255,14 @@ def compared(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def best_rates(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The best rate of every width of which three rates were run, and how far the best ones lie apart as a ratio; None where a best
-    one is the smallest or largest that was tried, and so perhaps not the best of all."""
-    losses: dict[int, dict[float, float]] = {}
+    one is the smallest or largest that was tried, and so perhaps not the best of all. Seeds of a rate count as their mean."""
+    sweeps: dict[int, list[tuple[float, float]]] = {}
     for run in runs.values():
-        losses.setdefault(run["width"], {})[run["rate"]] = run["val_loss"]
+        sweeps.setdefault(run["width"], []).append((run["rate"], run["val_loss"]))
     found: dict[str, Any] = {"best": {}, "inside": {}}
-    for width, sweep in sorted(losses.items()):
-        if len(sweep) >= 3:
-            rate, _, inside = laws.lowest(list(sweep), list(sweep.values()))
+    for width, sweep in sorted(sweeps.items()):
+        if len({rate for rate, _ in sweep}) >= 3:
+            rate, _, inside = laws.lowest(*zip(*sweep, strict=True))
             found["best"][str(width)], found["inside"][str(width)] = rate, inside
     if found["best"]:
         apart = max(found["best"].values()) / min(found["best"].values())

@@ -106,7 +106,10 @@ def _models(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str], key: st
 
 
 def _rates(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> curves.Plot:
+    losses: dict[tuple[int, float], list[float]] = {}
+    for name in names:
+        losses.setdefault((runs[name]["width"], runs[name]["rate"]), []).append(runs[name]["val_loss"])
     lines: dict[str, list[Point]] = {}
-    for run in sorted((runs[name] for name in names), key=lambda run: run["width"]):
-        lines.setdefault(f"width {run['width']}", []).append((run["rate"], run["val_loss"]))
+    for (width, rate), of_seeds in sorted(losses.items()):
+        lines.setdefault(f"width {width}", []).append((rate, sum(of_seeds) / len(of_seeds)))
     return _family(lines, "rate")
