@@ -45,15 +45,16 @@ def main() -> None:
     found = {tokens: measure(arguments, tokens) for tokens in arguments.tokens}
     for tokens, each in found.items():
         print(f"{tokens} tokens, {arguments.clips} clips, forward and backward")
-        for name, (seconds, size) in each.items():
-            share = f"{seconds / each['dense'][0]:8.2f} of dense" if "dense" in each else ""
-            print(f"  {name:<10}{1e3 * seconds:10.1f} ms{size / 2**20:10.1f} MiB{share}")
+        medians = {name: statistics.median(seconds) for name, (seconds, _) in each.items()}
+        for name, (_, size) in each.items():
+            share = f"{medians[name] / medians['dense']:8.2f} of dense" if "dense" in each else ""
+            print(f"  {name:<10}{1e3 * medians[name]:10.1f} ms{size / 2**20:10.1f} MiB{share}")
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, tuple[float, int]]:
-    """(median seconds, bytes of temporaries) by name."""
+def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, tuple[list[float], int]]:
+    """(seconds of every round, bytes of temporaries) by name."""
     rng = np.random.default_rng(0)
     inputs = [jnp.asarray(rng.standard_normal((1, tokens, arguments.heads, 64)), jnp.float32) for _ in range(3)]
     clips = jnp.asarray(np.arange(tokens)[None] * arguments.clips // tokens + 1, jnp.int32)
@@ -80,7 +81,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, tuple[float
             jax.block_until_ready(function(inputs, segment))
             if number:  # the first is for warming up
                 seconds[name].append(time.perf_counter() - began)
-    return {name: (statistics.median(seconds[name]), sizes[name]) for name in contenders}
+    return {name: (seconds[name], sizes[name]) for name in contenders}
 
 
 if __name__ == "__main__":
