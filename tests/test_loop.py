@@ -120,6 +120,14 @@ def test_a_finished_run_is_left_alone_and_its_state_is_not_made_anew(trained_vae
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_traces_its_first_state_once(tmp_path, monkeypatch):
+    keys, init = [], vae.VAETask.init
+    monkeypatch.setattr(vae.VAETask, "init", lambda task, key: keys.append(key) or init(task, key))
+    loop.fit(vae.VAETask(tiny.vae_run(steps=1)), tmp_path)
+    # At its end a VAE asks for the statistics that it began with, outside of a trace.
+    assert [isinstance(key, jax.core.Tracer) for key in keys] == [True, False]
+
+
 def test_a_checkpoint_from_before_there_was_a_guard_is_resumed_with_a_fresh_one(trained_vae, tmp_path):
     workdir, state = trained_vae
     items = {name: item for name, item in state._asdict().items() if name not in ("step", "guard")}

@@ -180,6 +180,18 @@ def test_a_study_that_is_killed_at_any_moment_ends_with_the_same_numbers(done, c
     assert but_timings(json.loads((tmp_path / "report.json").read_text())) == but_timings(done[1])
 
 
+def test_of_rates_the_best_one_is_shown(study, monkeypatch, tmp_path):
+    """And not the last, of which the rate is the largest that was tried."""
+    losses = {"1x": 0.5, "4x": 0.7}
+    monkeypatch.setattr(runner, "run_numbers", lambda path: {"val_loss": losses[path.name]})
+    monkeypatch.setattr(judgement, "Judge", lambda *_, **__: type("", (), {"of": lambda _, name: ({}, [])})())
+    alone = dataclasses.replace(study, groups={"rates": LADDER})
+    clock = runner.Clock(tmp_path / "seconds.json")
+    assert list(runner.judged(alone, tmp_path, clock)) == ["1x"]
+    losses["4x"] = 0.3
+    assert list(runner.judged(alone, tmp_path, clock)) == ["4x"]
+
+
 def test_time_is_kept_before_a_part_ends(tmp_path, monkeypatch):
     """So that what is killed was counted, and added to what there was."""
     monkeypatch.setattr(runner, "KEPT_EVERY", 0.01)

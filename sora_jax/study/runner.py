@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +142,21 @@ Judged = dict[str, tuple[dict[str, Any], list[report.Video]]]
 
 
 def judged(study: StudyRun, workdir: Path, clock: Clock) -> Judged:
-    """Scores and samples of the ladder and of the models, or else of the last DiT."""
-    ladder, models = (study.groups.get(group, ()) for group in ("ladder", "models"))
+    """Scores and samples of the ladder and of the models, or else of the best of the rates, or of the last DiT."""
+    ladder, models, rates = (study.groups.get(group, ()) for group in ("ladder", "models", "rates"))
     dits = [name for name in study.order if isinstance(study.stages[name], DiTRun)]
+    alone = [_best(workdir, rates)] if rates else dits[-1:]
     judge = judgement.Judge(study, workdir, frechets=bool(ladder or models))
     found: Judged = {}
-    for name in [name for name in dits if name in (*ladder, *models)] or dits[-1:]:
+    for name in [name for name in dits if name in (*ladder, *models)] or alone:
         with clock.measure(f"{name} judged"):
             found[name] = judge.of(name)
     return found
+
+
+def _best(workdir: Path, names: Iterable[str]) -> str:
+    """The run with the least loss."""
+    return min(names, key=lambda name: run_numbers(workdir / name)["val_loss"])
 
 
 def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sections: Sections) -> report.Page:
@@ -175,8 +181,9 @@ def page_of(study: StudyRun, workdir: Path, command: str, scored: Judged, sectio
         numbers["vae"] = {"psnr": scores["psnr"], "attributes": read} | parameters(workdir / names[VAERun]) | cost
     if scored:
         runs = {name: run_numbers(workdir / name) for name in study.order if isinstance(study.stages[name], DiTRun)}
-        # The headline is of the largest rung, or of the last run that was judged.
-        names[DiTRun] = best = max(scaling.repeats(study) or [list(scored)[-1]], key=lambda name: runs[name]["flops"])
+        # The headline is of the largest rung, or of the best run that was judged.
+        ladder = scaling.repeats(study)
+        names[DiTRun] = best = max(ladder, key=lambda name: runs[name]["flops"]) if ladder else _best(workdir, scored)
         made, (scores, samples) = pipeline.load(workdir / best), scored[best]
         numbers |= {"dit": runs[best], "text_encoder": made.run.text.encoder, "packing": packing_totals(workdir / best)}
         numbers |= scores

@@ -121,15 +121,15 @@ def initial(task: Task, tx: optax.GradientTransformation) -> Callable[[], TrainS
     return jax.jit(state)
 
 
-def abstract_state(initial: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(make: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state of step 0, as the sharding table says, and no arrays."""
-    shapes = jax.eval_shape(initial)
+    shapes = jax.eval_shape(make)
     return sharding.abstract(shapes, state_shardings(shapes, mesh))
 
 
-def new_state(initial: Callable[[], TrainState], like: TrainState) -> TrainState:
+def new_state(make: Callable[[], TrainState], like: TrainState) -> TrainState:
     """The state of step 0, created where abstract_state says."""
-    return jax.jit(initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -165,12 +165,12 @@ def fit(task: Task, workdir: Path, options: watch.Options = watch.USUAL) -> Trai
     tx = optimizer.make(run.optimizer, loop.steps)
     with lock.locked(workdir), watch.watched(workdir, options) as watching, jax.set_mesh(mesh):
         # Before clips are encoded: what does not divide over the mesh is told at once.
-        share, first = sharding.share(mesh, task.rows), initial(task, tx)
-        shapes = abstract_state(first, mesh)
+        share, make = sharding.share(mesh, task.rows), initial(task, tx)
+        shapes = abstract_state(make, mesh)
         sharding.check(mesh, **task.sizes)
         source = task.batches(share)
         if checkpoint.latest_step(workdir) is None:
-            state, past = new_state(first, shapes), Past()
+            state, past = new_state(make, shapes), Past()
         else:
             # Without arrays, which would lie in memory twice while the checkpoint's are read.
             state, past = _resume(task, workdir, shapes, source)
