@@ -56,9 +56,9 @@ def _run(argv: Sequence[str]) -> int:
     except Failure as failure:
         print(f"{failure.prog or prog}: error: {failure}", file=sys.stderr)
         return failure.code
-    except KeyboardInterrupt:
-        print(f"{prog}: error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: error: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return getattr(interrupt, "code", INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe, such as head, has seen enough; Python would complain again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

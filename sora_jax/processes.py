@@ -111,7 +111,7 @@ def blame(error: BaseException) -> None:
 
 def lost(reason: object) -> None:
     """Ends this process at once, as others that are gone cannot be waited for."""
-    logging.error("%s; start all processes again, they go on from the newest checkpoint", reason)
+    logging.error("%s; start all processes again, training goes on from its newest checkpoint", reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(LOST)
@@ -251,7 +251,7 @@ class _Watch(threading.Thread):
         with self._turn:
             if self._begun is None:
                 # Between stages nothing is lost; and what another process waits for can hold the main thread for long.
-                os.write(2, f"process {self.index}: stopped before a step was begun\n".encode())
+                os.write(2, f"process {self.index}: stopped by {signal.Signals(number).name}\n".encode())
                 os._exit(128 + number)
             if not self._told:
                 self._told, told[str(self.index)] = True, self._begun

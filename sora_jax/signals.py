@@ -74,9 +74,9 @@ def _handle(number: int, _: FrameType | None) -> None:
         return
     _asked = number
     processes.ask_to_stop(number)
-    if _held or processes.several():
+    if _held:
         _say(b"stopping after this step, then saving; once more to stop at once\n")
-    else:
+    elif not processes.several():
         raise Stopped(number)
 
 

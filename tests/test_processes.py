@@ -1,5 +1,6 @@
 """Several real processes: the same losses as one, parts of a batch read apart, a signal to one stops all."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,14 @@ import tiny
 from several import PROGRAM, ROOT, children, environment, launched, until
 
 from sora_jax import checkpoint, processes
+from sora_jax.generate import files, media
 
 STEPS = 20
 # `sora-jax` as it is installed.
 COMMAND = "import sys; from sora_jax import main; sys.exit(main.run())"
+
+# Without Frechet distances, which each process takes by itself and which take long to compile.
+UNFEATURED = f"from sora_jax.evaluate import mobilenet; mobilenet.available = lambda: False; {COMMAND}"
 
 # Rows of four on two devices of each of two processes: in turns, and where both have all.
 ROWS = """
@@ -80,6 +85,42 @@ def test_what_one_process_began_two_bring_to_the_same_end(alone, tmp_path):
         assert process.wait(600) == 0, log.read_text()
     assert f"resumed from step {STEPS // 2}" in log.read_text()
     assert apart(alone / "dit", tmp_path / "dit", STEPS) <= 1e-6
+
+
+@pytest.mark.parametrize("verb", ["sample", "vbench", "evaluate"])
+def test_two_processes_make_what_one_makes(alone, tmp_path, verb):
+    image = tmp_path / "start.png"
+    files.write_image(image, np.full((32, 32, 3), 90, np.uint8))
+    flags = {
+        "sample": ("sample", "--prompt=a red circle", "--samples=3", f"--image={image}", "--outdir"),
+        "vbench": ("sample", "--prompt=a red circle", "--frames=5", "--vbench"),
+        "evaluate": ("evaluate", "--prompts=4", "--out"),
+    }[verb]
+    command = [*flags[:-1], f"--checkpoint={alone / 'dit'}", "--mesh=data=2,fsdp=2"]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    done = subprocess.run(
+        [sys.executable, "-c", UNFEATURED, *command, f"{flags[-1]}={one}"],
+        env=environment(4),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with launched(tmp_path, UNFEATURED, *command, f"{flags[-1]}={two}", devices=2) as (process, log):
+        assert process.wait(300) == 0, log.read_text()
+    # The first alone tells and writes.
+    told = {"sample": f"{two}/000.mp4", "vbench": f"{two}/videos", "evaluate": "of 4 held-out prompts; floor"}[verb]
+    assert log.read_text().count(told) == 1, log.read_text()
+    if verb == "evaluate":
+        scores = [json.loads(path.read_text())["adherence"] for path in (one, two)]
+        assert scores[0] == scores[1]
+        return
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (one, two)]
+    assert names[0] == names[1] and len(names[0]) == {"sample": 4, "vbench": 7}[verb]
+    for name in (name for name in names[0] if name.suffix == ".mp4"):
+        videos = [media.read(folder / name).frames_THWC.astype(int) for folder in (one, two)]
+        # Encoded from pixels that are the same but for rounding.
+        assert np.abs(videos[0] - videos[1]).max() <= 3, name
 
 
 def test_processes_place_the_rows_that_are_theirs(tmp_path):

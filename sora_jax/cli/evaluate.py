@@ -9,8 +9,8 @@ import logging
 from typing import Any
 
 from sora_jax.cli import flags, trained
-from sora_jax.cli.failures import Failure, errors_for_users, errors_of_writing
-from sora_jax.cli.process import prepare_jax
+from sora_jax.cli.failures import LOST, Failure, errors_for_users, errors_of_writing
+from sora_jax.cli.process import meeting, prepare_jax
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -55,6 +55,11 @@ def add_evaluate(verbs: Any) -> None:
         metavar="N",
         help="videos a side for FVD; other numbers than the published one are biased and named (default: 2048)",
     )
+    flags.add_processes(
+        parser,
+        "The same command on every machine, with files that all of them see; the first prints and writes. Where one dies the\n"
+        f"others stop within seconds with exit code {LOST}.",
+    )
     parser.add_argument("--out", type=flags.path, metavar="FILE", help="JSON file to write (default: only print)")
 
 
@@ -90,9 +95,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
-    pipeline, (folder, step) = trained.load(arguments.checkpoint, arguments.mesh)
-    settings = trained.settings(pipeline, arguments)
-    from sora_jax import checkpoint
+    with meeting(arguments):
+        _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    pipeline, (folder, step), settings = trained.load_with(arguments.checkpoint, arguments)
+    from sora_jax import checkpoint, processes
     from sora_jax.evaluate import fvd
     from sora_jax.generate import files
     from sora_jax.study import judgement
@@ -107,6 +116,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             arguments.fvd_videos or fvd.NUM_VIDEOS,
         )
     trained.tell_mesh(pipeline)
+    if not processes.is_first():
+        return
     print(judgement.table(scores))
     if arguments.out is not None:
         found = {

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 USER_ERROR, RUN_ERROR, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+LOST = 75  # processes.LOST, known here without jax
 
 
 class Failure(Exception):

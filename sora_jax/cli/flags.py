@@ -139,6 +139,23 @@ def add_sampler(parser: Parser) -> None:
     )
 
 
+def add_processes(parser: Parser, description: str) -> None:
+    group = parser.add_argument_group("several processes", description)
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where the first process listens (default: one process)"
+    )
+    group.add_argument("--processes", type=count, metavar="N", help="how many there are (required with --coordinator)")
+    group.add_argument(
+        "--process", type=int, metavar="I", help="which one this is, from 0 (required with --coordinator)"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the other processes by the environment: Slurm, Open MPI, a TPU pod, Kubernetes or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (default: one process)",
+    )
+
+
 def path(text: str) -> Path:
     # A Path of gs://bucket would be a folder of this machine by the name of gs:.
     if "://" in text:

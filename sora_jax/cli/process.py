@@ -1,7 +1,8 @@
-"""What a command sets of its process before it begins: the environment of jax, and what is shown of logs."""
+"""What a command sets of its process before it begins: the environment of jax, the others that it meets, what is shown of logs."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sora_jax
+from sora_jax.cli.failures import RUN_ERROR, Failure
 
 
 def prepare_jax() -> None:
@@ -30,6 +32,34 @@ def prepare_jax() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@contextlib.contextmanager
+def meeting(arguments: argparse.Namespace) -> Iterator[bool]:
+    """Joins the other processes of a command, if the flags of flags.add_processes say that there are any, and leaves them in
+    order; gives whether it did. A signal to one then stops all. Must come before anything else asks for devices.
+    """
+    given = (arguments.coordinator, arguments.processes, arguments.process)
+    if given == (None, None, None) and not arguments.distributed:
+        yield False
+        return
+    if None in given and not arguments.distributed:
+        raise Failure("--coordinator, --processes and --process go together; or give --distributed")
+    prepare_jax()
+    from sora_jax import processes, signals
+
+    try:
+        processes.start(*given)
+    except (RuntimeError, ValueError) as error:
+        raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
+    try:
+        with signals.handled():
+            yield True
+    except signals.Stopped:
+        # This process ends without jax's own leave-taking, which ends the others' if it comes first.
+        processes.leave(together=True)
+        raise
+    processes.leave()
 
 
 class _Plain(logging.Formatter):

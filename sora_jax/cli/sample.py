@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import logging
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import sora_jax
 from sora_jax.cli import asked, flags, trained, vbench
-from sora_jax.cli.failures import Failure, errors_for_users, errors_of_writing, make_folder
+from sora_jax.cli.failures import LOST, Failure, errors_for_users, errors_of_writing, make_folder
+from sora_jax.cli.process import meeting
 from sora_jax.cli.trained import SAMPLER_FLAGS
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ def add_sample(verbs: Any) -> None:
   sora-jax sample --checkpoint=runs/prompting/dit --prompt="..." --extend=up.mp4 --direction=backward --seconds=4 --out=more.mp4
   sora-jax sample --checkpoint=runs/prompting/dit --requests=requests.yaml --outdir=out
   sora-jax sample --manifest=out/manifest.json
-  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench""",
+  sora-jax sample --checkpoint=runs/quickstart/dit --prompts_file=prompts.txt --vbench=vbench
+  sora-jax sample --checkpoint=/shared/dit --prompt="..." --out=/shared/a.mp4 --mesh=fsdp=8 --distributed""",
     )
     flags.add_checkpoint(parser, ", but with --manifest the step that it names")
     what = parser.add_argument_group("what to make")
@@ -127,6 +130,11 @@ def add_sample(verbs: Any) -> None:
     )
     _add_modes(parser)
     flags.add_sampler(parser)
+    flags.add_processes(
+        parser,
+        "The same command on every machine, with files that all of them see; the first writes. Where one dies the others stop\n"
+        f"within seconds with exit code {LOST}.",
+    )
     parser.add_argument(
         "--scale",
         type=flags.count,
@@ -225,8 +233,14 @@ def sample(arguments: argparse.Namespace) -> None:
         arguments.outdir = arguments.manifest.with_name(f"{arguments.manifest.stem}-again")
     if arguments.vbench is not None:
         asked.refuse_flags(arguments, "VBench's videos are made from prompts alone", *_BEYOND_SIZE)
-        vbench.sample_for_vbench(arguments, asked.prompts_of(arguments))
-        return
+    with meeting(arguments):
+        if arguments.vbench is not None:
+            vbench.sample_for_vbench(arguments, asked.prompts_of(arguments))
+        else:
+            _make(arguments)
+
+
+def _make(arguments: argparse.Namespace) -> None:
     from sora_jax.generate import manifest
 
     kept = None
@@ -250,7 +264,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if kept and kept.step is not None and (source / str(kept.step)).is_dir():
         source = source / str(kept.step)  # it may have trained on
     pipeline, (workdir, step), settings = trained.load_with(source, arguments)
-    from sora_jax import checkpoint, config, disk
+    from sora_jax import checkpoint, config, disk, processes
 
     fingerprint = checkpoint.digest(workdir, step)
     versions = manifest.versions(trained.device(pipeline))
@@ -284,10 +298,16 @@ def sample(arguments: argparse.Namespace) -> None:
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
     scale = kept.scale if kept else arguments.scale or math.ceil(SHOWN_WIDTH / max(job.size.width for job in jobs))
+    processes.meet()  # the others have looked, too, at what is replaced from now on
+    first = processes.is_first()
     with errors_of_writing(told):
-        if told != arguments.manifest:
+        if first and told != arguments.manifest:
             told.unlink(missing_ok=True)  # it tells of files that are replaced one by one from now on
-        measured = _write(videos, jobs, pipeline.making(jobs, settings), scale)
+        making = pipeline.making(jobs, settings)
+        if not first:
+            collections.deque(making, maxlen=0)  # made together, written by the first
+            return
+        measured = _write(videos, jobs, making, scale)
         found = manifest.Manifest(
             version=sora_jax.__version__,
             checkpoint=str(workdir.absolute()),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora_jax.cli import flags
 from sora_jax.cli.configs import load_run
-from sora_jax.cli.failures import INTERRUPTED, RUN_ERROR, Failure, errors_for_users, make_folder, refuse_file
+from sora_jax.cli.failures import INTERRUPTED, LOST, RUN_ERROR, Failure, errors_for_users, make_folder, refuse_file
+from sora_jax.cli.process import meeting
 
 if TYPE_CHECKING:
     from sora_jax.config import CaptionerRun, DiTRun, VAERun
 
-
-LOST = 75  # processes.LOST, known here without jax
 # What faulthandler still counts, and more than anyone waits.
 LONGEST_SECONDS = 1e6
 
@@ -50,25 +49,10 @@ def add_train(verbs: Any) -> None:
         help="where no step, evaluation or save finishes for so long, show the stacks of all threads, also in DIR/stacks.txt, and "
         "go on; 0 = never; SIGUSR2 shows them at once (default: %(default)g)",
     )
-    group = parser.add_argument_group(
-        "several processes",
+    flags.add_processes(
+        parser,
         "The same command on every machine, with a --workdir that all of them see. Where one dies the others stop within\n"
         f"seconds with exit code {LOST}; started again they resume.",
-    )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where the first process listens (default: one process)"
-    )
-    group.add_argument(
-        "--processes", type=flags.count, metavar="N", help="how many there are (required with --coordinator)"
-    )
-    group.add_argument(
-        "--process", type=int, metavar="I", help="which one this is, from 0 (required with --coordinator)"
-    )
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="find the other processes by the environment: Slurm, Open MPI, a TPU pod, Kubernetes or JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (default: one process)",
     )
 
 
@@ -128,7 +112,7 @@ def train(arguments: argparse.Namespace) -> None:
     options = watch.Options(arguments.profile, arguments.hang_seconds)
     make_folder(arguments.workdir)
     try:
-        with _meeting(arguments), signals.handled():
+        with meeting(arguments) as met, contextlib.nullcontext() if met else signals.handled():
             task = _task(run, arguments.workdir)
             with errors_for_users():
                 loop.fit(task, arguments.workdir, options)
@@ -175,30 +159,6 @@ def study(arguments: argparse.Namespace) -> None:
 def _interrupted(error: KeyboardInterrupt) -> str:
     """'stopped by SIGTERM', or 'interrupted' where signals were not handled."""
     return str(error) or "interrupted"
-
-
-@contextlib.contextmanager
-def _meeting(arguments: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes of a run, if the flags say that there are any, and leaves them in order."""
-    given = (arguments.coordinator, arguments.processes, arguments.process)
-    if given == (None, None, None) and not arguments.distributed:
-        yield
-        return
-    if None in given and not arguments.distributed:
-        raise Failure("--coordinator, --processes and --process go together; or give --distributed")
-    from sora_jax import processes, signals
-
-    try:
-        processes.start(*given)
-    except (RuntimeError, ValueError) as error:
-        raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
-    try:
-        yield
-    except signals.Stopped:
-        # This process ends without jax's own leave-taking, which ends the others' if it comes first.
-        processes.leave(together=True)
-        raise
-    processes.leave()
 
 
 def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ def sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> 
         vbench.new_folder(folder)
     seeds = _seeds(arguments.seed or 0, count)
     pipeline, (workdir, step), settings = trained.load_with(arguments.checkpoint, arguments)
-    from sora_jax import checkpoint
+    from sora_jax import checkpoint, processes
     from sora_jax.generate import files, layouts, manifest
     from sora_jax.generate.pipeline import Request
 
@@ -65,6 +66,10 @@ def sample_for_vbench(arguments: argparse.Namespace, prompts: Sequence[str]) -> 
         "versions": {"sora_jax": sora_jax.__version__, **manifest.versions(trained.device(pipeline))},
         "command": arguments.command,
     }
+    processes.meet()  # the others have looked, too, whether the folder is new
+    if not processes.is_first():
+        collections.deque(samples(), maxlen=0)  # made together, written by the first
+        return
     with errors_of_writing(folder):
         print(vbench.export(folder, samples(), size.fps, write_video, made_by))
 
