@@ -441,7 +441,8 @@ def _numpy_like(dtype: Any, shape: Sequence[int]) -> np.ndarray:
 
 
 def _newest_good(root: epath.Path, step: int | None, read: Callable[[epath.Path], Result]) -> Result:
-    available = steps(root)
+    # What the first of several processes sees: another may see a step already that is being written, or not yet.
+    available = processes.joined({str(jax.process_index()): steps(root)})["0"]
     if not available or (step is not None and step not in available):
         raise _nothing_there(root, step, available)
     damaged: dict[int, CorruptCheckpointError] = {}
@@ -453,6 +454,8 @@ def _newest_good(root: epath.Path, step: int | None, read: Callable[[epath.Path]
             error = caught
         if not processes.on_any(error is not None):
             _set_aside(root, damaged, candidate)
+            if damaged:
+                processes.meet()  # nobody looks for the newest step before it is renamed
             return result
         damaged[candidate] = error or CorruptCheckpointError("another process found it damaged")
     reasons = "\n".join(f"  step {number}: {error}" for number, error in damaged.items())

@@ -33,6 +33,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         code = RUN_ERROR
     if code in (INTERRUPTED, TERMINATED) or (code and _one_of_several()):
+        if _one_of_several():
+            from sora_jax import processes
+
+            processes.fail(code)
         # Saves are atomic, so nothing is lost; but orbax's threads would wait minutes for one that was cut short, and jax for
         # the other processes, which wait for this one.
         sys.stdout.flush()

@@ -3,11 +3,12 @@
 One process is the rule, and then nothing here does anything. With several, every process runs the same program on its part of
 the same arrays; the first alone writes logs and metrics. A process that dies leaves the others waiting in a collective for
 ever, so each watches the others' heartbeats and leaves with LOST when one stops: what started them starts them again, and they
-go on from the newest checkpoint.
+go on from the newest checkpoint. One that says why it ends takes the others along with its own exit code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -65,6 +66,16 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         _watch.start()
 
 
+def check_alike(told: str) -> None:
+    """Raises ValueError in a process that was told something else than the first: each would wait for what others never do."""
+    if _watch is None:
+        return
+    if is_first():
+        _client().key_value_set("sora_jax/told", told)
+    elif _client().blocking_key_value_get("sora_jax/told", 1000 * MEETING) != told:
+        raise ValueError("this one was given other flags than the first; give all the same, but for --process")
+
+
 def is_first() -> bool:
     return jax.process_index() == 0
 
@@ -99,6 +110,14 @@ def stop_after(number: int) -> int | None:
     return None if _watch is None else _watch.stop_after(number)
 
 
+def fail(code: int) -> None:
+    """Lets the others end with the code of this process, which ends now: nothing that only it said is mended by starting again."""
+    if _watch is not None and _watch.is_alive():
+        with contextlib.suppress(Exception):  # the coordinator may be gone by now
+            _client().key_value_set(f"sora_jax/failed/{jax.process_index()}", str(code))
+        _linger()
+
+
 def blame(error: BaseException) -> None:
     """Ends this process as lost if its error came of another's end; returns if it is this one's own.
 
@@ -111,7 +130,7 @@ def blame(error: BaseException) -> None:
 
 def lost(reason: object) -> None:
     """Ends this process at once, as others that are gone cannot be waited for."""
-    logging.error("%s; start all processes again, training goes on from its newest checkpoint", reason)
+    logging.error("%s; start all processes again (training goes on from its newest checkpoint)", reason)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(LOST)
@@ -200,6 +219,12 @@ def _client() -> Any:
     return jax._src.distributed.global_state.client  # type: ignore[attr-defined]
 
 
+def _linger() -> None:
+    """The first process holds what all of them tell each other, and so gives the others the time to read it."""
+    if is_first():
+        time.sleep(3 * BEAT)
+
+
 class _Watch(threading.Thread):
     """Tells the others each second that this process lives, looks whether they do, and agrees with them on where to stop.
 
@@ -225,13 +250,20 @@ class _Watch(threading.Thread):
             try:
                 client.key_value_set(f"sora_jax/beat/{self.index}", str(number), allow_overwrite=True)
                 beats = {key.rpartition("/")[2]: value for key, value in client.key_value_dir_get("sora_jax/beat/")}
+                failed = client.key_value_dir_get("sora_jax/failed/")
                 self._agree(client)
             except Exception as error:  # the coordinator is gone, and with it the first process
+                if self.asked is not None:
+                    os._exit(128 + self.asked)
                 if not self._stopped.is_set():
                     lost(
                         f"process {self.index}: the first process cannot be reached ({str(error).splitlines()[0][:120]})"
                     )
                 return
+            for key, code in failed:
+                if (other := int(key.rpartition("/")[2])) != self.index:
+                    os.write(2, f"process {self.index}: process {other} ended with {code}, as it said\n".encode())
+                    os._exit(int(code))
             for other, (last, since) in seen.items():
                 beat = beats.get(str(other), "")
                 if beat != last:
@@ -252,6 +284,7 @@ class _Watch(threading.Thread):
             if self._begun is None:
                 # Between stages nothing is lost; and what another process waits for can hold the main thread for long.
                 os.write(2, f"process {self.index}: stopped by {signal.Signals(number).name}\n".encode())
+                _linger()
                 os._exit(128 + number)
             if not self._told:
                 self._told, told[str(self.index)] = True, self._begun

@@ -76,7 +76,9 @@ def _handle(number: int, _: FrameType | None) -> None:
     processes.ask_to_stop(number)
     if _held:
         _say(b"stopping after this step, then saving; once more to stop at once\n")
-    elif not processes.several():
+    elif processes.several():
+        _say(b"stopping all processes; once more to stop this one at once\n")
+    else:
         raise Stopped(number)
 
 

@@ -51,6 +51,51 @@ def apart(one, other, step):
     return max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, params), strict=True))
 
 
+# What meets as the verbs do, and then does what its first argument says.
+MEETING = """
+import logging, pathlib, sys, time
+from sora_jax import main, processes
+from sora_jax.cli import flags, process
+from sora_jax.cli.failures import Failure
+if "late" in sys.argv:
+    processes.JAX_PATIENCE = 3
+
+def verb(argv):
+    parser = flags.Parser()
+    parser.add_argument("what")
+    parser.add_argument("folder")
+    flags.add_processes(parser, "")
+    arguments = parser.parse_args(argv)
+    what, folder = arguments.what, pathlib.Path(arguments.folder)
+    if what == "apart":
+        arguments.seed = folder.exists() or folder.mkdir(exist_ok=True)
+    with process.meeting(arguments):
+        here = str(processes.is_first())
+        if what == here:
+            raise Failure("nothing to write to")
+        if what in ("True", "False"):
+            time.sleep(60)
+        if what == "late" and processes.is_first():
+            time.sleep(8)
+            folder.mkdir()
+        if what == "wait":
+            print("waiting", flush=True)
+            time.sleep(60)
+    return 0
+
+def run(argv):
+    with process.logging_to_stderr():
+        try:
+            return verb(argv)
+        except Failure as failure:
+            print("error:", failure, flush=True)
+            return failure.code
+
+main._run = run
+sys.exit(main.run())
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
@@ -121,6 +166,40 @@ def test_two_processes_make_what_one_makes(alone, tmp_path, verb):
         videos = [media.read(folder / name).frames_THWC.astype(int) for folder in (one, two)]
         # Encoded from pixels that are the same but for rounding.
         assert np.abs(videos[0] - videos[1]).max() <= 3, name
+
+
+def test_the_first_may_write_for_longer_than_jax_waits(tmp_path):
+    with launched(tmp_path, MEETING, "late", tmp_path / "written", devices=1) as (process, log):
+        assert process.wait(60) == 0, log.read_text()
+    assert (tmp_path / "written").exists() and "exit codes 0, 0" in log.read_text()
+
+
+@pytest.mark.parametrize("refusing", [True, False])
+def test_what_one_process_refuses_ends_all_with_its_exit_code(tmp_path, refusing):
+    began = time.monotonic()
+    with launched(tmp_path, MEETING, refusing, tmp_path, devices=1) as (process, log):
+        process.wait(60)
+    told = log.read_text()
+    assert time.monotonic() - began < 40, told
+    assert "error: nothing to write to" in told and "exit codes 2, 2" in told, told
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_that_does_not_train_stops_all(tmp_path, told):
+    with launched(tmp_path, MEETING, "wait", tmp_path, devices=1) as (process, log):
+        until(lambda: log.read_text().count("waiting") == 2, process, log)
+        began = time.monotonic()
+        os.kill(children(process.pid)[told], signal.SIGTERM)
+        process.wait(60)
+        seconds = time.monotonic() - began
+    assert "exit codes 143, 143" in log.read_text() and seconds < 15, log.read_text()
+
+
+def test_processes_of_other_flags_are_refused(tmp_path):
+    with launched(tmp_path, MEETING, "apart", tmp_path / "folder", devices=1) as (process, log):
+        process.wait(60)
+    told = log.read_text()
+    assert "this one was given other flags than the first" in told and "exit codes 1, 1" in told, told
 
 
 def test_processes_place_the_rows_that_are_theirs(tmp_path):

@@ -50,16 +50,24 @@ def meeting(arguments: argparse.Namespace) -> Iterator[bool]:
 
     try:
         processes.start(*given)
+        processes.check_alike(_alike(arguments))
     except (RuntimeError, ValueError) as error:
         raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
     try:
         with signals.handled():
             yield True
+            processes.meet()  # the first may have to write for longer than jax waits for it
     except signals.Stopped:
         # This process ends without jax's own leave-taking, which ends the others' if it comes first.
         processes.leave(together=True)
         raise
     processes.leave()
+
+
+def _alike(arguments: argparse.Namespace) -> str:
+    """What all processes of a command are told alike."""
+    own = ("process", "coordinator", "command", "parser", "verb")
+    return repr({name: value for name, value in vars(arguments).items() if name not in own})
 
 
 class _Plain(logging.Formatter):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import checkpoint, config, disk
+from sora_jax import checkpoint, config, disk, processes
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips, render
 from sora_jax.data.worlds.scene import Scene
@@ -109,7 +109,7 @@ def bounds_of(made: Pipeline, scenes: Sequence[Scene], seed: int, frechets: bool
     ceiling, _ = adherence.judge(reconstructions, scenes, seed)
     if not frechets:
         return Bounds(ceiling)
-    if not mobilenet.available():
+    if processes.on_any(not mobilenet.available()):
         logging.warning("no %s: its weights are not installed; %s", frechet.NAME, mobilenet.REMEDY)
         return Bounds(ceiling)
     others = clips.render_mixed(dit.heldout_videos(made.run.data.world, 2 * len(scenes), start=REAL_SCENES))
