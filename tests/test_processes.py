@@ -141,7 +141,9 @@ def test_two_processes_make_what_one_makes(alone, tmp_path, verb):
         "vbench": ("sample", "--prompt=a red circle", "--frames=5", "--vbench"),
         "evaluate": ("evaluate", "--prompts=4", "--out"),
     }[verb]
-    command = [*flags[:-1], f"--checkpoint={alone / 'dit'}", "--mesh=data=2,fsdp=2"]
+    # The axis that spans both processes splits weights, and clips.
+    mesh = {"sample": "fsdp=4", "vbench": "data=4", "evaluate": "data=2,fsdp=2"}[verb]
+    command = [*flags[:-1], f"--checkpoint={alone / 'dit'}", f"--mesh={mesh}"]
     one, two = (tmp_path / name for name in ("one", "two"))
     done = subprocess.run(
         [sys.executable, "-c", UNFEATURED, *command, f"{flags[-1]}={one}"],
