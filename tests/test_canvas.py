@@ -293,7 +293,8 @@ def test_loop_doubles_no_frame(clip, length, added):
 
 @pytest.mark.parametrize("frames", [2, 5, 16, 17, 40])
 def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
-    """The bridge sees the first pass's frames behind its end; then all is decoded once more, in other groups."""
+    """The bridge sees the first pass's frames behind its end; then all goes round twice, half a group out of step, and then their
+    mean."""
 
     def model(step):
         grey = 100 + np.arange(len(step.known.frames_THWC), dtype=np.uint8)
@@ -302,21 +303,22 @@ def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
     job = prepare(prompt="a", loop=True, frames=frames)
     video, seen = play(job, model=model)
     assert (not job.told) == (frames <= 17)
-    *_, bridge, again = seen
-    assert seen[0].known is None and to_make(seen) == seen[:-1] and len(video) == frames
+    *_, bridge, one, other, again = seen
+    assert seen[0].known is None and to_make(seen) == seen[:-3] and len(video) == frames
     assert (bridge.known.frames_THWC[-1] == NEW).all() and known_latents(bridge.known)[[0, -1]].all()
     assert seen[0].prompt == "a" and bridge.prompt == ""  # which says where the thing goes, not that it comes back
-    made = round_trip(video)
-    assert (made[0] == NEW).all() and (made[-1] >= 100).all()
-    # It begins within a group of what the bridge saw of the loop's beginning, and closes in the middle of a group: of latent k
-    # frames 4 k - 3 .. 4 k.
+    # The stand-in's round trip twice is what it was.
+    assert (video[0] == NEW).all() and (video[-1] >= 100).all()
+    # Each begins within a group of what the bridge saw of the loop's beginning; of latent k frames 4 k - 3 .. 4 k, and in the last
+    # trip the loop closes in the middle of a group.
     behind = int(np.argmin(bridge.known.given_THW.all((1, 2))[::-1]))
-    orders = (behind + np.arange(4)[:, None] + np.arange(len(again.known.frames_THWC))) % frames
-    order = orders[int(np.argmax([(made[each] == again.known.frames_THWC).all() for each in orders]))]
-    assert again.known.given_THW.all() and frames < len(order) < frames + 5
-    last = int(np.argmax(order == frames - 1))
-    assert frames < 8 or (last % 4 == 2 and order[last + 1] == 0)
-    np.testing.assert_array_equal(again.known.frames_THWC, made[order])
+    for trip, made, place in (one, video, 1), (other, video, 3), (again, round_trip(video), 2):
+        orders = (behind + np.arange(4)[:, None] + np.arange(len(trip.known.frames_THWC))) % frames
+        order = orders[int(np.argmax([(made[each] == trip.known.frames_THWC).all() for each in orders]))]
+        assert trip.known.given_THW.all() and frames < len(order) < frames + 5
+        last = int(np.argmax(order == frames - 1))
+        assert frames < 8 or (last % 4 == place and order[last + 1] == 0)
+        np.testing.assert_array_equal(trip.known.frames_THWC, made[order])
     with pytest.raises(RequestError, match="1 frame is too few for a loop; 2 is the least"):
         prepare(prompt="a", loop=True, frames=1)
 
@@ -332,6 +334,18 @@ def test_no_frame_of_a_loop_is_decoded_alone(monkeypatch, frames):
     monkeypatch.setitem(globals(), "round_trip", decoded)
     video, _ = play(prepare(prompt="a", loop=True, frames=frames))
     assert (video == NEW).all()
+
+
+def test_what_flickers_by_the_groups_of_a_round_trip_is_less_in_a_loop(monkeypatch):
+    """A stand-in that darkens every other group: what jumped by 8 levels goes in two steps of 4."""
+
+    def flickers(given):
+        return given - 8 * (((np.arange(len(given)) + 3) // 4) % 2).astype(np.uint8)[:, None, None, None]
+
+    monkeypatch.setitem(globals(), "round_trip", flickers)
+    _, seen = play(prepare(prompt="a", loop=True, frames=16))
+    *_, again = seen
+    assert np.abs(np.diff(again.known.frames_THWC[:, 0, 0, 0].astype(int))).max() == 4
 
 
 def test_edit_gives_nothing_but_the_frames_and_their_noise(clip):
@@ -555,21 +569,23 @@ def test_windows_go_on_from_what_was_made(clip):
 
 
 def test_a_window_insists_on_the_users_frames_and_where_it_has_to_meet_something(clip):
-    """None is as the checkpoint is used to; an order that says how much is obeyed in every pass."""
+    """inf is as the checkpoint is used to; an order that says how much is obeyed in every pass."""
 
     def insistences(**order):
-        return [step.known_guidance for step in to_make(play(prepare(prompt="a", **order))[1])]
+        steps = to_make(play(prepare(prompt="a", **order))[1])
+        return [step.most_known_guidance if step.known_guidance is None else step.known_guidance for step in steps]
 
     long = insistences(frames=61)
     assert len(long) > 3 and set(long[1:]) == {1.0}
     for direction in ("forward", "backward"):
         # The second still sees the user's frame beside its own first group.
         first, *rest = insistences(extend=clip(9, name=f"{direction}.mp4"), direction=direction, frames=60)
-        assert first is None and len(rest) > 3 and set(rest[1:]) == {1.0}
+        assert first == math.inf and len(rest) > 3 and set(rest[1:]) == {1.0}
     *_, last = insistences(loop=True, frames=40)
-    assert last is None
-    *_, last = insistences(connect=(clip(9, name="a.mp4"), clip(9, name="b.mp4")), frames=60)
-    assert last is None
+    assert last == canvas.LED_BACK
+    for order in ({"loop": clip(9)}, {"connect": (clip(9, name="a.mp4"), clip(9, name="b.mp4"))}):
+        *_, last = insistences(**order, frames=60)
+        assert last == math.inf
     assert set(insistences(extend=clip(9), frames=60, known_guidance=3.0)) == {3.0}
 
 

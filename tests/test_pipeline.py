@@ -145,6 +145,12 @@ def test_each_request_insists_as_much_as_it_says_in_one_program(sampler, rng):
         assert not np.allclose(each, together[0], atol=1e-2)
         alike = dataclasses.replace(settings, known_guidance=most)
         assert np.allclose(sampler.sample_latents([one] * 4, alike)[0], each, atol=1e-4)
+    # A most is for what the settings say, not for what the request says, and it makes no setting larger.
+    at_most = [dataclasses.replace(one, most_known_guidance=3.0, known_guidance=said) for said in (None, 5.0)]
+    alike = dataclasses.replace(settings, known_guidance=5.0)
+    for each, same in zip(sampler.sample_latents(at_most * 2, alike)[:2], together[2:], strict=True):
+        assert np.allclose(each, same, atol=1e-4)
+    assert np.allclose(sampler.sample_latents(at_most[:1] * 4, settings)[0], together[0], atol=1e-5)
     # Other files of requests of these sizes, however they insist, are the same program.
     assert sampler._denoise._cache_size() == programs
 
@@ -344,6 +350,15 @@ def test_steps_taken_once_more_make_all_but_what_is_given_anew(sampler, rng):
     assert np.abs(once[~known] - again[~known]).max() > 0.1
     # All steps once more are another sample: the noise is another.
     assert np.abs(once[~known] - anew[~known]).max() > 0.1
+    # What is made of a prompt alone, or of a video with noise on it, has nothing given to meet: in company, too.
+    noisy = dataclasses.replace(asked.known, given_THW=np.zeros_like(asked.known.given_THW), strength=0.5)
+    others = [dataclasses.replace(asked, known=None), dataclasses.replace(asked, known=noisy)]
+    made, made_again = (
+        sampler.sample_latents([*others, asked], dataclasses.replace(sampler.run.sampler, restart=restart))
+        for restart in (0.0, 0.5)
+    )
+    same = [np.allclose(one, other, atol=1e-5) for one, other in zip(made, made_again, strict=True)]
+    assert same == [True, True, False]
     # Of a video that is given and keeps its noise down, the second start has no more noise than the first.
     whole = Known(asked.known.frames_THWC, np.zeros_like(asked.known.given_THW), 0.0)
     canvas = dataclasses.replace(asked, known=whole)

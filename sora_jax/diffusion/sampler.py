@@ -34,7 +34,8 @@ class SamplerConfig:
     insist on the prompt, 1 = none, at times in guidance_interval (arXiv:2404.07724), and guidance_going_on the most of it for a
     clip of which more than the first frame is given; guidance_rescale in [0, 1] takes back what it adds to the deviation
     (arXiv:2305.08891, equation 16). known_guidance is how much to insist on what is given, 1 = none. restart is the share of
-    the steps that is taken once more, from what was made with as much new noise as there was before them (arXiv:2306.14878).
+    the steps that clips of which something is given take once more, from what was made with as much new noise as there was
+    before them (arXiv:2306.14878).
     """
 
     steps: int = 20

@@ -24,19 +24,23 @@ from sora_jax.generate.requests import Order, RequestError, Size
 
 # Of orders that begin from frames and do not say how much noise they get.
 STRENGTH = 0.6
-# How much a window insists on frames of which it knows only that the model made them just now, and that lead nowhere: what
+# The most that a window insists on frames of which it knows only that the model made them just now, and that lead nowhere: what
 # insisting pushes too far adds up over windows.
 ONLY_GOING_ON = 1.0
+# The most where a loop is led back without a prompt: insisted on by 2, its way back is a leap in twice as many.
+LED_BACK = 1.5
 
 
 class Pass(NamedTuple):
-    """One video to sample. known is None where nothing is given; where everything is, its round trip alone is wanted."""
+    """One video to sample. known is None where nothing is given; where everything is, its round trip alone is wanted.
+    known_guidance is that of the order, if it has one, else that of the settings but at most most_known_guidance."""
 
     prompt: str
     size: Size
     seed: int
     known: Known | None
     known_guidance: float | None
+    most_known_guidance: float
 
 
 class Window(NamedTuple):
@@ -259,13 +263,12 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
     frames_THWC, given_THW, number = timeline.frames_THWC.copy(), timeline.given_THW.copy(), 0
     from_prompt = timeline.loop > 0 and not timeline.given_THW.any()
 
-    def one(known: Known, only_going_on: bool = False, prompt: str = job.order.prompt) -> Pass:
+    def one(known: Known, most: float = math.inf, prompt: str = job.order.prompt) -> Pass:
         length, height, width = known.given_THW.shape
         size = Size(height, width, length, job.size.fps)
         nothing = known.strength == 1 and not known.given_THW.any()
         seed = pass_seed(job.order.seed, number)
-        insistence = ONLY_GOING_ON if only_going_on and job.order.known_guidance is None else job.order.known_guidance
-        return Pass(prompt, size, seed, None if nothing else known, insistence)
+        return Pass(prompt, size, seed, None if nothing else known, job.order.known_guidance, most)
 
     for window in timeline.windows:
         shown = _indices(window.start, window.stop, len(frames_THWC), timeline.loop)
@@ -274,8 +277,10 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
         known = Known(fill(seen_THWC, given) if timeline.strength == 1 else seen_THWC, given, timeline.strength)
         leads = given[: window.first - window.start].any() and given[window.last - window.start :].any()
         users = timeline.given_THW[shown].any()
-        prompt = "" if from_prompt and leads else job.order.prompt
-        made_THWC = yield one(known, only_going_on=not (users or leads), prompt=prompt)
+        if from_prompt and leads:
+            made_THWC = yield one(known, LED_BACK, prompt="")
+        else:
+            made_THWC = yield one(known, math.inf if users or leads else ONLY_GOING_ON)
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1
@@ -288,14 +293,25 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
     if from_prompt:
-        # The bridge met the round trip of both its ends, so all is shown as that. It begins behind what the bridge saw, where the
-        # loop closes in the middle of a group: the VAE joins what was made apart within a group, and not between two. Before it the
-        # frame before it is seen, as the VAE has the first of what it sees alone.
-        total, behind = len(frames_THWC), timeline.windows[-1].stop
-        middle = ((total - 1 - behind - np.arange(job.stride)) % total) % job.stride == job.stride // 2
-        shown = (behind + int(np.argmax(middle)) + np.arange(_whole(total + 1, job.stride))) % total
-        made_THWC = yield one(Known(frames_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
-        frames_THWC[shown[1 : total + 1]] = made_THWC[1 : total + 1]
+        # The bridge met the round trip of both its ends, so all is shown as that. The VAE joins what was made apart within a group,
+        # and not between two: so in the last trip the loop closes in the middle of one, and before it comes the mean of two trips
+        # half a group out of step, which has less of their flicker.
+        def all_round(loop_THWC: np.ndarray, place: int) -> Walk:
+            """As it comes back where the loop closes `place` frames into a group. It begins behind what the bridge saw, as the VAE
+            has the first of what it sees alone."""
+            total, behind = len(loop_THWC), timeline.windows[-1].stop
+            there = ((total - 1 - behind - np.arange(job.stride)) % total) % job.stride == place
+            shown = (behind + int(np.argmax(there)) + np.arange(_whole(total + 1, job.stride))) % total
+            made_THWC = yield one(Known(loop_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
+            shown_THWC = loop_THWC.copy()
+            shown_THWC[shown[1 : total + 1]] = made_THWC[1 : total + 1]
+            return shown_THWC
+
+        half = job.stride // 2
+        one_THWC = yield from all_round(frames_THWC, half // 2)
+        other_THWC = yield from all_round(frames_THWC, half // 2 + half)
+        mean_THWC = (one_THWC.astype(np.uint16) + other_THWC + 1) // 2
+        frames_THWC = yield from all_round(mean_THWC.astype(np.uint8), half)
     return frames_THWC
 
 

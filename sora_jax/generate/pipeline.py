@@ -53,7 +53,7 @@ INSISTING = 2.0
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A video to make: frames must be 1 + 4k and sizes multiples of 8 (for a 4x8x8 VAE). known says what of it is given, and
-    known_guidance how much to insist on it (None: as the sampler's settings say)."""
+    known_guidance how much to insist on it (None: as the sampler's settings say, but at most most_known_guidance)."""
 
     prompt: str
     height: int
@@ -63,6 +63,7 @@ class Request:
     seed: int
     known: Known | None = None
     known_guidance: float | None = None
+    most_known_guidance: float = math.inf
 
     def __post_init__(self) -> None:
         size = (self.frames, self.height, self.width)
@@ -182,6 +183,7 @@ class Pipeline:
                     seed=each.seed,
                     known=each.known,
                     known_guidance=each.known_guidance,
+                    most_known_guidance=each.most_known_guidance,
                 )
                 for each in passes
             ]
@@ -355,7 +357,8 @@ def _insistence(request: Request, start: Start, settings: sampler.SamplerConfig)
     """Where nothing is known there is nothing to insist on, and a third of the work to save."""
     if not start.known_N.any():
         return 1.0
-    return settings.known_guidance if request.known_guidance is None else request.known_guidance
+    usual = min(settings.known_guidance, request.most_known_guidance)
+    return usual if request.known_guidance is None else request.known_guidance
 
 
 def _insists(job: Job, usual: float) -> bool:
@@ -429,9 +432,17 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
         start_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, ceiling_BN)
         made_BNP = sampler.sample(velocity, start_BNP, layout.slot_BN, times_KBS, settings.method)
         if settings.steps_again:
-            again_KBS = times_KBS[-1 - settings.steps_again :]
-            start_BNP = flow.corrupt(made_BNP, noise(1), flow.spread(again_KBS[0], layout.slot_BN))
-            made_BNP = sampler.sample(velocity, start_BNP, layout.slot_BN, again_KBS, settings.method)
+            # Only what is made beside something given has anything to meet: the others take steps of length 0.
+            with_given_BS = (
+                jnp.einsum("bst,bnt->bs", mine_BSS.astype(jnp.float32), slots_BNS * (ceiling_BN == 0)[..., None]) > 0
+            )
+            again_KBS = times_KBS[-1 - settings.steps_again :] * with_given_BS
+
+            def again(made_BNP: jax.Array) -> jax.Array:
+                start_BNP = flow.corrupt(made_BNP, noise(1), flow.spread(again_KBS[0], layout.slot_BN))
+                return sampler.sample(velocity, start_BNP, layout.slot_BN, again_KBS, settings.method)
+
+            made_BNP = jax.lax.cond(with_given_BS.any(), again, lambda made_BNP: made_BNP, made_BNP)
         return sharding.everywhere(made_BNP)
 
     return denoise
