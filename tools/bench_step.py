@@ -47,9 +47,10 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
-    found = {shape: measure(arguments, shape) for shape in arguments.shapes}
-    for shape, results in found.items():
-        print(table(shape, results))
+    found = {}
+    for shape in arguments.shapes:
+        found[shape] = measure(arguments, shape)
+        print(table(shape, found[shape]), flush=True)  # each takes minutes
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
