@@ -396,10 +396,14 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
         noise_BNP = noise(0)
         mine_BSS = layout.slot_segment_BS[:, :, None] == layout.slot_segment_BS[:, None, :]
         slots_BNS = jax.nn.one_hot(layout.slot_BN, seed_BS.shape[1]) * (layout.segment_BN > 0)[..., None]
-        tokens_BS = jnp.einsum("bst,bt->bs", mine_BSS.astype(jnp.float32), slots_BNS.sum(1))
+
+        def count_BS(such_BN: jax.Array) -> jax.Array:
+            """How many tokens of each slot's clip are such."""
+            return jnp.einsum("bst,bnt,bn->bs", mine_BSS.astype(jnp.float32), slots_BNS, such_BN.astype(jnp.float32))
+
+        given_BN = ceiling_BN == 0
         # Of clips that go on from given ones, other than from their first frame alone, the prompt says less than these.
-        going_on_BN = (ceiling_BN == 0) & (layout.position_BN3[..., 0] > 0)
-        going_on_BS = jnp.einsum("bst,bnt,bn->bs", mine_BSS.astype(jnp.float32), slots_BNS, going_on_BN) > 0
+        going_on_BS = count_BS(given_BN & (layout.position_BN3[..., 0] > 0)) > 0
         insistence_BS = jnp.where(going_on_BS, min(settings.guidance, settings.guidance_going_on), settings.guidance)
         # Branches of guidance are one batch: one program, and each is wanted at every step.
         branches = [layout, blind, blind][: settings.branches]
@@ -411,7 +415,7 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
                 # Known tokens as if they were not, with as much noise as the others of their clip.
                 times[2] = jnp.where(mine_BSS, time_BS[:, None, :], 0.0).max(-1)
                 hidden_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, flow.spread(times[2], layout.slot_BN))
-                noisy[2] = jnp.where((ceiling_BN == 0)[..., None], hidden_BNP, noisy_BNP)
+                noisy[2] = jnp.where(given_BN[..., None], hidden_BNP, noisy_BNP)
             found = jnp.split(model(jnp.concatenate(noisy), jnp.concatenate(times), layouts), len(branches))
             if len(branches) == 1:
                 return found[0]
@@ -428,14 +432,12 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
                 made_BNP = sampler.rescaled(made_BNP, found[0], slots_BNS, settings.guidance_rescale)
             return made_BNP
 
-        times_KBS = sampler.schedule(settings, batch.ceiling_BS, tokens_BS)
+        times_KBS = sampler.schedule(settings, batch.ceiling_BS, count_BS(jnp.ones_like(given_BN)))
         start_BNP = flow.corrupt(batch.mean_BNP, noise_BNP, ceiling_BN)
         made_BNP = sampler.sample(velocity, start_BNP, layout.slot_BN, times_KBS, settings.method)
         if settings.steps_again:
             # Only what is made beside something given has anything to meet: the others take steps of length 0.
-            with_given_BS = (
-                jnp.einsum("bst,bnt->bs", mine_BSS.astype(jnp.float32), slots_BNS * (ceiling_BN == 0)[..., None]) > 0
-            )
+            with_given_BS = count_BS(given_BN) > 0
             again_KBS = times_KBS[-1 - settings.steps_again :] * with_given_BS
 
             def again(made_BNP: jax.Array) -> jax.Array:
