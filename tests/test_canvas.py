@@ -582,7 +582,7 @@ def test_a_window_insists_on_the_users_frames_and_where_it_has_to_meet_something
         first, *rest = insistences(extend=clip(9, name=f"{direction}.mp4"), direction=direction, frames=60)
         assert first == math.inf and len(rest) > 3 and set(rest[1:]) == {1.0}
     *_, last = insistences(loop=True, frames=40)
-    assert last == canvas.LED_BACK
+    assert last == 1.5
     for order in ({"loop": clip(9)}, {"connect": (clip(9, name="a.mp4"), clip(9, name="b.mp4"))}):
         *_, last = insistences(**order, frames=60)
         assert last == math.inf

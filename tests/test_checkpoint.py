@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from sora_jax import checkpoint, checkpoint_text, seal
+from sora_jax import checkpoint, checkpoint_text, processes, seal
 
 META = {"config": {"model": {"width": 64, "patch": [1, 2, 2]}, "seed": 3}, "total_flops": 1.5e15, "loader": {"at": 7}}
 TOOL = Path(__file__).parent.parent / "tools" / "inspect_checkpoint"
@@ -211,6 +211,15 @@ def test_a_step_asked_for_by_number_is_not_replaced(tmp_path):
     with pytest.raises(checkpoint.CorruptCheckpointError, match="ema/"):
         checkpoint.restore(tmp_path, abstract(items), step=2)
     assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_of_several_processes_the_first_says_which_steps_there_are(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, {"params": make_params(step)})
+    like = {"params": abstract(make_params())}
+    assert checkpoint.restore(tmp_path, like).step == 2
+    monkeypatch.setattr(processes, "joined", lambda told: told | {"0": [1]})
+    assert checkpoint.restore(tmp_path, like).step == 1
 
 
 def test_damaged_record_falls_back(tmp_path):
