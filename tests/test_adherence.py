@@ -10,8 +10,13 @@ def test_real_clips_are_right_and_the_floor_is_chance():
     found = [clip for clip in clips.clips(world.COMPACT, "heldout", range(80)) if not clip.scene.is_image]
     videos, scenes = [clip.frames_THWC for clip in found], [clip.scene for clip in found]
     scores, floor = adherence.judge(videos, scenes, seed=0)
-    assert scores["count"] == len(found) and all(scores[name] >= 0.98 for name in ("colour", "shape", "motion", "all"))
-    assert floor["all"] < 0.1 and floor["shape"] < 0.5
+    assert scores["count"] == len(found) and all(
+        scores[name] >= 0.98 for name in ("colour", "shape", "motion", "all", "frames")
+    )
+    assert floor["all"] < 0.1 and floor["shape"] < 0.5 and floor["frames"] < 0.2
+    assert [*scores] == [name for name in (*adherence.ATTRIBUTES, "count") if name != "relation"] and [*floor] == [
+        *scores
+    ][:-1]
 
 
 def test_in_words():

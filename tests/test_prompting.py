@@ -8,7 +8,7 @@ import parts
 import pytest
 
 from sora_jax import config
-from sora_jax.data.worlds import clips
+from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene, Thing
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import reader
@@ -76,6 +76,7 @@ def test_an_image_that_moves_as_prompted_is_told_from_another_thing(oracle):
     real, other = oracle.judge.real, clips.render_mixed([recoloured(scene) for scene in oracle.judge.scenes])
     found = oracle.scores("image", lambda number, job: real[number])
     assert found["identity"] == found["identity_ceiling"] == found["motion"] == 1 and found["given_psnr"] > 60
+    assert found["identity_of_frames"] == found["identity_of_frames_ceiling"] == 1
     found = oracle.scores("image", lambda number, job: other[number])
     assert found["identity"] == 0 and found["motion"] == 1
     assert found["given_psnr"] < 30
@@ -90,8 +91,31 @@ def test_two_of_a_thing_are_not_it(shape, radius):
     one, other = clips.render_mixed(scenes)
     (reading,) = reader.read_many([np.maximum(one, other)])
     assert [(thing.colour, thing.shape) for thing in reading.things] == [("red", shape)]
-    assert prompting._identity([one], scenes[:1]) == 1
-    assert prompting._identity([np.maximum(one, other)], scenes[:1]) == 0
+    assert prompting._identity([one], scenes[:1], "_now") == {"identity_now": 1, "identity_of_frames_now": 1}
+    assert prompting._identity([np.maximum(one, other)], scenes[:1]) == {"identity": 0, "identity_of_frames": 0}
+
+
+def test_a_prompt_alone_is_judged_by_motion_too(oracle):
+    """A thing that comes apart in every third frame is right as a whole, and in two thirds of its frames."""
+    judge = oracle.judge
+    judge.from_text = [frames_THWC.copy() for frames_THWC in judge.real]
+    moving = next(number for number, scene in enumerate(judge.scenes) if scene.things[0].motion != "still")
+    motion = judge.scenes[moving].things[0].motion
+    of_motion = [scene.things[0].motion for scene in judge.scenes].count(motion)
+    found, videos = judge.text()
+    assert [video.prompt for video in videos] == [captions.prompt(scene, False) for scene in judge.scenes]
+    assert found["all"] == found["frames"] == found[f"frames_{motion}"] == 1
+    broken_THWC = judge.from_text[moving]
+    broken_THWC[1::3] = np.roll(broken_THWC[1::3], broken_THWC.shape[2] // 2, axis=2)
+    whole_THWC = judge.real[moving]
+    lost = np.abs(whole_THWC[1::3].astype(int) - whole_THWC[1::3, :1, :1]) > np.abs(
+        broken_THWC[1::3].astype(int) - broken_THWC[1::3, :1, :1]
+    )
+    broken_THWC[1::3] = np.where(lost, whole_THWC[1::3], broken_THWC[1::3])  # the thing at two places
+    found, _ = judge.text()
+    apart = len(broken_THWC[1::3]) / len(broken_THWC)
+    assert found[f"frames_{motion}"] == pytest.approx(1 - apart / of_motion)
+    assert found["frames"] == pytest.approx(1 - apart / COUNT)
 
 
 @pytest.mark.parametrize(("mode", "new"), [("extend_forward", slice(9, None)), ("extend_backward", slice(9))])
@@ -218,7 +242,8 @@ def test_an_edit_of_a_shape_is_read_as_that(oracle):
             [dataclasses.replace(scenes[number], things=(dataclasses.replace(thing, shape=shape),))]
         )[0]
 
-    assert oracle.scores("edit_shape", as_asked) == {"changed": 1, "place_kept": 1, "place_kept_always": 1}
+    names = ("changed", "identity", "identity_of_frames", "place_kept", "place_kept_always")
+    assert oracle.scores("edit_shape", as_asked) == dict.fromkeys(names, 1)
     assert oracle.scores("edit_shape", lambda number, job: real[number])["changed"] == 0
 
 

@@ -196,3 +196,31 @@ def test_wrong_input_is_refused():
         reader.read(np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="one per scene"):
         reader.score_readings([None], [])
+
+
+@each_world
+def test_frames_of_real_clips_are_right_by_themselves(name):
+    frames = reader.read_frames([clip.frames_THWC for clip in _clips(name)])
+    right = reader.frames_right(frames, _scenes(name))
+    assert [len(right_T) for right_T in right] == [scene.num_frames for scene in _scenes(name)]
+    assert np.mean([right_T.mean() for right_T in right]) >= 0.98
+
+
+def test_a_thing_that_comes_apart_in_a_frame_is_wrong_there_alone():
+    """The video as a whole is right: it is read in the mean and the median over frames."""
+    clip = next(
+        clip for clip in _clips("compact") if clip.scene.num_frames > 8 and clip.scene.things[0].motion == "left"
+    )
+    frames_THWC = np.concatenate(
+        [clip.frames_THWC, np.broadcast_to(clip.frames_THWC[:, :1, :1], clip.frames_THWC.shape)], 2
+    )
+    frames_THWC[3] = np.concatenate([clip.frames_THWC[3]] * 2, axis=1)  # twice, side by side
+    (right_T,) = reader.frames_right(reader.read_frames([frames_THWC]), [clip.scene])
+    assert not right_T[3] and right_T.sum() == len(right_T) - 1
+    (reading,) = reader.read_many([frames_THWC])
+    assert reading.things[0].whole and reading.things[0].shape == clip.scene.things[0].shape
+    other = dataclasses.replace(clip.scene.things[0], colour="red" if clip.scene.things[0].colour != "red" else "blue")
+    (right_T,) = reader.frames_right(
+        reader.read_frames([frames_THWC]), [dataclasses.replace(clip.scene, things=(other,))]
+    )
+    assert not right_T.any()

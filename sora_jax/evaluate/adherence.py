@@ -10,7 +10,7 @@ from sora_jax.data.worlds import captions
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.evaluate import reader
 
-ATTRIBUTES = ("colour", "shape", "size", "motion", "relation", "background", "all")
+ATTRIBUTES = ("colour", "shape", "size", "motion", "relation", "background", "all", "frames")
 
 
 def judge(
@@ -18,13 +18,21 @@ def judge(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
-    "all" is colour, shape and motion of every thing, whole, and the relation, but not size and background; "count" is the number
-    of videos.
+    "all" is colour, shape and motion of every thing, whole, and the relation, but not size and background; "frames" the share of
+    a video's frames that show by themselves every thing, whole, of its colour and shape; "count" is the number of videos.
     """
-    readings = reader.read_many(videos)
+    readings, frames = reader.read_many(videos), reader.read_frames(videos)
     scores = reader.score_readings(readings, scenes), reader.shuffled_floor(readings, scenes, seed)
-    adherence, floor = ({name: score[name] for name in ATTRIBUTES if name in score} for score in scores)
+    adherence, floor = (
+        {name: score[name] for name in ATTRIBUTES if name in score} | {"frames": of_frames(frames, wanted)}
+        for score, wanted in zip(scores, (scenes, reader.shuffled(scenes, seed)), strict=True)
+    )
     return adherence | {"count": float(len(videos))}, floor
+
+
+def of_frames(readings: Sequence[Sequence[reader.Reading | None]], scenes: Sequence[Scene]) -> float:
+    """The share of frames that are right, see reader.frames_right; each video counts the same."""
+    return float(np.mean([right_T.mean() for right_T in reader.frames_right(readings, scenes)]))
 
 
 def in_words(video: np.ndarray) -> str:

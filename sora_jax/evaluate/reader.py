@@ -137,6 +137,11 @@ def read_many(videos: Sequence[np.ndarray]) -> list[Reading | None]:
     return [read(frames_THWC) for frames_THWC in videos]
 
 
+def read_frames(videos: Sequence[np.ndarray]) -> list[list[Reading | None]]:
+    """Reads each frame of videos by itself, as an image; see read."""
+    return [read_many(list(frames_THWC[:, None])) for frames_THWC in videos]
+
+
 def score(videos: Sequence[np.ndarray], wanted: Sequence[Scene]) -> dict[str, float]:
     """How often videos show the scenes they should; see read and score_readings."""
     return score_readings(read_many(videos), wanted)
@@ -168,13 +173,32 @@ def shuffled_floor(readings: Sequence[Reading | None], wanted: Sequence[Scene], 
 
     Images trade scenes with images and videos with videos, so that motion is judged as often as in score_readings.
     """
+    return score_readings(readings, shuffled(wanted, seed))
+
+
+def shuffled(wanted: Sequence[Scene], seed: int) -> list[Scene]:
+    """The same scenes in another order; images stay where images were."""
     rng = np.random.default_rng(seed)
-    shuffled = list(wanted)
+    found = list(wanted)
     for is_image in (False, True):
         members = [number for number, scene in enumerate(wanted) if scene.is_image == is_image]
         for number, other in zip(members, rng.permutation(members), strict=True):
-            shuffled[number] = wanted[other]
-    return score_readings(readings, shuffled)
+            found[number] = wanted[other]
+    return found
+
+
+def frames_right(readings: Sequence[Sequence[Reading | None]], wanted: Sequence[Scene]) -> list[np.ndarray]:
+    """(T,) of each video: whether each frame, of read_frames, shows all of its scene's things and no other, whole, in their
+    colours and shapes.
+
+    Stricter than score_readings, for which a thing is of the shape that it has in the mean over frames, and whole if it is in
+    the median one. Where the things of a pair are to each other is left to the video as a whole.
+    """
+    found = []
+    for frames, scene in zip(readings, wanted, strict=True):
+        image = dataclasses.replace(scene, num_frames=1, relation=None)
+        found.append(np.array([_judge(frame, image)["all"][0] for frame in frames]))
+    return found
 
 
 # --- judging

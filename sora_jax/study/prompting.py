@@ -126,6 +126,7 @@ class Prompting:
     def modes(self) -> dict[str, Callable[[], Mode]]:
         """The ways of prompting by name, in the order of the page."""
         ways = (
+            self.text,
             self.image,
             self.extend_forward,
             self.extend_backward,
@@ -153,13 +154,30 @@ class Prompting:
 
     # Modes -----------------------------------------------------------------------------------------------------------
 
+    def text(self) -> Mode:
+        """Of a prompt alone, which the other ways are held against; right frames of each motion, too."""
+        frames = reader.read_frames(self.from_text)
+        of_motions = {}
+        for motion in self.world.motions:
+            chosen = [number for number, scene in enumerate(self.scenes) if scene.things[0].motion == motion]
+            if chosen:
+                of_motions[f"frames_{motion}"] = adherence.of_frames(
+                    [frames[number] for number in chosen], [self.scenes[number] for number in chosen]
+                )
+        videos = [
+            Made(frames_THWC, request.fps, request.prompt, request.seed)
+            for frames_THWC, request in zip(
+                self.from_text, judgement.asked(self.world, self.scenes, self.seed), strict=True
+            )
+        ]
+        return adherence.judge(self.from_text, self.scenes, self.seed)[0] | of_motions, videos
+
     def image(self) -> Mode:
         """The first frame of a real clip is animated."""
         videos = self._made(self.scenes, lambda number: {"image": self._file(self.real[number][:1])})
         made = [video.frames_THWC for video in videos]
-        return self._returned(videos) | {
-            "identity": _identity(made, self.scenes),
-            "identity_ceiling": _identity(self.round_trips, self.scenes),
+        kept = _identity(made, self.scenes) | _identity(self.round_trips, self.scenes, "_ceiling")
+        return self._returned(videos) | kept | {
             "motion": reader.score(made, self.scenes)["motion"],
             "motion_of_text": reader.score(self.from_text, self.scenes)["motion"],
         }, videos
@@ -184,10 +202,8 @@ class Prompting:
         }
         if moving := _that_move(self.scenes):
             found["both_of_moving"] = _seams([made[number] for number in moving], seam)["both"]
-        return found | {
-            "identity": _identity(made, self.scenes),
-            "motion": reader.score(made, self.scenes)["motion"],
-        } | self._returned(videos), videos
+        motion = reader.score(made, self.scenes)["motion"]
+        return found | _identity(made, self.scenes) | {"motion": motion} | self._returned(videos), videos
 
     def long(self) -> Mode:
         """The first half of a real clip goes on to LONGER times the length of any clip of training, of motions that stay in the
@@ -205,19 +221,18 @@ class Prompting:
         ends = [frames_THWC[-self.window :] for frames_THWC in made]
         at_end = {"": range(len(made)), "_of_moving": _that_move(scenes)}
         kept = [continuity.kept(frames_THWC, self.window) for frames_THWC in made]
-        return {
-            f"kept{of}": float(np.mean([kept[number] for number in which])) for of, which in at_end.items() if which
-        } | {
+        found = {
             "kept_in_every_frame": float(np.mean([continuity.kept(each, self.window, most_lost=0.0) for each in made])),
-            "identity_at_start": _identity([frames_THWC[: self.window] for frames_THWC in made], scenes),
-        } | {
-            f"identity_at_end{of}": _identity([ends[number] for number in which], [scenes[number] for number in which])
-            for of, which in at_end.items()
-            if which
-        } | {
             "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
             "frames": float(frames),
-        } | self._returned(videos), videos
+        } | _identity([frames_THWC[: self.window] for frames_THWC in made], scenes, "_at_start")
+        for of, which in at_end.items():
+            if which:
+                found[f"kept{of}"] = float(np.mean([kept[number] for number in which]))
+                found |= _identity(
+                    [ends[number] for number in which], [scenes[number] for number in which], f"_at_end{of}"
+                )
+        return found | self._returned(videos), videos
 
     def loop(self) -> Mode:
         """A video that is made from a prompt and leads back to its start; of motions that are ever where they were also alone."""
@@ -248,8 +263,7 @@ class Prompting:
             "smooth_of_moving": float(smooth[moves].mean()) if moves.any() else 0.0,
             # A loop of something at rest is none.
             "alive": float(np.mean([one >= other / 2 for one, other in changes])),
-            "identity": _identity(made, self.scenes),
-        }
+        } | _identity(made, self.scenes)
 
     def connect(self) -> Mode:
         """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time."""
@@ -330,7 +344,8 @@ class Prompting:
         return found
 
     def _edited(self, made: Sequence[np.ndarray], attribute: str, scenes: Sequence[Scene]) -> dict[str, float]:
-        return {"changed": reader.score(made, scenes)[attribute]} | _place_kept(made, self.real)
+        found = {"changed": reader.score(made, scenes)[attribute]}
+        return found | _identity(made, scenes) | _place_kept(made, self.real)
 
     def inpaint(self) -> Mode:
         """The right half of real clips is made anew."""
@@ -343,10 +358,8 @@ class Prompting:
         videos = self._inpainted(right)
         made, halves = [video.frames_THWC for video in videos], [clip.shape[2] // 2 for clip in self.real]
         left = [[clip[:, :, :half] for clip, half in zip(group, halves, strict=True)] for group in (self.real, made)]
-        return {
-            "identity": _identity(made, self.scenes),
-            "original_psnr": reconstruction.psnr(*left),
-        } | _place_kept(made, self.real), videos
+        original = reconstruction.psnr(*left)
+        return {"original_psnr": original} | _identity(made, self.scenes) | _place_kept(made, self.real), videos
 
     def inpaint_time(self) -> Mode:
         """Frames in the middle of real clips are made anew, of whole groups."""
@@ -362,10 +375,8 @@ class Prompting:
         made = [video.frames_THWC for video in videos]
         both = [continuity.seams(frames_THWC, [first, last]) for frames_THWC in made]
         smooth = [max(*one.values(), *other.values()) <= MOST_SEAM for one, other in both]
-        return {
-            "identity": _identity(made, self.scenes),
-            "seams_smooth": float(np.mean(smooth)),
-        } | _place_kept(made, self.real) | self._returned(videos), videos
+        found = {"seams_smooth": float(np.mean(smooth))} | _identity(made, self.scenes)
+        return found | _place_kept(made, self.real) | self._returned(videos), videos
 
     def _inpainted(self, white: Callable[[np.ndarray], np.ndarray]) -> list[Made]:
         def given(number: int) -> dict[str, Any]:
@@ -382,10 +393,8 @@ class Prompting:
         )
         made = [video.frames_THWC for video in videos]
         inner = [frames_THWC[:, :, border:-border] for frames_THWC in made]
-        return {
-            "identity": _identity(made, self.scenes),
-            "original_psnr": reconstruction.psnr(self.real, inner),
-        } | _place_kept(inner, self.real), videos
+        original = reconstruction.psnr(self.real, inner)
+        return {"original_psnr": original} | _identity(made, self.scenes) | _place_kept(inner, self.real), videos
 
     def interpolate(self) -> Mode:
         """Every other frame of real clips is made anew from its neighbours."""
@@ -401,7 +410,6 @@ class Prompting:
             return reconstruction.psnr(*([clips[number][1::2] for number in moving] for clips in (self.real, group)))
 
         return {
-            "identity": _identity(made, self.scenes),
             "smooth": float(np.mean([continuity.worst_change(each) <= MOST_BRIDGE for each in made])),
             "original_psnr": reconstruction.psnr([clip[::2] for clip in self.real], [clip[::2] for clip in made]),
         } | (
@@ -413,7 +421,7 @@ class Prompting:
             }
             if moving
             else {}
-        ) | _place_kept(made, self.real), videos
+        ) | _identity(made, self.scenes) | _place_kept(made, self.real), videos
 
     def draft(self) -> Mode:
         """A draft of two thirds of the height and width first, then the same in full size, larger than those of training."""
@@ -430,7 +438,7 @@ class Prompting:
     def still(self) -> Mode:
         """Single images from text."""
         videos = self._made(self.scenes, lambda number: {"frames": 1})
-        return {"identity": _identity([video.frames_THWC for video in videos], self.scenes)}, videos
+        return _identity([video.frames_THWC for video in videos], self.scenes), videos
 
     def variations(self) -> Mode:
         """SHOWN seeds of a prompt each."""
@@ -597,8 +605,9 @@ def _box(clip_THWC: np.ndarray) -> np.ndarray:
     return box_HW
 
 
-def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
-    """The share of videos that show one thing, in one piece, of the scene's colour and shape."""
+def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene], of: str = "") -> dict[str, float]:
+    """The share of videos that show one thing, in one piece, of the scene's colour and shape; of_frames is that of their frames,
+    each read by itself."""
     kept = [
         reading is not None
         and len(reading.things) == 1
@@ -606,7 +615,8 @@ def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
         and (reading.things[0].colour, reading.things[0].shape) == _looks(scene)
         for reading, scene in zip(reader.read_many(videos), scenes, strict=True)
     ]
-    return float(np.mean(kept))
+    of_frames = adherence.of_frames(reader.read_frames(videos), scenes)
+    return {f"identity{of}": float(np.mean(kept)), f"identity_of_frames{of}": of_frames}
 
 
 def of_motions(

@@ -42,6 +42,7 @@ _TITLES = {
 }
 _JUDGED = {
     "all": "Colour, shape and motion right",
+    "frames": "Right frames",
     "colour": "Right colour",
     "shape": "Right shape",
     "motion": "Right motion",
