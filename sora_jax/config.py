@@ -306,6 +306,10 @@ class StudyRun:
                 raise ValueError(f"groups.{name} must name DiT stages, not {', '.join(strangers) or 'nothing'}")
         if self.prompts < 1 or not 0 <= self.shown <= self.prompts:
             raise ValueError(f"prompts {self.prompts} must be positive and shown {self.shown} no more than that")
+        if self.seed < 0 or self.seed + self.prompts > 2**31:
+            raise ValueError(
+                f"seed {self.seed} and those of the {self.prompts} prompts after it must be in 0..{2**31 - 1}"
+            )
         if self.prompts < 2 and {"ladder", "models"} & set(self.groups):
             raise ValueError(
                 "prompts is 1; a ladder and models are also judged as sets of videos, which have 2 or more"

@@ -27,4 +27,7 @@ def test_in_words():
     assert adherence.in_words(found.frames_THWC) == f"a {thing.colour} {thing.shape} moves left"
     twice = np.concatenate([found.frames_THWC] * 2, axis=1)
     assert f" {thing.shape} in pieces" in adherence.in_words(twice)
+    gone = found.frames_THWC.copy()
+    gone[1] = gone[1, 0, 0]
+    assert adherence.in_words(gone) == f"a {thing.colour} {thing.shape}, not always there, moves left"
     assert adherence.in_words(np.zeros((5, 32, 32, 3), np.uint8)) == "nothing"

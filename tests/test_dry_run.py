@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import parts
 import pytest
 import quickstart
 import scaling as scaling_experiment
@@ -104,6 +105,29 @@ def test_models_that_could_not_be_compared_are_refused(monkeypatch):
     monkeypatch.setattr(dry_run.mobilenet, "available", lambda: False)
     with pytest.raises(config.ConfigError, match="weights are not installed; run tools/install_weights"):
         plan(config.from_config_dict(scaling_experiment.get_config("models")))
+
+
+@pytest.mark.parametrize(
+    ("group", "world", "message"),
+    [
+        ("prompting", dict(two_things_fraction=0.3), "of one thing at one frame rate"),
+        ("prompting", dict(fps=(4.0, 8.0)), "of one thing at one frame rate"),
+        ("prompting", dict(shapes=("circle",), colours=tuple(parts.COLOURS)), "two of each"),
+        ("prompting", dict(motions=("left", "right"), frame_counts=(9, 17)), "give it still or orbit"),
+        ("prompting", dict(motions=("still",)), "and a motion"),
+        ("prompting", dict(frame_counts=(1, 5)), "some of 9 or more"),
+        ("framing", dict(two_things_fraction=0.3), "two_things_fraction"),
+        ("rollout", dict(motions=("left", "right"), frame_counts=(9, 17)), "stay in the frame"),
+    ],
+)
+def test_worlds_that_could_not_be_judged_are_refused(study, group, world, message):
+    """Before hours of training, and each with its remedy; as it is the world passes."""
+    groups = {group: ("dit",)}
+    plan(dataclasses.replace(study, groups=groups))
+    data = study.stages["dit"].data
+    changed = dataclasses.replace(data, world=dataclasses.replace(data.world, holdout_fraction=0.3, **world))
+    with pytest.raises(config.ConfigError, match=f"stage dit: .*{message}"):
+        plan(dataclasses.replace(with_dit(study, data=changed), groups=groups))
 
 
 def test_what_does_not_divide_over_the_devices_is_refused(study):

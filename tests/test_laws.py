@@ -154,6 +154,14 @@ def test_what_fixes_no_law_is_refused(runs, spoil):
         laws.fit_surface(spoilt)
 
 
+@pytest.mark.parametrize("of", ["size", "steps"])
+def test_losses_that_do_not_depend_on_size_or_steps_fix_no_frontier(of):
+    N, D, C, _ = runs_of(SURFACE)
+    losses = SURFACE.size(N) if of == "steps" else SURFACE.data(D)
+    with pytest.raises(ValueError, match=f"do not depend on the {of}"):
+        laws.fit_surface(laws.Runs(N, D, C, 0.3 + losses))
+
+
 def test_a_power_law_goes_through_its_points():
     found = laws.power([1.0, 10.0, 1000.0], [5.0, 0.5, 0.005])
     assert found.exponent == pytest.approx(-1) and found(100.0) == pytest.approx(0.05)

@@ -727,6 +727,7 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
         assert "videos of 16 frames are needed" in refusal(capsys, *flags, f"--i3d_weights={weights}")
         assert "at least 2" in refusal(capsys, *flags, "--prompts=1")
     assert "give --i3d_weights too" in refusal(capsys, *flags, "--fvd_videos=9")
+    assert "choose a smaller seed" in refusal(capsys, *flags, f"--seed={2**31 - 4}", "--prompts=5")
     assert scores["adherence"]["count"] == 4 and scores["step"] == 3
     assert scores["sampler"] == SAMPLER | {"guidance": 1.0}
     assert scores["total_flops"] == 5e12

@@ -151,7 +151,7 @@ def test_a_thing_that_is_lost_on_the_way_is_not_kept(oracle):
 
     found = oracle.scores("long", drawn)
     assert found["kept"] == found["kept_of_moving"] == found["identity_at_start"] == found["identity_at_end"] == 1
-    assert found["frames"] == 137  # of whole groups no fewer than 8 x 17
+    assert found["length"] == 137  # of whole groups no fewer than 8 x 17
     assert found["seams_smooth"] > 0.9 and found["given_psnr"] > 60
     assert found["kept_in_every_frame"] == found["identity_at_end_of_moving"] == 1
     blinks = oracle.scores(
@@ -195,6 +195,22 @@ def test_a_cut_is_no_bridge(oracle):
     assert oracle.scores("connect", grey)["given_psnr"] < 20
     of_others = oracle.scores("connect_others", cut)
     assert of_others["smooth"] == of_others["smooth_floor"] < 0.5 and of_others["given_psnr"] > 60
+
+
+def test_a_fade_is_smooth_and_no_bridge(oracle):
+    def faded(number, job):
+        frames_THWC = job.timeline.frames_THWC
+        return prompting._faded(frames_THWC[:9], frames_THWC[17:], len(frames_THWC))
+
+    def vanishing(number, job):
+        frames_THWC = faded(number, job)
+        frames_THWC[9:17] = frames_THWC[0, 0, 0]
+        return frames_THWC
+
+    found = oracle.scores("connect", faded)
+    assert found["smooth"] == found["smooth_floor_of_fades"] == 1 and found["smooth_and_right"] < 1
+    found = oracle.scores("connect", vanishing)
+    assert found["identity"] == found["identity_of_frames"] == found["smooth_and_right"] == 0
 
 
 def test_other_things_are_led_to_with_their_own_prompt(oracle):

@@ -224,3 +224,17 @@ def test_a_thing_that_comes_apart_in_a_frame_is_wrong_there_alone():
         reader.read_frames([frames_THWC]), [dataclasses.replace(clip.scene, things=(other,))]
     )
     assert not right_T.any()
+
+
+@pytest.mark.parametrize("gone", [slice(1, None, 2), slice(9, None), slice(8, 9)])
+def test_a_thing_that_is_gone_for_a_while_is_wrong(gone):
+    """Colour, shape and motion are read from the frames that show it, and right; all must not be."""
+    clip = next(
+        clip for clip in _clips("compact") if clip.scene.num_frames == 17 and clip.scene.things[0].motion == "left"
+    )
+    frames_THWC = clip.frames_THWC.copy()
+    frames_THWC[gone] = frames_THWC[:1, :1, :1]
+    score = reader.score([frames_THWC], [clip.scene])
+    assert score["colour"] == score["shape"] == score["motion"] == 1 and score["all"] == 0
+    for name in WORLDS:
+        assert all(thing.lasts for reading in _readings(name) for thing in reading.things)

@@ -192,6 +192,12 @@ def test_of_rates_the_best_one_is_shown(study, monkeypatch, tmp_path):
     assert list(runner.judged(alone, tmp_path, clock)) == ["4x"]
 
 
+def test_time_of_other_studies_in_a_work_dir_is_not_of_this_one(study, tmp_path):
+    path = tmp_path / "seconds.json"
+    path.write_text('{"vae": 1.0, "4x": 2.0, "4x judged": 3.0, "framing": 4.0, "report": 5.0, "64_rate3": 100.0}')
+    assert sum(runner.Clock(path).of(study).values()) == 15
+
+
 def test_time_is_kept_before_a_part_ends(tmp_path, monkeypatch):
     """So that what is killed was counted, and added to what there was."""
     monkeypatch.setattr(runner, "KEPT_EVERY", 0.01)

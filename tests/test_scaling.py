@@ -146,6 +146,25 @@ def test_the_backtest_knows_nothing_of_what_it_foretells(runs):
     assert "law" in (kept := scaling.fitted(runs, (), three)) and "backtest" not in kept
 
 
+@pytest.mark.parametrize("largest_alone", [True, False])
+def test_a_budget_of_two_sizes_has_no_best_to_foretell(runs, largest_alone):
+    """Whether it is the largest budget alone, or all of them are."""
+    if largest_alone:
+        group = [name for name in runs if name.startswith("iso") and not ("8e+12" in name and name > "iso_2")]
+    else:
+        runs = {f"{C:.0e}_{N}": run(C, N * 1.3**step) for step, C in enumerate((*BUDGETS, 16e12)) for N in (2e5, 5e5)}
+        group = list(runs)
+    found = scaling.fitted(runs, (), group)
+    assert "of_optima_off_by" not in found["backtest"] and found["backtest"]["mean_absolute"] < 0.01
+
+
+def test_a_band_without_an_end_is_told(runs):
+    found = scaling.fitted(runs, ("x1", "x32"), [name for name in runs if name.startswith("iso")])
+    found["rungs"]["x32"]["high"] = None  # what JSON makes of infinity
+    assert "\u221e]" in str(scaling_text.rungs(found))
+    assert all(curves.picture(plot, "a-").startswith("<svg") for _, plot in scaling_curves.plots(runs, found))
+
+
 def test_two_budgets_give_a_frontier_but_no_law(runs):
     group = [name for name in runs if name.endswith(("1e+12", "2e+12"))]
     found = scaling.fitted(runs, (), group)
@@ -187,6 +206,9 @@ def test_groups_name_dit_stages():
             dataclasses.replace(study, groups=groups)
     with pytest.raises(ValueError, match="sets of videos, which have 2 or more"):
         dataclasses.replace(study, groups={"models": ("dit",)}, prompts=1, shown=1)
+    for seed in (-1, 2**31 - study.prompts + 1):
+        with pytest.raises(ValueError, match=f"seed {seed} and those of the"):
+            dataclasses.replace(study, seed=seed)
     dit = study.stages["dit"]
     elsewhere = dataclasses.replace(dit.data, world=dataclasses.replace(dit.data.world, seed=1))
     stages = study.stages | {"other": dataclasses.replace(dit, data=elsewhere)}

@@ -95,6 +95,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise Failure("--fvd_videos is for FVD; give --i3d_weights too")
     if arguments.out is not None and arguments.out.is_dir():
         raise Failure(f"--out={arguments.out} is a folder; name a file in it")
+    samples = max(arguments.prompts, arguments.fvd_videos or 0)
+    if arguments.seed + samples - 1 > flags.MAX_SEED:
+        raise Failure(
+            f"--seed={arguments.seed} with {samples} samples goes beyond {flags.MAX_SEED}; choose a smaller seed"
+        )
     with meeting(arguments):
         _evaluate(arguments)
 

@@ -1,4 +1,5 @@
-"""Do videos show what was asked for? Attributes read from pixels, between the floor of chance and the ceiling of real clips."""
+"""Do videos show what was asked for? Attributes read from pixels, between the floor of chance and a ceiling, which callers make of
+real clips through the VAE."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def judge(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(adherence, floor): the share of videos whose attribute is right, and the same against shuffled scenes.
 
-    "all" is colour, shape and motion of every thing, whole, and the relation, but not size and background; "frames" the share of
-    a video's frames that show by themselves every thing, whole, of its colour and shape; "count" is the number of videos.
+    "all" is colour, shape and motion of every thing, whole and lasting, and the relation, but not size and background; "frames"
+    the share of a video's frames that show by themselves every thing, whole, of its colour and shape; "count" is the number of
+    videos.
     """
     readings, frames = reader.read_many(videos), reader.read_frames(videos)
     scores = reader.score_readings(readings, scenes), reader.shuffled_floor(readings, scenes, seed)
@@ -44,5 +46,6 @@ def in_words(video: np.ndarray) -> str:
     for thing in reading.things:
         motion = f" {captions.MOTION_WORDS[thing.motion][0]}" if thing.motion else ""
         pieces = "" if thing.whole else " in pieces"
-        things.append(f"a {thing.colour} {thing.shape}{pieces}{motion}")
+        gone = "" if thing.lasts else ", not always there,"
+        things.append(f"a {thing.colour} {thing.shape}{pieces}{gone}{motion}")
     return f" {captions.RELATION_WORDS.get(reading.relation or '', 'and')} ".join(things)

@@ -16,8 +16,6 @@ from sora_jax.evaluate import reader
 LEAST_STEP = 0.5
 # Levels of 255; the same for whole frames.
 LEAST_CHANGE = 0.25
-# Of the frames a thing may be out of sight, or be of less than half or more than twice its usual area, and still be kept.
-MOST_LOST = 0.05
 
 
 def changes(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, " T-1"]:
@@ -80,9 +78,9 @@ def seams(frames_THWC: UInt8[np.ndarray, "T H W 3"], at: Sequence[int]) -> list[
     return [one(frame) for frame in at]
 
 
-def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int, most_lost: float = MOST_LOST) -> bool:
-    """Whether the thing of the first `window` frames is there to the end: in sight and of its size but for a share of the frames,
-    of its colour, in one piece."""
+def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int, most_lost: float = reader.MOST_LOST) -> bool:
+    """Whether the thing of the first `window` frames is there to the end: in sight, and between half and twice its usual area, but
+    for a share of the frames, of its colour, in one piece."""
     first, last = reader.read(frames_THWC[:window]), reader.read(frames_THWC[-window:])
     if first is None or last is None or len(last.things) != len(first.things):
         return False
@@ -90,5 +88,6 @@ def kept(frames_THWC: UInt8[np.ndarray, "T H W 3"], window: int, most_lost: floa
     usual = np.median(area_T[:window])
     lost = (area_T < usual / 2) | (area_T > 2 * usual)
     return bool(lost.mean() <= most_lost) and all(
-        one.colour == other.colour and other.whole for one, other in zip(first.things, last.things, strict=True)
+        one.colour == other.colour and other.whole and other.lasts
+        for one, other in zip(first.things, last.things, strict=True)
     )

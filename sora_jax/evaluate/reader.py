@@ -27,6 +27,8 @@ LEAST_SHARE = 0.1  # of the first thing's area, for a second
 # Of a thing that is whole, see _Track: real clips reach 0.21, two discs with a gap of half their width 0.44. A blur of 1.2 px is
 # forgiven, which small things need.
 MOST_SPREAD, BLUR_MOMENT = 0.28, 3.0  # the latter in square pixels
+# Of the frames a thing may be out of sight and still last: none of short videos. Of real clips 0.03 at most, of squares cut out.
+MOST_LOST = 0.05
 NUM_MATCHED_FRAMES = 8  # frames that a shape is read from
 BLURS = (0.0, 0.8, 1.4)  # px, tried on the templates of shapes
 RADII = (0.92, 1.0, 1.08)  # tried around the radius that the area gives
@@ -40,7 +42,8 @@ ROUND = 0.2  # part of the movement along x that tells an orbit from a bounce
 class ThingReading:
     """What one thing looks like; motion is None in an image. radius is in pixels.
 
-    whole is False where its colour lies about in pieces, as of two things that should be one.
+    whole is False where its colour lies about in pieces, as of two things that should be one; lasts where it is out of sight for
+    more than MOST_LOST of the frames. Everything else is read from the frames that show it.
     """
 
     colour: str
@@ -49,6 +52,7 @@ class ThingReading:
     motion: str | None
     radius: float
     whole: bool
+    lasts: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,7 @@ def read(frames_THWC: np.ndarray) -> Reading | None:
                 motion=None if num_frames == 1 else _read_motion(track, num_frames, min(height, width)),
                 radius=radius,
                 whole=bool(np.median(track.spread_F) <= MOST_SPREAD),
+                lasts=len(track.frames_F) >= (1 - MOST_LOST) * num_frames,
             )
         )
     return Reading(tuple(things), relation, _read_background(level_THWC, smooth_THW))
@@ -152,7 +157,7 @@ def score_readings(readings: Sequence[Reading | None], wanted: Sequence[Scene]) 
 
     colour, shape, size and motion are judged for every thing, motion in videos only; relation for scenes of two
     things; background and all once a scene. all is right if the number of things, each colour, shape and motion, and
-    the relation are, and each thing is whole. The things of a pair are matched as suits the reading best. An attribute
+    the relation are, and each thing is whole and lasts. The things of a pair are matched as suits the reading best. An attribute
     that no scene has is left out.
     Raises ValueError if there are not as many readings as scenes, or none.
     """
@@ -218,7 +223,7 @@ def _judge(reading: Reading | None, scene: Scene) -> dict[str, list[bool]]:
     marks["all"] = [
         reading is not None
         and len(reading.things) == len(scene.things)
-        and all(thing.whole for thing in reading.things)
+        and all(thing.whole and thing.lasts for thing in reading.things)
         and all(all(marks.get(name, [])) for name in ("colour", "shape", "motion", "relation"))
     ]
     return marks

@@ -18,6 +18,7 @@ import numpy as np
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips
 from sora_jax.data.worlds.scene import Scene, track
+from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, reader
 from sora_jax.generate.pipeline import Pipeline
@@ -39,6 +40,14 @@ def framing(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[
         "of frames in which all of it is, and 'of real' those of real clips like those of training, through the VAE."
     )
     return _compared(study, workdir, names, _framed, ("framing", "Native frames against squares", words))
+
+
+def check_framing(world: WorldConfig, stride: int) -> None:
+    """Raises ValueError for a world of which models cannot be compared so."""
+    if world.two_things_fraction:
+        raise ValueError(
+            f"framing is of one thing; set data.world.two_things_fraction ({world.two_things_fraction}) to 0"
+        )
 
 
 def _framed(
@@ -104,6 +113,14 @@ def rollout(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[
         "motion asked for in as many frames as a clip of training has, up to the one that is named."
     )
     return _compared(study, workdir, names, _rolled, ("rollout", "Together against one after the other", words))
+
+
+def check_rollout(world: WorldConfig, stride: int) -> None:
+    """Raises ValueError for a world of which models cannot be compared so."""
+    if not set(prompting.ENDLESS) & set(world.motions):
+        raise ValueError(
+            f"rollout is of motions that stay in the frame; give data.world.motions {' or '.join(prompting.ENDLESS)}"
+        )
 
 
 def _rolled(

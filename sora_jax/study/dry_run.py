@@ -23,11 +23,13 @@ from sora_jax.generate import pipeline
 from sora_jax.models import dit as dit_model
 from sora_jax.models import vae as vae_model
 from sora_jax.nn.layers import abstract, parameters
-from sora_jax.study import scaling
+from sora_jax.study import baselines, prompting, scaling
 from sora_jax.train import dit, optimizer, progress
 
 # Training reaches about this part of the speed of a large float32 matrix product (experiments/README.md).
 SHARE_OF_MATMUL = 0.25
+# What refuses worlds of which a group's models cannot be judged.
+CHECKS = {"prompting": prompting.check, "framing": baselines.check_framing, "rollout": baselines.check_rollout}
 MATMUL_SIZE = 2048
 
 
@@ -113,6 +115,9 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
         raise ConfigError(f"stage {name}: dit.channels is {run.dit.channels}, its VAE has {network.channels}")
     try:
         dit.longest_clip(run, network)
+        for group, check in CHECKS.items():
+            if name in study.groups.get(group, ()):
+                check(run.data.world, network.stride[0])
     except ValueError as error:
         raise ConfigError(f"stage {name}: {error}") from error
     tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens

@@ -22,7 +22,8 @@ import numpy as np
 
 from sora_jax import checkpoint, config, disk, processes
 from sora_jax.config import StudyRun
-from sora_jax.data.worlds import captions, clips, render
+from sora_jax.data import pack
+from sora_jax.data.worlds import captions, clips, render, scene, world
 from sora_jax.data.worlds.scene import Scene
 from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion import flow, sampler
@@ -30,6 +31,8 @@ from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, frechet, fvd, i3d, mobilenet, reader, reconstruction
 from sora_jax.generate import canvas, codec, files, known, layouts, media, pipeline
 from sora_jax.generate.pipeline import Pipeline
+from sora_jax.models import dit as dit_model
+from sora_jax.models import vae as vae_model
 from sora_jax.study import report
 from sora_jax.train import dit
 
@@ -37,7 +40,11 @@ from sora_jax.train import dit
 REAL_SCENES = 1_000_000
 MAX_JUDGED_BYTES = 2**32  # of the shown samples
 # What makes the pixels that are judged, real and sampled: after a change of any, scores that were kept say nothing.
-MAKERS = (pipeline, sampler, flow, codec, known, layouts, canvas, media, captions, clips, render, reconstruction)
+MAKERS = (
+    *(world, scene, captions, clips, render, dit),  # what is asked for
+    *(pack, dit_model, vae_model, pipeline, sampler, flow, codec, known, layouts, canvas, media),
+    *(reconstruction, sys.modules[__name__]),
+)
 SHOWN = "shown"  # among kept scores: what the kept videos are of
 
 
@@ -58,7 +65,7 @@ class Judge:
     def of(self, name: str) -> tuple[dict[str, Any], list[report.Video]]:
         """Scores of a stage and the samples that the report shows: kept ones if they are of this checkpoint."""
         folder = self.workdir / name
-        about = about_of(self.study, folder, reader, adherence, frechet, mobilenet, sys.modules[__name__]) | {
+        about = about_of(self.study, folder, reader, adherence, frechet, mobilenet) | {
             "shown": self.study.shown,
             "frechets": self.frechets and mobilenet.available(),
         }
@@ -185,7 +192,7 @@ def table(scores: dict[str, Any]) -> str:
         if name in scores["adherence"]:
             lines.append(f"{name:>10}" + "".join(f"{scores[way][name]:>10.3f}" for way in ways.values()))
     lines.append(
-        f"of {scores['adherence']['count']:.0f} held-out prompts; floor: shuffled prompts, ceiling: real clips"
+        f"of {scores['adherence']['count']:.0f} held-out prompts; floor: shuffled prompts, ceiling: real clips through the VAE"
     )
     if found := scores.get("frechet"):
         latent = scores["frechet_latent"]

@@ -121,7 +121,8 @@ class Surface:
 def fit_surface(runs: Runs) -> Surface:
     """The surface with the smallest Huber loss of log-residuals (equation 3 of arXiv:2203.15556).
 
-    Raises ValueError for fewer than seven runs, three sizes or three budgets, or for numbers that are not positive.
+    Raises ValueError for fewer than seven runs, three sizes or three budgets, for numbers that are not positive, and for losses
+    that do not depend on the size or on the steps, of which no frontier follows.
     """
     N, D, C, loss = (np.asarray(values, float) for values in runs)
     if len(N) < FEWEST_RUNS or min(_different(N), _different(C)) < 3:
@@ -146,7 +147,11 @@ def fit_surface(runs: Runs) -> Surface:
         )
         for a, b in STARTS
     ]
-    return _surface(min(fits, key=lambda fit: fit.cost).x, units, power(N, C / D))
+    constants = min(fits, key=lambda fit: fit.cost).x
+    for exponent, of in zip(constants[[2, 4]], ("size", "steps"), strict=True):
+        if exponent < 2 * EXPONENTS[0]:
+            raise ValueError(f"the losses do not depend on the {of} of the runs; give runs of more different ones")
+    return _surface(constants, units, power(N, C / D))
 
 
 def fit_law(flops: Numbers, losses: Numbers) -> Law:

@@ -23,6 +23,7 @@ import numpy as np
 from sora_jax.config import StudyRun
 from sora_jax.data.worlds import captions, clips, world
 from sora_jax.data.worlds.scene import Scene
+from sora_jax.data.worlds.world import WorldConfig
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, continuity, reader, reconstruction
 from sora_jax.generate import canvas, layouts
@@ -80,6 +81,26 @@ def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, 
     return numbers, report.Section("prompting", "Prompting", words, shown)
 
 
+def check(world: WorldConfig, stride: int) -> None:
+    """Raises ValueError for a world that this does not judge a model of; stride is the VAE's, of frames."""
+    if world.two_things_fraction or len(world.fps) > 1:
+        raise ValueError(
+            "prompting is judged on worlds of one thing at one frame rate; this one has pairs or several rates"
+        )
+    if min(len(world.colours), len(world.shapes)) < 2:
+        raise ValueError("prompting is judged by edits of colours and shapes; give the world two of each or more")
+    if not set(ENDLESS) & set(world.motions) or set(world.motions) == {"still"}:
+        raise ValueError(
+            f"prompting is judged on things that move, and in long videos on those that stay in the frame; this world has "
+            f"{', '.join(world.motions)}: give it {' or '.join(ENDLESS)}, and a motion"
+        )
+    if max(world.frame_counts) < 1 + 2 * stride:
+        raise ValueError(
+            f"prompting is judged on clips with something between their ends; the longest of this world have "
+            f"{max(world.frame_counts)} frames: give it some of {1 + 2 * stride} or more"
+        )
+
+
 @dataclasses.dataclass
 class Prompting:
     """Judges one model; `count` videos a mode, of which SHOWN are handed on for the report. Input files go to folder.
@@ -95,15 +116,13 @@ class Prompting:
 
     def __post_init__(self) -> None:
         self.world, self.stride = self.made.run.data.world, self.made.geometry.stride[0]
-        if self.world.two_things_fraction or len(self.world.fps) > 1:
-            raise ValueError(
-                "prompting is judged on worlds of one thing at one frame rate; this one has pairs or several rates"
-            )
+        check(self.world, self.stride)
         self.window, (self.fps,) = max(self.world.frame_counts), self.world.fps
         self.start = self.seed * SCENES_A_SEED
         self.scenes = dit.heldout_videos(self.world, self.count, self.start, self.window)
         self.real = clips.render_mixed(self.scenes)
         self.round_trips = self._round_trips(self.real)
+        self._numbers = itertools.count()
         # About half of a clip, in whole groups.
         self.half = 1 + self.stride * ((self.window - 1) // self.stride // 2)
 
@@ -224,7 +243,7 @@ class Prompting:
         found = {
             "kept_in_every_frame": float(np.mean([continuity.kept(each, self.window, most_lost=0.0) for each in made])),
             "seams_smooth": float(np.mean(np.array(seams) <= MOST_SEAM)),
-            "frames": float(frames),
+            "length": float(frames),
         } | _identity([frames_THWC[: self.window] for frames_THWC in made], scenes, "_at_start")
         for of, which in at_end.items():
             if which:
@@ -256,20 +275,35 @@ class Prompting:
         # All the way round: one that jumps elsewhere closes, too.
         smooth = np.array([continuity.worst_change(np.concatenate([each, each[:1]])) <= MOST_BRIDGE for each in made])
         changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, led)), strict=True)
-        return {
-            "closed": float(closed(made).mean()),
-            "closed_floor": float(closed(led).mean()),
-            "closed_of_endless_motions": float(closed(made)[returns].mean()) if returns.any() else 0.0,
-            "smooth_of_moving": float(smooth[moves].mean()) if moves.any() else 0.0,
-            # A loop of something at rest is none.
-            "alive": float(np.mean([one >= other / 2 for one, other in changes])),
-        } | _identity(made, self.scenes)
+        return (
+            {
+                "closed": float(closed(made).mean()),
+                "closed_floor": float(closed(led).mean()),
+                # A loop of something at rest is none.
+                "alive": float(np.mean([one >= other / 2 for one, other in changes])),
+            }
+            | {
+                name: float(shares[which].mean())
+                for name, shares, which in (
+                    ("closed_of_endless_motions", closed(made), returns),
+                    ("smooth_of_moving", smooth, moves),
+                )
+                if which.any()
+            }
+            | _identity(made, self.scenes)
+        )
 
     def connect(self) -> Mode:
         """The first half of a clip is led to the second half of it played backwards: as far away as the thing goes in that time."""
         scenes = self._moving(self.count)
         ends = [(clip[: self.half], clip[self.half :][::-1]) for clip in clips.render_mixed(scenes)]
-        return self._connected(scenes, ends)
+        found, videos = self._connected(scenes, ends)
+        # Fades are smooth; a bridge shows the thing in every frame.
+        bridges = [video.frames_THWC[len(one) : -len(other)] for video, (one, other) in zip(videos, ends, strict=True)]
+        right = [right_T.all() for right_T in reader.frames_right(reader.read_frames(bridges), scenes)]
+        smooth = [continuity.worst_change(video.frames_THWC) <= MOST_BRIDGE for video in videos]
+        both = float(np.mean(np.logical_and(right, smooth)))
+        return found | {"smooth_and_right": both} | _identity(bridges, scenes), videos
 
     def connect_others(self) -> Mode:
         """The first half of a clip is led to the second half of another one of that size, of another thing."""
@@ -298,6 +332,7 @@ class Prompting:
         return {
             "smooth": smooth(frames),
             "smooth_floor": smooth([np.concatenate(pair) for pair in ends]),
+            "smooth_floor_of_fades": smooth([_faded(*pair, len(frames[0])) for pair in ends]),
             "smooth_ceiling": smooth(self.round_trips),
         } | self._returned(videos), videos
 
@@ -364,7 +399,8 @@ class Prompting:
     def inpaint_time(self) -> Mode:
         """Frames in the middle of real clips are made anew, of whole groups."""
         groups = (self.window - 1) // self.stride
-        first, last = (1 + self.stride * number for number in (groups // 4, groups - groups // 4))
+        new = max(1, groups // 2)
+        first, last = (1 + self.stride * number for number in ((groups - new) // 2, (groups + new) // 2))
 
         def middle(clip: np.ndarray) -> np.ndarray:
             white_THW = np.zeros(clip.shape[:3], bool)
@@ -447,7 +483,12 @@ class Prompting:
         videos = self._made(scenes, lambda number: {})
         made = [video.frames_THWC for video in videos]
         groups = [made[start : start + SHOWN] for start in range(0, len(made), SHOWN)]
-        apart = [_apart(*pair).mean() > MOST_MOVED for group in groups for pair in itertools.combinations(group, 2)]
+        apart = [
+            # Infinite is where no thing is in sight.
+            MOST_MOVED < _apart(*pair).mean() < math.inf
+            for group in groups
+            for pair in itertools.combinations(group, 2)
+        ]
         return {"adherence_all": reader.score(made, scenes)["all"], "apart": float(np.mean(apart))}, videos
 
     def groups_of_sizes(self) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -543,7 +584,7 @@ class Prompting:
         """A clip as an input file, without loss but for a level of one pixel in every other frame: Pillow drops repeated frames."""
         from PIL import Image
 
-        path = self.folder / f"{len(list(self.folder.iterdir()))}.png"
+        path = self.folder / f"{next(self._numbers)}.png"
         frames_THWC = frames_THWC.copy()
         frames_THWC[1::2, 0, 0] ^= 1
         images = [Image.fromarray(frame) for frame in frames_THWC]
@@ -582,6 +623,14 @@ def _blended(clip_THWC: np.ndarray) -> np.ndarray:
     return found.round().astype(np.uint8)
 
 
+def _faded(one_THWC: np.ndarray, other_THWC: np.ndarray, frames: int) -> np.ndarray:
+    """Two clips with a crossfade between them, so many frames in all."""
+    missing = frames - len(one_THWC) - len(other_THWC)
+    share_T111 = (np.arange(1, missing + 1) / (missing + 1))[:, None, None, None]
+    between_THWC = (1 - share_T111) * one_THWC[-1] + share_T111 * other_THWC[0]
+    return np.concatenate([one_THWC, between_THWC.round().astype(np.uint8), other_THWC])
+
+
 def _that_move(scenes: Sequence[Scene]) -> list[int]:
     """Numbers of those whose thing moves."""
     return [number for number, scene in enumerate(scenes) if scene.things[0].motion != "still"]
@@ -606,12 +655,13 @@ def _box(clip_THWC: np.ndarray) -> np.ndarray:
 
 
 def _identity(videos: Sequence[np.ndarray], scenes: Sequence[Scene], of: str = "") -> dict[str, float]:
-    """The share of videos that show one thing, in one piece, of the scene's colour and shape; of_frames is that of their frames,
-    each read by itself."""
+    """The share of videos that show one thing, always and in one piece, of the scene's colour and shape; of_frames is that of their
+    frames, each read by itself."""
     kept = [
         reading is not None
         and len(reading.things) == 1
         and reading.things[0].whole
+        and reading.things[0].lasts
         and (reading.things[0].colour, reading.things[0].shape) == _looks(scene)
         for reading, scene in zip(reader.read_many(videos), scenes, strict=True)
     ]

@@ -55,7 +55,8 @@ def _run(study: StudyRun, workdir: Path, command: str) -> Path:
                 sections[group] = of(study, workdir, study.groups[group])
     with clock.measure("report"):
         page = page_of(study, workdir, command, scored, sections)
-    numbers = dict(page.numbers) | {"seconds": clock.seconds | {"total": sum(clock.seconds.values())}}
+    seconds = clock.of(study)
+    numbers = dict(page.numbers) | {"seconds": seconds | {"total": sum(seconds.values())}}
     path = report.write(workdir, dataclasses.replace(page, numbers=numbers))
     logging.info("report: %s", path)
     return path
@@ -290,6 +291,12 @@ class Clock:
             logging.warning("%s; counting from 0", error)
             return {}
         return found
+
+    def of(self, study: StudyRun) -> dict[str, float]:
+        """The parts of this study: others may have been run in the same work dir."""
+        judged = (f"{name} judged" for name in study.order)
+        names = {*study.order, *judged, *study.groups, "report"}
+        return {name: seconds for name, seconds in self.seconds.items() if name in names}
 
     def measure(self, name: str) -> _Lap:
         return _Lap(self, name)

@@ -168,9 +168,15 @@ def backtest(runs: Mapping[str, Mapping[str, Any]], ladder: Sequence[str], isofl
     off = found.after(N, D) / np.asarray(losses) - 1
     mean = float(np.abs(off).mean())
     numbers: dict[str, Any] = {"off_by": dict(zip(foretold, off.tolist(), strict=True)), "mean_absolute": mean}
-    *lower, last = optima(swept)
-    if last.inside and (law := _through(lower)):
-        numbers["of_optima_off_by"] = float(law(last.flops)) / last.loss - 1
+    best = optima(swept)
+    # Of the largest budget there is no best where fewer than three sizes were run at it.
+    if (
+        best
+        and 1 / SAME_BUDGET < best[-1].flops / cost < SAME_BUDGET
+        and best[-1].inside
+        and (law := _through(best[:-1]))
+    ):
+        numbers["of_optima_off_by"] = float(law(best[-1].flops)) / best[-1].loss - 1
     return {"backtest": numbers}
 
 

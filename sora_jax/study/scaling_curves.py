@@ -83,12 +83,15 @@ def _law(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> cur
             label="runs",
         )
         rungs = list(found.get("rungs", {}).values())
-        if rungs:
-            x = np.array([rung["flops"] for rung in rungs])
-            below, above = ([abs(rung["law"] - rung[end]) for rung in rungs] for end in ("low", "high"))
+        banded = [rung for rung in rungs if rung["low"] is not None and rung["high"] is not None]
+        if banded:
+            x = [rung["flops"] for rung in banded]
+            below, above = ([abs(rung["law"] - rung[end]) for rung in banded] for end in ("low", "high"))
             axes.errorbar(
-                x, [rung["law"] for rung in rungs], [below, above], fmt="none", ecolor=colours.line, capsize=3
+                x, [rung["law"] for rung in banded], [below, above], fmt="none", ecolor=colours.line, capsize=3
             )
+        if rungs:
+            x = [rung["flops"] for rung in rungs]
             axes.plot(x, [rung["val_loss"] for rung in rungs], "o", color=colours.point, markersize=5, label="ladder")
         if math.isfinite(fitted_up_to):
             axes.axvline(fitted_up_to, color=colours.grid, linewidth=0.8)

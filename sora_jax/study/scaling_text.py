@@ -34,7 +34,9 @@ def _told(by: Mapping[str, Any] | None) -> tuple[str, str]:
     if not by:
         return "", ""
     off = f"{100 * by['off_by']:+.1f} %".replace("-", "\u2212")
-    return f"{by['law']:.3f} [{by['low']:.3f}, {by['high']:.3f}]", off
+    # A band without an end is kept as None.
+    low, high = ("\u221e" if end is None else f"{end:.3f}" for end in (by["low"], by["high"]))
+    return f"{by['law']:.3f} [{low}, {high}]", off
 
 
 def _law(found: Mapping[str, Any]) -> str:
