@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,21 @@ def test_stretch_keeps_frames_and_blends_between():
 
 def prepare(window=17, defaults=DEFAULTS, **order):
     return layouts.prepare(Order(**order), defaults, GRID, window)
+
+
+def test_frames_of_which_nothing_is_given_take_no_memory():
+    """So that as many orders as a file holds can wait their turn."""
+    usual = Size(1024, 1024, 401, 8.0)
+    before = memory_kib()
+    jobs = [layouts.prepare(Order(prompt="a"), usual, GRID) for _ in range(10)]
+    assert sum(job.timeline.frames_THWC.nbytes for job in jobs) > 10 * 2**30
+    assert memory_kib() - before < 2**18
+
+
+def memory_kib():
+    """Of this process, in use."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 def test_text_is_one_pass_of_which_nothing_is_known():
@@ -417,12 +433,21 @@ def test_masks_that_do_not_fit_are_refused(clip, tmp_path):
     path = clip(9)
     cases = [
         (np.full((16, 40), 255, np.uint8), "mask is 16x40, but what it is for is 16x16"),
-        (np.zeros((16, 16), np.uint8), "mask has no white"),
+        (np.zeros((16, 16), np.uint8), "mask has no white;"),
     ]
     for mask, match in cases:
         Image.fromarray(mask).save(tmp_path / "mask.png")
         with pytest.raises(RequestError, match=match):
             prepare(inpaint=path, mask=str(tmp_path / "mask.png"))
+    edge = np.zeros((16, 32), np.uint8)
+    edge[:, :4] = 255
+    Image.fromarray(edge).save(tmp_path / "mask.png")
+    wide = {"inpaint": clip(9, width=32, name="wide.mp4"), "mask": str(tmp_path / "mask.png")}
+    with pytest.raises(
+        RequestError, match="no white in the part that is kept of 16x32; use fit letterbox, or make white"
+    ):
+        prepare(**wide)
+    assert prepare(**wide, fit="letterbox").timeline.given_THW.any()
     files.write_video(tmp_path / "mask.mp4", np.full((5, 16, 16, 3), 255, np.uint8), 8)
     with pytest.raises(RequestError, match="mask has 5 frames at 8 fps, but what it is for 9"):
         prepare(inpaint=path, mask=str(tmp_path / "mask.mp4"))
@@ -532,6 +557,21 @@ def test_letterbox_leaves_the_rest_to_the_model(clip):
         assert (np.abs(video[at, :8].astype(int) - counting(5, 8)) <= 3).all()
         assert ((video[:4] if order.get("direction") else video[5:]) == NEW).all()
         assert any("16x32 is scaled to 8x16 within 16x16; the model paints what is left over" in s for s in job.told)
+
+
+@pytest.mark.parametrize("length", [5, 9, 17, 40])
+@pytest.mark.parametrize("added", [4, 8, 16])
+def test_a_bridge_between_letterboxed_clips_sees_where_it_leads(clip, length, added):
+    path = clip(length, height=16, width=32)
+    job = prepare(connect=(path, path), fit="letterbox", frames=added)
+    _, seen = play(job)
+    bridge = next(
+        step
+        for step, window in zip(to_make(seen), job.timeline.windows, strict=True)
+        if window.first < length + added and window.last == length + added
+    )
+    known = known_latents(bridge.known)
+    assert known[0].any() and known[-1].any() and not known.all()
 
 
 def test_parts_of_a_video(clip):

@@ -267,6 +267,7 @@ def test_prompts_sizes_and_files_are_checked(trained, tmp_path, capsys):
     missing = tmp_path / "missing"
     assert "--prompt is empty" in refuse(prompt="--prompt=", folder=missing)
     assert "--prompt is empty" in refuse("--prompt=  ", folder=missing)
+    assert "is not UTF-8" in refuse(out="caf\udce9.png", folder=missing)
     assert "holds no prompt" in refuse(prompt=f"--prompts_file={tmp_path / 'blank.txt'}", folder=missing)
     assert "not UTF-8" in refuse(prompt=f"--prompts_file={tmp_path / 'latin.txt'}", folder=missing)
     assert "cannot read" in refuse(prompt=f"--prompts_file={tmp_path / 'no.txt'}", folder=missing)
@@ -507,6 +508,23 @@ sys.exit(main.run())
 # Sampling and looking ------------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_of_a_file_is_a_line_of_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa red circle\r\nsecond\u2028half\n\n".encode())
+    arguments = argparse.Namespace(prompt=None, prompts_file=tmp_path / "a.txt")
+    assert asked.prompts_of(arguments) == ["a red circle", "second\u2028half"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_made(trained, tmp_path, capsys):
+    loaded = by_path.load(trained / "3", {})
+    flags = [f"--checkpoint={trained}", "--prompt=a", "--height=8", "--width=8", "--steps=1"]
+    with (
+        mock.patch.object(by_path, "load", return_value=loaded),
+        mock.patch.object(loaded, "making", side_effect=AssertionError),
+        mock.patch("tempfile.TemporaryFile", side_effect=OSError(30, "Read-only file system")),
+    ):
+        assert "Read-only" in refusal(capsys, "sample", *flags, f"--out={tmp_path / 'x.mp4'}", code=1)
+
+
 def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n  a blue square \n")
@@ -583,7 +601,8 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
             capsys, "sample", f"--manifest={tmp_path / 'one' / 'moved.json'}", "--outdir=x"
         )
         assert "leave --steps out" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x", "--steps=3")
-        assert "give --outdir" in refusal(capsys, "sample", checkpoint, kept, "--out=x.mp4")
+        told = refusal(capsys, "sample", checkpoint, kept, "--out=x.mp4")
+        assert "give --outdir" in told and "--out of that kind" not in told
         image.write_bytes(image.read_bytes() + b"\0")
         assert "not the file that the manifest" in refusal(capsys, "sample", checkpoint, kept, "--outdir=x")
 
@@ -621,6 +640,13 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
             capsys.readouterr()
             assert main.run(["sample", *flags, *more, f"--out={tmp_path / name}.mp4"]) == 0
             told[name] = capsys.readouterr().out
+        # A draft's file may be another video's.
+        plain = ["--height=16", "--width=16", "--frames=5", f"--out={tmp_path / 'big-draft.mp4'}"]
+        assert main.run(["sample", *flags, *plain]) == 0
+        (tmp_path / "big-draft.mp4").touch()
+        told_of = refusal(capsys, "sample", *flags, *plain[:-1], "--draft=0.5", f"--out={tmp_path / 'big.mp4'}")
+        assert "big-draft.mp4 would be replaced by a draft" in told_of and "big-draft.json says how" in told_of
+        del made["big-draft"]
         here = str(tmp_path / "clip.gif")
         assert "is an input, which the output would replace" in refusal(
             capsys, "sample", *flags, f"--extend={here}", "--frames=4", f"--out={here}"

@@ -289,6 +289,15 @@ def test_gif_frames_last_as_long_as_they_say(tmp_path):
     assert numbers(media.read(tmp_path / "a.gif", 10).frames_THWC) == [0, 1, 1, 1, 2, 2]
 
 
+def test_short_frames_before_a_long_one_are_not_passed_over(tmp_path):
+    """The usual frame lasts half a second here, the first twentieths."""
+    images = [Image.fromarray(frame) for frame in counting(6)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[50] * 5 + [3000])
+    assert numbers(media.read_image(tmp_path / "a.gif").frames_THWC) == [0]
+    assert numbers(media.read(tmp_path / "a.gif", 20).frames_THWC)[:6] == [0, 1, 2, 3, 4, 5]
+    assert numbers(media.read(tmp_path / "a.gif", None).frames_THWC)[0] == 0
+
+
 def test_animated_webp(tmp_path):
     images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in counting(3)]
     images[0].save(

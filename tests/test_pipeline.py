@@ -1,6 +1,7 @@
 """Laws of sampling: sizes, company, what is given comes back, less noise, guidance. The weights are random ones."""
 
 import dataclasses
+from pathlib import Path
 
 import decoding
 import jax
@@ -179,6 +180,54 @@ def test_what_has_nothing_given_does_not_pay_for_insisting_on_it(sampler, rng, m
     del branches[:]
     sampler.generate([Order(prompt="a red circle", frames=8, window=9, loop=True)], insisting)
     assert set(branches) == {3}
+
+
+def test_an_order_insists_as_it_says_alone_and_in_company(sampler, tmp_path):
+    """On what was made before, of an edit in windows, of which no frame is given."""
+    from sora_jax.generate import files
+    from sora_jax.generate.requests import Order
+
+    rng = np.random.default_rng(0)
+    clip = str(tmp_path / "clip.mp4")
+    files.write_video(Path(clip), rng.integers(0, 256, (13, 32, 32, 3), np.uint8), sampler.usual_size.fps)
+    edit = Order(prompt="a", edit=clip, height=32, width=32, window=9, known_guidance=8.0)
+    image = Order(prompt="a", extend=clip, height=32, width=32, frames=4, window=9, known_guidance=3.0)
+    plain, alone, together = (
+        sampler.generate(orders)[0]
+        for orders in ([dataclasses.replace(edit, known_guidance=1.0)], [edit], [edit, image])
+    )
+    apart = np.abs(alone.astype(int) - together)
+    assert apart.max() <= 1 and np.abs(alone.astype(int) - plain).max() > 8
+
+
+def test_a_wrong_order_of_several_is_named(sampler):
+    from sora_jax.generate.requests import Order, RequestError
+
+    good, wrong = Order(prompt="a red circle", frames=5), Order(prompt="a blue star", frames=6)
+    with pytest.raises(RequestError, match=r"^in the order .*blue star.*: 6 frames are not"):
+        sampler.prepare([good, wrong])
+    with pytest.raises(RequestError, match=r"^6 frames are not"):
+        sampler.prepare([wrong, dataclasses.replace(wrong, seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (dict(width=64, left=16, right=16), (32, 64)),
+        (dict(height=64, top=8, bottom=24), (64, 32)),
+        (dict(width=64, left=16, top=8), (56, 64)),
+        (dict(left=16, right=16), (32, 64)),
+    ],
+)
+def test_one_side_of_what_is_painted_around_says_the_other(sampler, tmp_path, given, size):
+    """The file keeps its shape within the borders, and all of it is there."""
+    from sora_jax.generate import files
+    from sora_jax.generate.requests import Order
+
+    files.write_video(tmp_path / "clip.mp4", np.full((5, 32, 32, 3), 90, np.uint8), sampler.usual_size.fps)
+    (job,) = sampler.prepare([Order(prompt="a", outpaint=str(tmp_path / "clip.mp4"), **given)])
+    assert (job.size.height, job.size.width) == size
+    assert not any("cut off" in line for line in job.told)
 
 
 def test_a_request_file_of_many_sizes_and_ways_is_one_program(sampler, tmp_path):

@@ -48,14 +48,18 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
             raise Failure("nothing says what to show; give --prompt or --prompts_file")
         prompts = [prompt.strip() for prompt in arguments.prompt]
         if not all(prompts):
-            raise Failure("--prompt is empty; say what to show, such as --prompt='a red circle moves left'")
+            raise Failure(
+                "--prompt is empty; say what to show, such as --prompt='a red circle moves left', or of an image or a video "
+                "leave --prompt out"
+            )
         return prompts
     try:
         # A pipe will do, so there may be no size to ask for.
         content = first_bytes(file, MAX_PROMPT_BYTES + 1)
         if len(content) > MAX_PROMPT_BYTES:
             raise Failure(f"--prompts_file={file} has more than {MAX_PROMPT_BYTES} bytes; split it")
-        prompts = [line.strip() for line in content.decode().splitlines() if line.strip()]
+        # Ends of lines alone end a prompt, not all that Unicode counts among them.
+        prompts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

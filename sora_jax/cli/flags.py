@@ -162,6 +162,10 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{text!r} is an address; mount what is there (gcsfuse, NFS) and give a path, for a work dir one that all processes see"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which manifests are; give it another name") from error
     return Path(text)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,6 +284,12 @@ def _make(arguments: argparse.Namespace) -> None:
     written += [_draft_path(video.path) for video, job in zip(videos, jobs, strict=True) if job.draft is not None]
     if replaced := {path.resolve() for path in written} & {Path(path).resolve() for path in inputs}:
         raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
+    for draft in written[len(videos) :]:
+        other = draft.with_suffix(".json")
+        if other != told and _names(other, draft):
+            raise Failure(
+                f"{draft} would be replaced by a draft, and {other} says how it was made; choose another name"
+            )
     if told.exists():
         with errors_for_users(ValueError):
             beside = [told.with_name(name) for name in manifest.read(told).files]
@@ -294,6 +301,8 @@ def _make(arguments: argparse.Namespace) -> None:
     for size in dict.fromkeys(dataclasses.replace(job.size, frames=job.most_frames) for job in jobs):
         asked.warn_of(size, world)
     make_folder(told.parent)
+    with errors_of_writing(told), tempfile.TemporaryFile(dir=told.parent):
+        pass  # before anything is made for it
     trained.tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
@@ -342,9 +351,8 @@ def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Vi
     elif len(set(names)) == 1 and Path(names[0]).suffix == arguments.out.suffix:
         paths = [arguments.out] * len(names)
     else:
-        raise Failure(
-            f"{arguments.manifest} is of {', '.join(dict.fromkeys(names))}; give --outdir, or --out of that kind"
-        )
+        one = ", or --out of that kind" if len(set(names)) == 1 else ""
+        raise Failure(f"{arguments.manifest} is of {', '.join(dict.fromkeys(names))}; give --outdir{one}")
     return [Video(order.prompt, order.seed, path) for order, path in zip(kept.orders, paths, strict=True)]
 
 
@@ -398,6 +406,16 @@ def _write(videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[
         )
         files.write_image(videos[0].path, shown)
     return measured
+
+
+def _names(path: Path, video: Path) -> bool:
+    """Whether this is a manifest that names a video beside it."""
+    from sora_jax.generate import manifest
+
+    try:
+        return path.is_file() and video.name in manifest.read(path).files
+    except ValueError:  # something else
+        return False
 
 
 def _draft_path(path: Path) -> Path:

@@ -108,7 +108,10 @@ class _Scene:
                 "give it as many, or an image"
             )
         if not mask.new_THW.any():
-            raise RequestError("mask has no white; make white what is to be made anew")
+            fit = self.fit()
+            cut = fit.how == "crop" and fit.height * W != fit.width * H
+            where = f" in the part that is kept of {H}x{W}; use fit letterbox, or" if cut else ";"
+            raise RequestError(f"mask has no white{where} make white what is to be made anew")
         timeline = _timeline([video], self.plan(0, frames))
         given_THW = timeline.given_THW & ~mask.new_THW
         return dataclasses.replace(timeline, given_THW=given_THW, clips=_runs(given_THW.all((1, 2))))
@@ -202,7 +205,7 @@ def prepare(
     if len(timeline.windows) > 1 and made.frames > window:
         told.append(
             f"more than {window} frames are not made at once: {made.frames} are made in {len(timeline.windows)} windows, "
-            "each from what is before it"
+            f"each from what is {'after' if order.direction == 'backward' else 'before'} it"
         )
     draft = None
     if order.draft is not None:
@@ -364,6 +367,13 @@ _LAYOUTS: dict[str, Callable[[_Scene], Layout]] = {
 
 
 def _timeline(parts: Sequence[Video], windows: tuple[Window, ...]) -> Timeline:
+    if len(parts) == 1:
+        # Not copied: blank frames take no memory until something is written to them.
+        (part,) = parts
+        given_THW = np.zeros(part.frames_THWC.shape[:3], bool)
+        if part.given_HW.any():
+            given_THW[:] = part.given_HW
+        return Timeline(part.frames_THWC, given_THW, windows)
     frames_THWC = np.concatenate([part.frames_THWC for part in parts])
     given = [np.broadcast_to(part.given_HW, part.frames_THWC.shape[:3]) for part in parts]
     return Timeline(frames_THWC, np.concatenate(given), windows)
@@ -384,7 +394,11 @@ def _around(parts: Sequence[Video], scene: _Scene, made: int) -> Timeline:
     first, last, total = ends[made], ends[made + 1], ends[-1]
     backward = first == 0
     if not all(part.given_HW.all() for number, part in enumerate(parts) if number != made):
-        return _timeline(parts, scene.plan(0, total, backward=backward))
+        if not 0 < first < last < total:
+            return _timeline(parts, scene.plan(0, total, backward=backward))
+        # Both ends before the bridge, which is to see where it leads.
+        bridge = scene.plan(first, last, before=first, after=total - last)
+        return _timeline(parts, scene.plan(0, first) + scene.plan(last, total) + bridge)
     windows = scene.plan(first, last, before=first, after=total - last, backward=backward)
     clips = [(start, end) for number, (start, end) in enumerate(itertools.pairwise(ends)) if number != made]
     return dataclasses.replace(_timeline(parts, windows), clips=tuple(clips))

@@ -312,9 +312,10 @@ def _resampled(source: _Source, rate: float | None, part: Part) -> Iterator[np.n
         yield next(source.frames).pixels()
         return
     # Time stamps are rounded, so a frame is looked for a little after it should begin.
-    ahead = 0.25 * min(1 / rate, 1 / source.rate)
+    usual = 0.25 * min(1 / rate, 1 / source.rate)
     number = 0
     for stamped in source.frames:
+        ahead = min(usual, (stamped.end - stamped.start) / 2)  # of frames that last differently none is passed over
         pixels: np.ndarray | None = None
         while part.start + number / rate + ahead < stamped.end:
             if part.end is not None and number and number / rate + part.start + ahead >= part.end:

@@ -29,7 +29,7 @@ from sora_jax.generate import canvas, layouts, media
 from sora_jax.generate.canvas import Job, Pass, Result
 from sora_jax.generate.codec import Codec
 from sora_jax.generate.known import Known, known_cells, known_patches
-from sora_jax.generate.requests import Order, Size
+from sora_jax.generate.requests import Order, RequestError, Size
 from sora_jax.models import dit, vae
 from sora_jax.nn import attention, kernels
 from sora_jax.nn.layers import abstract, parameters
@@ -120,13 +120,20 @@ class Pipeline:
         return self.make(self.prepare(varied), settings or self.run.sampler)
 
     def prepare(self, orders: Sequence[Order]) -> list[Job]:
-        """Orders laid out for this model; what differs in its seed alone is read once. Raises RequestError and MediaError."""
+        """Orders laid out for this model; what differs in its prompt and seed alone is read once. Raises RequestError and
+        MediaError, which of several orders name the one that is wrong."""
         laid: dict[Order, Job] = {}
         jobs = []
+        several = len({dataclasses.replace(order, seed=0) for order in orders}) > 1
         for order in orders:
-            alike = dataclasses.replace(order, seed=0)
+            alike = dataclasses.replace(order, seed=0, prompt="any")
             if alike not in laid:
-                laid[alike] = layouts.prepare(alike, self._defaults(alike), self.grid)
+                try:
+                    laid[alike] = layouts.prepare(alike, self._defaults(alike), self.grid)
+                except (RequestError, media.MediaError) as error:
+                    if not several:
+                        raise
+                    raise type(error)(f"in the order {order.in_short()}: {error}") from error
             jobs.append(dataclasses.replace(laid[alike], order=order))
         return jobs
 
@@ -152,10 +159,13 @@ class Pipeline:
         height, width = media.nearest_shape(self.run.data.world.clip_sizes, shape)
         (_, *strides), (_, *patches) = self.geometry.stride, self.geometry.patch
         high, wide = (stride * patch for stride, patch in zip(strides, patches, strict=True))
+        # Without borders, as the file is.
         if order.height is None and order.width is not None:
-            height = max(1, round(order.width * shape[0] / (shape[1] * high))) * high
+            inner = order.width - (order.left or 0) - (order.right or 0)
+            height = max(1, round(inner * shape[0] / (shape[1] * high))) * high
         elif order.width is None and order.height is not None:
-            width = max(1, round(order.height * shape[1] / (shape[0] * wide))) * wide
+            inner = order.height - (order.top or 0) - (order.bottom or 0)
+            width = max(1, round(inner * shape[1] / (shape[0] * wide))) * wide
         return dataclasses.replace(self.usual_size, height=height, width=width)
 
     def make(self, jobs: Sequence[Job], settings: sampler.SamplerConfig) -> list[np.ndarray]:
@@ -363,9 +373,13 @@ def _insistence(request: Request, start: Start, settings: sampler.SamplerConfig)
 
 def _insists(job: Job, usual: float) -> bool:
     """Whether a pass of a job may insist on what is given, where the checkpoint's way is to insist `usual`."""
-    insistence = usual if job.order.known_guidance is None else job.order.known_guidance
     timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
-    return insistence != 1 and any(timeline.given_THW.any() or timeline.loop > 0 for timeline in timelines)
+    given = any(timeline.given_THW.any() or timeline.loop > 0 for timeline in timelines)
+    # Windows after the first are given what was made before.
+    going_on = any(len(timeline.windows) > 1 for timeline in timelines)
+    if job.order.known_guidance is not None:
+        return job.order.known_guidance != 1 and (given or going_on)
+    return (given and usual != 1) or (going_on and min(usual, canvas.ONLY_GOING_ON) != 1)
 
 
 def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:

@@ -124,6 +124,10 @@ class Order:
             if value is not None and value is not True
         }
 
+    def in_short(self) -> str:
+        """What tells it from others, in less than a line."""
+        return _brief(self.given())
+
     def variations(self) -> list[Order]:
         """One order a sample, with seeds seed, seed + 1, ..."""
         return [dataclasses.replace(self, seed=self.seed + number, samples=1) for number in range(self.samples)]
@@ -185,7 +189,7 @@ def _one_of(names: Iterable[str]) -> _Check:
 
 _PIXELS = _whole(1, 2**14)
 _BORDER = _whole(0, 2**14)
-_PATH = _Check("the path of a file, in UTF-8", _is_path)
+_PATH = _Check("the path of a file as text, in UTF-8", _is_path)
 _CHECKS: dict[str, _Check] = {
     "prompt": _Check("text of up to 10000 characters", _is_text),
     "height": _PIXELS,
@@ -199,11 +203,11 @@ _CHECKS: dict[str, _Check] = {
     "extend": _PATH,
     "direction": _one_of(DIRECTIONS),
     "connect": _Check(
-        "a list of the paths of two files, in UTF-8",
+        "a list of the paths of two files as text, in UTF-8",
         lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_path, value)),
         tuple,
     ),
-    "loop": _Check("the path of a file, in UTF-8, or true", lambda value: value is True or _is_path(value)),
+    "loop": _Check("the path of a file as text, in UTF-8, or true", lambda value: value is True or _is_path(value)),
     "edit": _PATH,
     "strength": _number(0, 1),
     "inpaint": _PATH,
