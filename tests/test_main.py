@@ -519,10 +519,11 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_made(trained,
     flags = [f"--checkpoint={trained}", "--prompt=a", "--height=8", "--width=8", "--steps=1"]
     with (
         mock.patch.object(by_path, "load", return_value=loaded),
-        mock.patch.object(loaded, "making", side_effect=AssertionError),
+        mock.patch.object(loaded[0], "making", side_effect=AssertionError),
         mock.patch("tempfile.TemporaryFile", side_effect=OSError(30, "Read-only file system")),
     ):
-        assert "Read-only" in refusal(capsys, "sample", *flags, f"--out={tmp_path / 'x.mp4'}", code=1)
+        assert main.run(["sample", *flags, f"--out={tmp_path / 'x.mp4'}"]) == 1
+    assert "Read-only" in capsys.readouterr().err
 
 
 def test_sample_writes_what_the_flags_say(trained, tmp_path, capsys):
@@ -580,6 +581,8 @@ def test_a_manifest_makes_the_same_files_again(trained, tmp_path, capsys, caplog
         names = ["000.png", "001.mp4", "002.mp4", "003.mp4", "manifest.json"]
         assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
         assert [iio.imread(tmp_path / "one" / name).shape[0] for name in names[1:4]] == [5, 5, 10]
+        # Each as wide as can be watched, whatever the others' widths: 8 and 32 pixels.
+        assert {iio.imread(tmp_path / "one" / name).shape[-2] for name in names[:4]} == {256}
         fewer = refusal(capsys, "sample", checkpoint, "--prompt=x", f"--outdir={tmp_path / 'one'}")
         assert "says how" in fewer and "000.png was made" in fewer
         kept = f"--manifest={tmp_path / 'one' / 'manifest.json'}"

@@ -306,7 +306,7 @@ def _make(arguments: argparse.Namespace) -> None:
     trained.tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
-    scale = kept.scale if kept else arguments.scale or math.ceil(SHOWN_WIDTH / max(job.size.width for job in jobs))
+    scale = kept.scale if kept else arguments.scale
     processes.meet()  # the others have looked, too, at what is replaced from now on
     first = processes.is_first()
     with errors_of_writing(told):
@@ -382,9 +382,15 @@ def arrange(
     return [Video(order.prompt, order.seed, path) for order, path in zip(orders, paths, strict=True)]
 
 
-def _write(videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[int, Result]], scale: int) -> list[str]:
+def _write(
+    videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[int, Result]], scale: int | None
+) -> list[str]:
     """One file a video, written as soon as it is made, or all on one sheet where they share a file; a draft goes to NAME-draft.
     Returns what was measured of each."""
+
+    def enlarged(*widths: int) -> int:
+        return scale or math.ceil(SHOWN_WIDTH / max(widths))
+
     from sora_jax.generate import files
 
     measured = [""] * len(videos)
@@ -396,13 +402,17 @@ def _write(videos: Sequence[Video], jobs: Sequence[Job], making: Iterable[tuple[
         if sheet:
             kept[number] = frames
             continue
-        files.write_video(video.path, frames, rate, scale)
+        files.write_video(video.path, frames, rate, enlarged(frames.shape[2]))
         if draft is not None:
-            files.write_video(_draft_path(video.path), draft, rate, scale)
+            # As large as the video that is made from it, about.
+            files.write_video(_draft_path(video.path), draft, rate, enlarged(draft.shape[2]))
     if sheet:
         labels = [f"{video.prompt} (seed {video.seed})" for video in videos]
         shown = files.contact_sheet(
-            [kept[number] for number in range(len(videos))], labels, frames_per_video=SHEET_FRAMES, scale=scale
+            [kept[number] for number in range(len(videos))],
+            labels,
+            frames_per_video=SHEET_FRAMES,
+            scale=enlarged(*(job.size.width for job in jobs)),
         )
         files.write_image(videos[0].path, shown)
     return measured

@@ -37,7 +37,7 @@ class ManifestError(RequestError):
 class Manifest:
     """How files were made. orders have one sample each; inputs maps their paths to SHA-256; files are names beside the manifest.
 
-    settings are the sampler's by name, and scale is how much pixels were enlarged.
+    settings are the sampler's by name, and scale is how much pixels were enlarged, None as each video's width asks for.
     """
 
     version: str
@@ -46,7 +46,7 @@ class Manifest:
     fingerprint: str
     orders: tuple[Order, ...]
     settings: Mapping[str, bool | int | float | str | list[float] | None]
-    scale: int
+    scale: int | None
     files: tuple[str, ...]
     inputs: Mapping[str, str]
     versions: Mapping[str, str]
@@ -221,7 +221,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
             isinstance(value, dict) and len(value) <= 64 and all(_is_setting(each) for each in value.values())
         ),
     ),
-    "scale": (f"a whole number from 1 to {MOST_SCALE}", lambda value: _whole(value, 1, MOST_SCALE)),
+    "scale": (
+        f"a whole number from 1 to {MOST_SCALE}, or null",
+        lambda value: value is None or _whole(value, 1, MOST_SCALE),
+    ),
     "files": ("a list of file names", lambda value: isinstance(value, list) and all(map(_plain, value))),
     "inputs": (
         "paths with SHA-256",
