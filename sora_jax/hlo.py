@@ -26,6 +26,7 @@ STILL = {
 }  # fmt: skip
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")  # in a layout: where an array lies that is not in the main memory
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(
     r"\b(condition|body|calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
@@ -224,8 +225,8 @@ class Program:
         if each.kind == "fusion":
             (fused,) = each.calls("calls")
             return self._fusion_traffic(self.computations[fused], inputs, each.type)
-        if each.kind.endswith("-start"):  # its type holds the operands too
-            return sum(map(size_of, inputs)) * 2
+        if each.kind.endswith("-start"):
+            return _traffic_of_start(each, inputs)
         return size_of(each.type) + sum(map(size_of, inputs))
 
     def _fusion_traffic(self, fused: Computation, inputs: list[str], output: str) -> int:
@@ -251,12 +252,31 @@ class Program:
         return total
 
 
+def _traffic_of_start(each: Instruction, inputs: list[str]) -> int:
+    """Of an asynchronous instruction. Its type is a tuple that holds the operands, too; of a slice, all of what it is cut from or
+    put into, of which no more is moved than the slice."""
+    if "slice" in each.kind:
+        part = inputs[1] if each.kind.startswith("dynamic-update-slice") else _behind_operands(each.type)
+        return size_of(part) + (size_of(part, fast=True) if _SPACE.search(inputs[0]) is None else 0)
+    return size_of(each.type) + (0 if each.type.startswith("(") else sum(map(size_of, inputs)))
+
+
+def _behind_operands(type_: str) -> str:
+    """The result's array in the type ((operands), result, context) of an asynchronous instruction."""
+    depth = 0
+    for at, sign in enumerate(type_):
+        depth += (sign == "(") - (sign == ")")
+        if depth == 1 and sign == ")":
+            return found[0] if (found := _ARRAY.search(type_, at)) else ""
+    return ""
+
+
 def size_of(type_: str, fast: bool = False) -> int:
     """Bytes of an array or tuple type on its device; arrays that the layout puts into fast memory, such as S(1), only if asked, and
     those in the host's, S(5), never."""
     total = 0
     for dtype, dimensions, layout in _ARRAY.findall(type_):
-        space = int(found[1]) if (found := re.search(r"S\((\d+)\)", layout)) else 0
+        space = int(found[1]) if (found := _SPACE.search(layout)) else 0
         if space == 0 or (fast and space != 5):
             count = math.prod(int(size) for size in dimensions.split(",")) if dimensions else 1
             total += count * BYTES.get(dtype, 1)

@@ -263,6 +263,7 @@ class _Watch(threading.Thread):
             for key, code in failed:
                 if (other := int(key.rpartition("/")[2])) != self.index:
                     os.write(2, f"process {self.index}: process {other} ended with {code}, as it said\n".encode())
+                    _linger()
                     os._exit(int(code))
             for other, (last, since) in seen.items():
                 beat = beats.get(str(other), "")

@@ -74,6 +74,10 @@ def launched(folder, *program, count=2, devices=4):
     try:
         yield process, log
     finally:
+        # Each of those that it started is a group of its own.
+        with contextlib.suppress(OSError):
+            for child in children(process.pid):
+                os.killpg(child, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

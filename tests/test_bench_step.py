@@ -25,6 +25,22 @@ def bench(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize("shape", ["256", "4x250", "0x256", "4x-8", "4x256x2"])
+def test_shapes_are_checked_before_anything_is_timed(bench, monkeypatch, capsys, shape):
+    monkeypatch.setattr("sys.argv", ["bench_step.py", f"--shapes={shape}"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "is not ROWSxTOKENS with a multiple of 8 tokens" in capsys.readouterr().err
+
+
+def test_a_contender_that_cannot_run_is_named(bench, monkeypatch):
+    """Such as PyTorch where it is not installed."""
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--contenders", "torch f32", "--shapes=1x8"])
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    with pytest.raises(SystemExit, match="torch f32 ended before its first step"):
+        bench.main()
+
+
 def test_the_same_weights_give_the_same_output_in_pytorch(bench):
     torch = pytest.importorskip("torch")
     data, weights = bench.arrays(2, 64), bench.weights()

@@ -167,6 +167,44 @@ def test_what_goes_to_the_host_and_back_is_counted_as_often_as_it_goes(program):
     assert hlo.Program(HOSTED).host_traffic() == 4 * (row + row + indices)
 
 
+STARTED = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+ENTRY %main (p: f32[4,256]) -> f32[256] {
+  %p = f32[4,256]{1,0} parameter(0)
+  %q = f32[4,256]{1,0:S(1)} parameter(1)
+  %i = s32[] parameter(2)
+  %u = f32[1,256]{1,0:S(1)} parameter(3)
+  %started = WHAT
+  ROOT %x = f32[256]{0} parameter(4)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "rows"),
+    [
+        # Into fast memory it is read, out of it written; the type tells both ends.
+        ("(f32[4,256]{1,0:S(1)}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%p)", 4),
+        ("(f32[4,256]{1,0}, f32[4,256]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%q)", 4),
+        ("(f32[4,256]{1,0}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%p)", 8),
+        # Of what is cut from a stack, what is cut.
+        ("((f32[4,256]{1,0}), f32[1,256]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%p)", 1),
+        ("((f32[4,256]{1,0}), f32[1,256]{1,0}, u32[]{:S(2)}) slice-start(%p)", 2),
+        ("((f32[4,256]{1,0}, s32[]), f32[1,256]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) dynamic-slice-start(%p, %i)", 1),
+        (
+            "((f32[4,256]{1,0}, f32[1,256]{1,0:S(1)}, s32[]), f32[4,256]{1,0}, u32[]) dynamic-update-slice-start(%p, %u, %i)",
+            1,
+        ),
+        # A gathered array is as many times larger as there are devices.
+        ("(f32[4,256]{1,0}, f32[16,256]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}", 20),
+        ("f32[4,256]{1,0} all-reduce-start(%p), replica_groups={{0,1,2,3}}, to_apply=%add", 8),
+    ],
+)
+def test_what_goes_on_beside_other_work_moves_what_it_moves(what, rows):
+    program = hlo.Program(STARTED.replace("WHAT", what))
+    assert program.memory_traffic() == rows * 256 * 4
+
+
 def compiled(function, *arguments):
     return hlo.Program(jax.jit(function).lower(*arguments).compile().as_text())
 

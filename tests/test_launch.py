@@ -71,6 +71,13 @@ def test_a_tpu_gets_the_runtime_of_its_kind(launch, kind, runtime):
     assert notes[-2:] == ["install tpu", trained]
 
 
+def test_overrides_arrive_as_they_were_given(launch):
+    """Though a shell on the other side reads them once more."""
+    odd = ["--config.vae_train.crop=(9, 32, 32)", "--config.title=that's $HOME"]
+    _, _, notes = launch(*tpu("v6e-8"), *odd, CODE="0", OLD_PYTHON="0")
+    assert notes[-1].endswith(" ".join(["--config.mesh.fsdp=8", *odd]))
+
+
 def test_a_kind_without_a_known_runtime_is_refused(launch):
     code, told, notes = launch(*tpu("v9-8"), CODE="0", OLD_PYTHON="0")
     assert code == 2 and "v9-8" in told and not notes

@@ -53,7 +53,7 @@ def apart(one, other, step):
 
 # What meets as the verbs do, and then does what its first argument says.
 MEETING = """
-import logging, pathlib, sys, time
+import jax, logging, pathlib, sys, time
 from sora_jax import main, processes
 from sora_jax.cli import flags, process
 from sora_jax.cli.failures import Failure
@@ -71,9 +71,9 @@ def verb(argv):
         arguments.seed = folder.exists() or folder.mkdir(exist_ok=True)
     with process.meeting(arguments):
         here = str(processes.is_first())
-        if what == here:
+        if what == here or (what == "last" and jax.process_index() == jax.process_count() - 1):
             raise Failure("nothing to write to")
-        if what in ("True", "False"):
+        if what in ("True", "False", "last"):
             time.sleep(60)
         if what == "late" and processes.is_first():
             time.sleep(8)
@@ -176,14 +176,56 @@ def test_the_first_may_write_for_longer_than_jax_waits(tmp_path):
     assert (tmp_path / "written").exists() and "exit codes 0, 0" in log.read_text()
 
 
-@pytest.mark.parametrize("refusing", [True, False])
-def test_what_one_process_refuses_ends_all_with_its_exit_code(tmp_path, refusing):
+@pytest.mark.parametrize(("refusing", "count"), [(True, 2), (False, 2), ("last", 3)])
+def test_what_one_process_refuses_ends_all_with_its_exit_code(tmp_path, refusing, count):
+    """Though the first, by which all know of each other, may be the first to hear of it."""
     began = time.monotonic()
-    with launched(tmp_path, MEETING, refusing, tmp_path, devices=1) as (process, log):
+    with launched(tmp_path, MEETING, refusing, tmp_path, count=count, devices=1) as (process, log):
         process.wait(60)
     told = log.read_text()
     assert time.monotonic() - began < 40, told
-    assert "error: nothing to write to" in told and "exit codes 2, 2" in told, told
+    assert "error: nothing to write to" in told and f"exit codes {', '.join('2' * count)}" in told, told
+
+
+INTERRUPTED = """
+import time
+from sora_jax import signals
+try:
+    with signals.handled(), signals.held(0):
+        print("ready", flush=True)
+        while not (stopped := signals.stop_after(1)):
+            time.sleep(0.05)
+        time.sleep(1)  # the step goes on, and is saved
+        print("saved", flush=True)
+        raise stopped
+except signals.Stopped:
+    print("ended in order", flush=True)
+"""
+
+
+def test_processes_hear_once_of_a_ctrl_c():
+    """It goes to all of a terminal's processes, and a second one would end them at once."""
+    spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
+    command = [sys.executable, str(ROOT / "tools" / "launch_local"), "--processes=1", "--", sys.executable, "-c"]
+    with subprocess.Popen(
+        [sys.executable, "-c", spawn, *command, INTERRUPTED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(1),
+    ) as process:
+        told = ""
+        while line := process.stdout.readline().decode():
+            told += line
+            if "ready" in line:
+                process.stdin.write(b"\x03")
+                process.stdin.flush()
+    assert "saved" in told and "ended in order" in told, told
+
+
+def test_a_program_that_is_not_there_is_told():
+    command = [sys.executable, str(ROOT / "tools" / "launch_local"), "--", "sora-jaxx", "train"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 127 and found.stderr.startswith("launch_local: cannot start sora-jaxx: No such file")
 
 
 @pytest.mark.parametrize("told", [0, 1])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--shapes", nargs="+", default=["4x256", "2x1024", "1x4096"], metavar="ROWSxTOKENS")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_of,
+        default=["4x256", "2x1024", "1x4096"],
+        metavar="ROWSxTOKENS",
+        help=f"rows of tokens, {CLIPS} clips a row (default: 4x256 2x1024 1x4096)",
+    )
     parser.add_argument(
         "--rounds", type=int, default=7, metavar="N", help="steps of each that count (default: %(default)s)"
     )
@@ -55,6 +63,16 @@ def main() -> None:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
+def shape_of(text: str) -> str:
+    """ROWSxTOKENS as it is. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None or int(found[2]) % CLIPS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not ROWSxTOKENS with a multiple of {CLIPS} tokens, such as 2x1024"
+        )
+    return text
+
+
 # The judge -----------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +89,15 @@ def measure(arguments: argparse.Namespace, shape: str) -> dict[str, dict[str, fl
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         # Compiled and warm, before the next one begins to.
-        about[name] = json.loads(workers[name].stdout.readline())
+        told = workers[name].stdout.readline()
+        if not told:
+            for worker in workers.values():
+                worker.kill()
+                worker.communicate()
+            sys.exit(
+                f"bench_step.py: {name} ended before its first step, for the reason above; or leave it out: --contenders"
+            )
+        about[name] = json.loads(told)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name, worker in workers.items():

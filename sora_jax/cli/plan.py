@@ -68,7 +68,8 @@ def plan(arguments: argparse.Namespace) -> None:
     """Prints what a run needs on a topology."""
     kind, _, devices = arguments.topology.partition(":")
     if kind == "cpu" and devices.replace("x", "").isdecimal():
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(math.prod(int(each) for each in devices.split("x") if each)))
+        count = math.prod(int(each) for each in devices.split("x") if each)
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(1, count)))
     # Nothing is computed: no chip of this machine is claimed.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     run = load_run(arguments.config, arguments.overrides)

@@ -22,18 +22,27 @@ from sora_jax.nn import attention, blockwise, flash, kernels
 
 class Kernel(NamedTuple):
     """An attention backend of a chip's own: its name, what numbers of tokens it takes are multiples of, the sides of its blocks for
-    numbers of queries and keys, the size of a head as it multiplies it, and whether every block of queries reads its keys anew."""
+    numbers of queries and keys, the size of a head as it multiplies it, how many products of all pairs its gradients take, and
+    whether every block of queries reads its keys anew."""
 
     name: str
     multiple: int
     blocks: Callable[[int, int], tuple[int, int]]
     head: Callable[[int], int]
+    backward: int
     reads_again: bool
 
 
-SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, reads_again=True)
+# What compute.py counts, of an attention that keeps its weights: two for each of the two forward.
+PLAIN_BACKWARD = 4
+# One kernel for the gradients of queries, of three products, and one for those of keys and values, of four: each makes the weights
+# and their gradients anew.
+TWO_KERNELS = 7
+SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, TWO_KERNELS, reads_again=True)
 # A GPU has a row's keys and values in its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
-TRITON = Kernel("triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, reads_again=False)
+TRITON = Kernel(
+    "triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, TWO_KERNELS, reads_again=False
+)
 KERNELS = {"tpu": SPLASH, "gpu": TRITON, "cuda": TRITON}
 AMONG, CAPTIONS = "among a row's tokens", "to captions"
 # The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
@@ -78,13 +87,15 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
 
 
 class Work(NamedTuple):
-    """Pairs of tokens, and of tokens and words, that attention computes in a step, and the bytes that its kernels read again.
+    """Pairs of tokens, and of tokens and words, that attention computes in a step, the FLOPs that its kernels take backward beyond
+    those of an attention that keeps its weights, and the bytes that they read again.
 
     pairs are None where all of a row are computed.
     """
 
     pairs: float | None
     text_pairs: float | None
+    more_flops: float
     read_again: float
 
 
@@ -108,7 +119,7 @@ def work(
     }
     tokens, text = map(jnp.asarray, segments)
     found: list[float | None] = []
-    read = 0.0
+    more = read = 0.0
     # Captions are met by a device's own tokens; for those among each other it has all tokens of some heads.
     for what, keys, parts in ((AMONG, tokens, 1), (CAPTIONS, text, split)):
         if kernel is None or chosen.get(what, model.attention) != kernel.name:
@@ -118,11 +129,14 @@ def work(
         met = blockwise.meetings(blockwise.in_blocks(tokens, bq), blockwise.in_blocks(keys, bk), bq, bk)
         of_a_step = int(met.sum()) * packing.rows / len(tokens)
         size = model.width // model.heads
-        found.append(of_a_step * bq * bk * kernel.head(size) / size)
+        pairs = of_a_step * bq * bk * kernel.head(size) / size
+        found.append(pairs)
+        if passes[1]:
+            more += (kernel.backward - PLAIN_BACKWARD) * 2 * pairs * model.width * model.blocks
         if kernel.reads_again:
             # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
             read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks
-    return Work(found[0], found[1], read)
+    return Work(found[0], found[1], more, read)
 
 
 def _remedy(backend: Backend, now: dict[str, int], better: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,11 +34,13 @@ class Packed(NamedTuple):
 def packed(run: DiTRun, network: VAEConfig) -> Packed:
     """Of many clips of the run's world.
 
-    A caption counts as its words and two marks: tokenisers are not asked. Raises ConfigError for clips that no row can hold, or
+    A caption counts as its words and two marks: tokenisers are not asked. Tokens are dropped as drop_rate says; how many repeats
+    drop_repeats leaves out is told by pixels, and none are. Raises ConfigError for clips that no row can hold, or
     so few that there is no batch.
     """
     found = run.data.world
     dit.longest_clip(run, network)
+    dropping = dataclasses.replace(run.pack, drop_repeats=0.0)
     clips = []
     for number in range(SCENES):
         scene = world.sample_scene(found, "train", number)
@@ -45,7 +48,8 @@ def packed(run: DiTRun, network: VAEConfig) -> Packed:
         tokens = math.prod(pack.grid_shape(shape, run.dit.patch))
         # What any tokeniser makes of it at least: its words and two marks.
         words = min(run.text.max_tokens, len(captions.prompt(scene, len(found.sizes) > 1).split()) + 2)
-        clips.append(_counted(number, tokens, words))
+        clip = _counted(number, tokens, words)
+        clips.append(pack.drop(clip, tokens, dropping, np.random.default_rng(number))[0])
     count, rows = pack.Count(), list[Sequence[pack.Tokens]]()
     for start in range(0, len(clips), run.pack.window):
         made, counted = pack.pack_rows(clips[start : start + run.pack.window], run.pack, np.random.default_rng(start))

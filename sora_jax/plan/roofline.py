@@ -26,6 +26,8 @@ from sora_jax.train import dit
 
 # What large matrix products reach of the peak at best in practice, for the low end of a prediction.
 MATMUL_SHARE = 0.8
+# The most of a GPU's memory that jax is to take: its driver, and what runs beside it, need some.
+MOST_FRACTION = 0.95
 # What a program is bound by.
 PARTS = ("compute", "memory", "interconnect", "host")
 
@@ -49,7 +51,8 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
             "row_tokens": run.pack.row_tokens,
             "tokens": run.pack.rows * run.pack.row_tokens,
             "flops": compute.dit_step(run.dit, run.pack).total,
-            "executed_flops": compute.dit_step(run.dit, run.pack, done.pairs, done.text_pairs).executed,
+            "executed_flops": compute.dit_step(run.dit, run.pack, done.pairs, done.text_pairs).executed
+            + done.more_flops,
             "useful_flops": compute.dit_step(run.dit, run.pack, packing.pairs, packing.text_pairs).total,
             "read_again": done.read_again,
         },
@@ -128,7 +131,7 @@ def _compiled(
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
         numbers["memory"] = memory_of_refused(made, str(error))
-        return numbers | {"verdict": {"fits": False, "why": _too_large(numbers, where.chip, run)}}
+        return numbers | {"verdict": {"fits": False, "why": _too_large(numbers, where.chip)}}
     numbers["compile_seconds"] = time.perf_counter() - began
     numbers["memory"] = memory(made, program, run.dit.blocks)
     numbers["collectives"] = traffic(program.collectives(numbers["mesh"]))
@@ -214,20 +217,23 @@ def verdict(numbers: dict[str, Any], chip: Chip | None, without: Sequence[str]) 
         why.append(
             f"only {numbers['packing']['fill']:.0%} of the tokens are filled; raise pack.row_tokens, row_text or window"
         )
-    if chip.usable < share <= 1:
-        why.insert(
-            1, f"jax takes {chip.usable:.0%} of it; set XLA_PYTHON_CLIENT_MEM_FRACTION={min(0.95, share + 0.05):.2f}"
-        )
+    if chip.usable < share <= MOST_FRACTION:
+        fraction = min(MOST_FRACTION, share + 0.05)
+        why.insert(1, f"jax takes {chip.usable:.0%} of it; set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}")
+    elif share > chip.usable:
+        why = [*_too_large(numbers, chip), *why[1:]]
     return {"fits": share <= chip.usable, "why": why}
 
 
-def _too_large(numbers: dict[str, Any], chip: Chip | None, run: DiTRun) -> list[str]:
+def _too_large(numbers: dict[str, Any], chip: Chip | None) -> list[str]:
     training, total = "step" in numbers, numbers["memory"].get("total")
     what = "the step" if training else "the sampler"
     why = [f"{what} does not fit the memory of a chip"]
     if total is not None and chip is not None:
         why = [f"{what} needs {total / GIB:.1f} of {chip.memory:g} GiB a chip"]
-    if training and run.dit.remat != "full":
+        if MOST_FRACTION < total / GIB / chip.memory <= 1:
+            why.append(f"jax can take {MOST_FRACTION:.0%} of them")
+    if training and numbers["model"]["remat"] != "full":
         why.append("keep less for the backward pass (dit.remat=full)")
     shorter = "shorten them (pack.row_tokens)" if training else "make shorter clips"
     return [*why, f"spread weights over more chips (mesh.fsdp), split rows (mesh.sequence) or {shorter}"]

@@ -16,7 +16,7 @@ from sora_jax.config import ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
 from sora_jax.models import dit as dit_model
 from sora_jax.models.vae import VAEConfig
-from sora_jax.plan import roofline, step
+from sora_jax.plan import kernels, roofline, step
 from sora_jax.plan.packing import packed
 from sora_jax.plan.topology import CHIPS, GIB, Target
 from sora_jax.train import dit
@@ -29,8 +29,6 @@ RUNNING = 70
 # What attention sends to trade tokens for heads and back, of a block forward, again and backward, in residual streams: queries,
 # keys, values and what they found, a part of it in bfloat16. Of the plan of 30b.
 TRADED = 8.5
-# The kernel of TPUs takes tokens of a device in such blocks.
-TOKENS_OF_A_BLOCK = 128
 
 
 def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[dict[str, Any]]:
@@ -42,9 +40,12 @@ def search(run: DiTRun, network: VAEConfig, where: Target, tries: int) -> list[d
     """
     chips, found = len(where.devices), list[dict[str, Any]]()
     own = _over(run, chips)
-    tried = list(candidates(run, network, chips))
+    tried = list(candidates(run, network, where))
+    if own not in tried:  # why it cannot work is told
+        tried.append(own)
     padding = {packing: _padding(run, packing, network) for packing in {each.pack for each in tried}}
-    for candidate in sorted(tried, key=lambda each: (each != own, estimate(each, where) * padding[each.pack])):
+    tried.sort(key=lambda each: 0.0 if each == own else estimate(each, where) * padding[each.pack])
+    for candidate in tried:
         if len(found) == tries:
             break
         try:
@@ -75,9 +76,10 @@ def _over(run: DiTRun, chips: int) -> DiTRun:
         return run
 
 
-def candidates(run: DiTRun, network: VAEConfig, chips: int) -> Iterator[DiTRun]:
-    """The run on every mesh that its parameters, heads, rows and tokens divide over, with every remat policy, with its rows and
-    with half and twice as many or as long ones."""
+def candidates(run: DiTRun, network: VAEConfig, where: Target) -> Iterator[DiTRun]:
+    """The run on every mesh that its parameters, heads, rows and tokens divide over and that leaves attention its kernels, with
+    every remat policy, with its rows and with half and twice as many or as long ones."""
+    chips, platform = len(where.devices), where.devices[0].platform
     least, _ = dit.longest_clip(run, network)
     rows = [each for each in rows_like(run.pack) if each.row_tokens >= least and each.rows % run.loader.lanes == 0]
     shapes = step.parameter_shapes(run)
@@ -86,8 +88,11 @@ def candidates(run: DiTRun, network: VAEConfig, chips: int) -> Iterator[DiTRun]:
         if not _fits(run, shapes, mesh):
             continue
         for packing in rows:
-            whole = packing.row_tokens % (TOKENS_OF_A_BLOCK * sharding.shards("tokens", mesh)) == 0
-            if whole and packing.rows % sharding.shards("rows", mesh) == 0:
+            divide = (
+                packing.row_tokens % sharding.shards("tokens", mesh) == 0
+                and packing.rows % sharding.shards("rows", mesh) == 0
+            )
+            if divide and not kernels.missing(run.dit, packing, mesh, platform):
                 for remat in dit_model.REMAT:
                     yield dataclasses.replace(
                         run, mesh=config, dit=dataclasses.replace(run.dit, remat=remat), pack=packing

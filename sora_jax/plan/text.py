@@ -61,7 +61,7 @@ def asked(numbers: Mapping[str, Any]) -> str:
         step = numbers["step"]
         return (
             f"step: {step['rows']} rows of {step['row_tokens']:,} tokens, filled to {numbers['packing']['fill']:.1%}, "
-            f"{progress.si(step['flops'])}FLOP ({progress.si(step['useful_flops'])}FLOP within clips, "
+            f"{progress.si(step['flops'])}FLOP ({progress.si(step['useful_flops'])}FLOP within clips, padding included, "
             f"{progress.si(step['executed_flops'])}FLOP with recomputation)"
         )
     made = numbers["sampling"]

@@ -42,7 +42,7 @@ CHIPS = {
     "v5e": Chip(15.75, 197e12, 0.82e12, 9.0e10, 1.5e10),
     "v5p": Chip(95, 459e12, 2.77e12, 1.8e11, 1.5e10),
     "v6e": Chip(31.25, 918e12, 1.64e12, 1.8e11, 1.5e10),
-    "h100": Chip(80, 989e12, 3.35e12, 4.5e11, 6.4e10, usable=0.75),
+    "h100": Chip(79.14, 989e12, 3.35e12, 4.5e11, 6.4e10, usable=0.75),
 }
 # Several nodes of GPUs are joined by 400 Gb/s a GPU. That all that is sent goes through there is the cautious assumption.
 BETWEEN_NODES = 5.0e10
@@ -62,6 +62,8 @@ runtime_version { major: 12 minor: 9 }
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+# Of the tori that chips are joined in.
+AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 WORKER = {"v4": "v4-8", "v5e": "v5litepod-8", "v5p": "v5p-8", "v6e": "v6e-8"}
 
 
@@ -80,10 +82,13 @@ def target(name: str) -> Target:
     Raises ConfigError for what is unknown or cannot be compiled for here.
     """
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)*", shape) or kind not in (*CHIPS, "cpu"):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or kind not in (*CHIPS, "cpu"):
         raise ConfigError(
             f"topology {name!r} is none of {', '.join(CHIPS)} or cpu with a shape, such as v5p:4x4x8 or cpu:8"
         )
+    if kind in AXES and shape.count("x") + 1 != AXES[kind]:
+        example = "2x4" if AXES[kind] == 2 else "4x4x8"
+        raise ConfigError(f"topology {name}: chips of {kind} are joined along {AXES[kind]} axes; say {kind}:{example}")
     if kind == "cpu":
         count = math.prod(map(int, shape.split("x")))
         if len(jax.devices("cpu")) < count:
@@ -103,8 +108,10 @@ def _tpus(name: str, kind: str) -> Target:
     }.items():
         os.environ.setdefault(key, value)
     # Both cores of a v4 are one device of jax, as those of a v5p are without being asked.
-    cores = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu", **cores), CHIPS[kind])
+    more: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if name.partition(":")[2] == "1x1":
+        more["chips_per_host_bounds"] = [1, 1, 1]  # a machine with one chip, which libtpu takes for one of four
+    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu", **more), CHIPS[kind])
 
 
 def _gpus(name: str, shape: str) -> Target:

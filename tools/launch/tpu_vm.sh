@@ -10,6 +10,9 @@
 set -eu
 name=$1 zone=$2 kind=$3 share=$4 config=$5 workdir=/mnt/runs/$6
 shift 6
+# A remote shell reads what it is given once more.
+quoted() { for each; do printf " '%s'" "$(printf %s "$each" | sed "s/'/'\\\\''/g")"; done; }
+more=$(quoted "$@")
 most_restarts=10
 repository=$(git -C "$(dirname "$0")" remote get-url origin)
 case $kind in
@@ -30,7 +33,7 @@ on_all "git clone --depth=1 $repository sora_jax && cd sora_jax && tools/install
 # Every worker runs the same command; they find each other by the TPU's own metadata. One that lost another (75) or was killed (137,
 # 143) begins again from the newest checkpoint; 1 and 2 are of the run itself, 130 of a Ctrl-C.
 on_all "cd sora_jax && restarts=0
-until .venv/bin/sora-jax train --distributed --config=$config --workdir=$workdir $*; do
+until .venv/bin/sora-jax train --distributed --config=$config --workdir=$workdir$more; do
   code=\$? restarts=\$((restarts + 1))
   { [ \$code -ge 75 ] && [ \$code -ne 130 ]; } || exit \$code
   [ \$restarts -le $most_restarts ] || { echo restarted $most_restarts times, ended with code \$code: not again >&2; exit \$code; }
