@@ -1,6 +1,7 @@
 """Laws of the command: it refuses in one sentence, starts without jax, resumes, and does what its flags say."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -18,13 +19,15 @@ import numpy as np
 import pytest
 import quickstart
 
-from sora_jax import checkpoint, config, main, processes
+from sora_jax import checkpoint, config, main, processes, sharding
 from sora_jax.cli import asked, checkpoints, configs, process, sample, vbench
 from sora_jax.cli import flags as all_flags
+from sora_jax.cli import train as cli_train
 from sora_jax.cli import trained as by_path
 from sora_jax.data import loader
 from sora_jax.evaluate import continuity
 from sora_jax.generate import files, pipeline, requests
+from sora_jax.plan import kernels
 from sora_jax.study import runner
 from sora_jax.train import lock, loop, vae
 
@@ -762,6 +765,17 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
     assert scores["total_flops"] == 5e12
     for name in ("adherence", "adherence_floor", "adherence_ceiling"):
         assert f"{scores[name]['shape']:.3f}" in shown
+
+
+def test_attention_without_its_kernel_is_told_before_training(caplog, monkeypatch):
+    run = config.from_config_dict(quickstart.get_config("dit"))
+    run = dataclasses.replace(run, mesh=sharding.MeshConfig(data=1, fsdp=1, tensor=1, sequence=8))
+    long = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=8 * 1000, row_text=512))
+    cli_train._tell_missing_kernels([run, long])
+    assert not caplog.records  # a CPU has none
+    monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)
+    cli_train._tell_missing_kernels([run, long])
+    assert caplog.text.count("no splash kernel for attention among a row's tokens") == 1
 
 
 def test_sizes_come_from_what_was_trained_on(caplog):

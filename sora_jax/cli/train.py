@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from sora_jax.cli.failures import INTERRUPTED, LOST, RUN_ERROR, Failure, errors_
 from sora_jax.cli.process import meeting
 
 if TYPE_CHECKING:
-    from sora_jax.config import CaptionerRun, DiTRun, VAERun
+    from sora_jax.config import CaptionerRun, DiTRun, Run, VAERun
 
 # What faulthandler still counts, and more than anyone waits.
 LONGEST_SECONDS = 1e6
@@ -146,6 +147,7 @@ def study(arguments: argparse.Namespace) -> None:
         print(dry_run.table(stages, dry_run.matmul_speed()))
         return
     make_folder(arguments.workdir)
+    _tell_missing_kernels(run.stages.values())
     try:
         with errors_for_users(), signals.handled():
             runner.run(run, arguments.workdir, arguments.command)
@@ -168,6 +170,7 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
 
     with errors_for_users():
         sharding.make_mesh(run.mesh)
+        _tell_missing_kernels([run])
     with errors_for_users(ValueError):
         if not isinstance(run, config.VAERun):
             refuse_file(run.vae_checkpoint)
@@ -176,6 +179,18 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
         if isinstance(run, config.VAERun):
             return vae.VAETask(run)
         return dit.DiTTask(run, workdir) if isinstance(run, config.DiTRun) else captioner.CaptionerTask(run, workdir)
+
+
+def _tell_missing_kernels(runs: Iterable[Run]) -> None:
+    """Of transformers whose attention goes without its chip's kernel: it is many times slower, and nothing else says so."""
+    from sora_jax import config, sharding
+    from sora_jax.plan import kernels
+
+    for run in runs:
+        if isinstance(run, config.DiTRun):
+            mesh = sharding.make_mesh(run.mesh)
+            for line in kernels.missing(run.dit, run.pack, mesh, mesh.devices.flat[0].platform):
+                logging.warning("%s", line)
 
 
 def _variants(name: str, stages: Iterable[str]) -> str:
