@@ -284,10 +284,11 @@ def size_of(type_: str, fast: bool = False) -> int:
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every array of a type."""
+    """(dtype, shape) of every array of a type that lies on the device, and not with its host."""
     return [
         (dtype, tuple(int(size) for size in dimensions.split(",")) if dimensions else ())
-        for dtype, dimensions, _ in _ARRAY.findall(type_)
+        for dtype, dimensions, layout in _ARRAY.findall(type_)
+        if "S(5)" not in layout
     ]
 
 

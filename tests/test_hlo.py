@@ -131,6 +131,15 @@ def test_sizes_of_types():
     assert hlo.size_of("f32[8]{0:T(128)S(5)}", fast=True) == 0  # the host's
 
 
+def test_arrays_of_types():
+    told = "(s32[], bf16[4,16]{1,0:T(8,128)(2,1)}, f32[4,16]{1,0:T(8)S(5)}, f32[2]{0:S(1)})"
+    assert hlo.arrays(told) == [
+        ("s32", ()),
+        ("bf16", (4, 16)),
+        ("f32", (2,)),
+    ]  # what the host keeps is not the device's
+
+
 HOSTED = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %body (state: (s32[], f32[4,16], f32[16])) -> (s32[], f32[4,16], f32[16]) {

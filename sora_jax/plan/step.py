@@ -140,7 +140,7 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def kept(program: hlo.Program, blocks: int, weights: Sequence[tuple[int, ...]]) -> int:
-    """Bytes that a loop over blocks stacks up, a part a block, which are neither weights nor gradients."""
+    """Bytes that a loop over blocks stacks up on the device, a part a block, which are neither weights nor gradients."""
     most, known = 0, set(weights)
     for each in program.computations[program.entry].instructions.values():
         if each.kind != "while" or program.trips(each) != blocks:
