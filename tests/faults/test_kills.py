@@ -37,7 +37,7 @@ def newest(workdir):
 
 def test_kill_at_any_moment(runs, straight, tmp_path, figures, times):
     """No kill costs more than the step that was not saved yet, and the state is that of a run that was left alone."""
-    kills, rng, workdir = times(30, 300), random.Random(SEED), tmp_path / "run"
+    kills, rng, workdir = times(20, 300), random.Random(SEED), tmp_path / "run"
     saved, during_save = 0, 0
     for number in range(kills):
         process = runs.start(workdir, **child.LOOP, keep=2)
@@ -84,14 +84,20 @@ def named(tree):
     return [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+@pytest.fixture(scope="module")
+def trained(runs, tmp_path_factory):
+    """A VAE that came to its end, which is where it measures how latents are scaled."""
+    folder = tmp_path_factory.mktemp("trained") / "vae"
+    assert runs.finish(folder) == 0, runs.log(folder)
+    return folder
+
+
 @pytest.mark.parametrize("stage", ["vae", "dit", "captioner"])
-def test_ten_steps_and_ten_more_are_twenty(runs, tmp_path, figures, stage):
+def test_ten_steps_and_ten_more_are_twenty(runs, trained, tmp_path, figures, stage):
     """With packing, shuffling and a loader worker: to the bit on the same mesh, to 1e-6 on another."""
-    of_run = {} if stage == "vae" else {"vae_checkpoint": tmp_path / "trained", "loader.workers": 1}
+    of_run = {} if stage == "vae" else {"vae_checkpoint": trained, "loader.workers": 1}
     if stage == "dit":
         of_run |= {"loader.known.first_frames": 0.5}
-    if stage != "vae":  # one that came to its end, which is where it measures how latents are scaled
-        assert runs.finish(tmp_path / "trained") == 0, runs.log(tmp_path / "trained")
     # A step more, before the end of which the run is killed, and nothing is evaluated.
     settings = {"stage": stage, "of_run": of_run, "steps": 21}
     at_once = runs.reach(20, tmp_path / "at once", **settings, save_every=20)
