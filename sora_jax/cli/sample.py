@@ -387,11 +387,10 @@ def _write(
 ) -> list[str]:
     """One file a video, written as soon as it is made, or all on one sheet where they share a file; a draft goes to NAME-draft.
     Returns what was measured of each."""
+    from sora_jax.generate import files
 
     def enlarged(*widths: int) -> int:
         return scale or math.ceil(SHOWN_WIDTH / max(widths))
-
-    from sora_jax.generate import files
 
     measured = [""] * len(videos)
     kept: dict[int, np.ndarray] = {}

@@ -22,27 +22,21 @@ from sora_jax.nn import attention, blockwise, flash, kernels
 
 class Kernel(NamedTuple):
     """An attention backend of a chip's own: its name, what numbers of tokens it takes are multiples of, the sides of its blocks for
-    numbers of queries and keys, the size of a head as it multiplies it, how many products of all pairs its gradients take, and
-    whether every block of queries reads its keys anew."""
+    numbers of queries and keys, the size of a head as it multiplies it, and whether every block of queries reads its keys anew."""
 
     name: str
     multiple: int
     blocks: Callable[[int, int], tuple[int, int]]
     head: Callable[[int], int]
-    backward: int
     reads_again: bool
 
 
-# What compute.py counts, of an attention that keeps its weights: two for each of the two forward.
-PLAIN_BACKWARD = 4
-# One kernel for the gradients of queries, of three products, and one for those of keys and values, of four: each makes the weights
-# and their gradients anew.
-TWO_KERNELS = 7
-SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, TWO_KERNELS, reads_again=True)
+# Products of all pairs that both take backward beyond the four of an attention that keeps its weights, which compute.py counts: the
+# gradients of queries take three in a kernel of their own, those of keys and values four, as each makes the weights anew.
+MORE_BACKWARD = 3
+SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, reads_again=True)
 # A GPU has a row's keys and values in its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
-TRITON = Kernel(
-    "triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, TWO_KERNELS, reads_again=False
-)
+TRITON = Kernel("triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, reads_again=False)
 KERNELS = {"tpu": SPLASH, "gpu": TRITON, "cuda": TRITON}
 AMONG, CAPTIONS = "among a row's tokens", "to captions"
 # The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
@@ -132,7 +126,7 @@ def work(
         pairs = of_a_step * bq * bk * kernel.head(size) / size
         found.append(pairs)
         if passes[1]:
-            more += (kernel.backward - PLAIN_BACKWARD) * 2 * pairs * model.width * model.blocks
+            more += MORE_BACKWARD * 2 * pairs * model.width * model.blocks
         if kernel.reads_again:
             # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
             read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks

@@ -28,7 +28,7 @@ from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.evaluate import adherence, continuity, reader, reconstruction
 from sora_jax.generate import canvas, layouts
 from sora_jax.generate.canvas import Job
-from sora_jax.generate.pipeline import Pipeline
+from sora_jax.generate.pipeline import Pipeline, Request
 from sora_jax.generate.requests import Order, Size
 from sora_jax.study import judgement, report
 from sora_jax.train import dit
@@ -175,20 +175,12 @@ class Prompting:
 
     def text(self) -> Mode:
         """Of a prompt alone, which the other ways are held against; right frames of each motion, too."""
-        frames = reader.read_frames(self.from_text)
-        of_motions = {}
-        for motion in self.world.motions:
-            chosen = [number for number, scene in enumerate(self.scenes) if scene.things[0].motion == motion]
-            if chosen:
-                of_motions[f"frames_{motion}"] = adherence.of_frames(
-                    [frames[number] for number in chosen], [self.scenes[number] for number in chosen]
-                )
-        videos = [
-            Made(frames_THWC, request.fps, request.prompt, request.seed)
-            for frames_THWC, request in zip(
-                self.from_text, judgement.asked(self.world, self.scenes, self.seed), strict=True
-            )
-        ]
+        right = reader.frames_right(reader.read_frames(self.from_text), self.scenes)
+        shares: dict[str, list[float]] = {motion: [] for motion in self.world.motions}
+        for scene, right_T in zip(self.scenes, right, strict=True):
+            shares[scene.things[0].motion].append(float(right_T.mean()))
+        of_motions = {f"frames_{motion}": float(np.mean(found)) for motion, found in shares.items() if found}
+        videos = _of_requests(self.from_text, judgement.asked(self.world, self.scenes, self.seed))
         return adherence.judge(self.from_text, self.scenes, self.seed)[0] | of_motions, videos
 
     def image(self) -> Mode:
@@ -512,11 +504,7 @@ class Prompting:
         scenes = dit.heldout_videos(config, self.count, self.start)
         requests = judgement.asked(config, scenes, self.seed)
         made = self.made.sample(requests, self.settings)
-        videos = [
-            Made(frames_THWC, request.fps, request.prompt, request.seed)
-            for frames_THWC, request in zip(made, requests, strict=True)
-        ]
-        return adherence.judge(made, scenes, self.seed)[0], videos
+        return adherence.judge(made, scenes, self.seed)[0], _of_requests(made, requests)
 
     def other_lengths(self) -> dict[str, int]:
         """Frames between those of the two longest kinds of clips of training, and 1.5 times as many as the longest have."""
@@ -591,6 +579,14 @@ class Prompting:
         milliseconds = 1000 / self.fps
         images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
         return str(path)
+
+
+def _of_requests(made: Sequence[np.ndarray], requests: Sequence[Request]) -> list[Made]:
+    """Videos of which nothing is given."""
+    return [
+        Made(frames_THWC, request.fps, request.prompt, request.seed)
+        for frames_THWC, request in zip(made, requests, strict=True)
+    ]
 
 
 def _seams(videos: Sequence[np.ndarray], at: int) -> dict[str, float]:
