@@ -124,7 +124,8 @@ def trained(tmp_path_factory):
     (folder / "parts.py").write_text(PARTS)
     (folder / "tiny.py").write_text(TINY)
     with mock.patch.dict(os.environ, SORA_JAX_CACHE=str(folder / "cache")):
-        run = configs.load_run(f"{folder / 'tiny.py'}:dit", [])
+        # As of training on TPUs: what samples its checkpoint must not need their kernel.
+        run = configs.load_run(f"{folder / 'tiny.py'}:dit", ["--config.dit.attention=splash"])
         stage = configs.load_run(f"{folder / 'tiny.py'}:vae", [])
     # Of the right shapes is enough, and saves compiling their initialisation.
     shapes = jax.eval_shape(lambda: pipeline.initial_weights(run, stage.vae, jax.random.key(0)))
@@ -767,14 +768,25 @@ def test_evaluate_prints_and_writes_the_scores(trained, tmp_path, capsys):
         assert f"{scores[name]['shape']:.3f}" in shown
 
 
+@pytest.mark.parametrize("stage", ["dit", "captioner"])
+def test_a_kernel_of_other_chips_is_refused_before_training(capsys, tmp_path, stage):
+    flags = [
+        f"--config={Path(__file__).with_name('tiny.py')}:{stage}",
+        f"--workdir={tmp_path}",
+        f"--config.{stage}.attention=splash",
+    ]
+    told = refusal(capsys, "train", *flags, f"--config.vae_checkpoint={tmp_path}")
+    assert f"{stage}.attention=splash is no kernel of a cpu: set {stage}.attention=auto" in told
+
+
 def test_attention_without_its_kernel_is_told_before_training(caplog, monkeypatch):
     run = config.from_config_dict(quickstart.get_config("dit"))
     run = dataclasses.replace(run, mesh=sharding.MeshConfig(data=1, fsdp=1, tensor=1, sequence=8))
     long = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=8 * 1000, row_text=512))
-    cli_train._tell_missing_kernels([run, long])
+    cli_train._check_kernels([run, long])
     assert not caplog.records  # a CPU has none
     monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)
-    cli_train._tell_missing_kernels([run, long])
+    cli_train._check_kernels([run, long])
     assert caplog.text.count("no splash kernel for attention among a row's tokens") == 1
 
 

@@ -331,6 +331,34 @@ def test_what_has_no_kernel_is_told_with_what_gives_it_one(platform, tokens, wor
         assert not settings or not any(what in other for other in then)
 
 
+@pytest.mark.parametrize(("platform", "tokens", "words", "heads", "sequence", "expected"), CASES)
+def test_a_kernel_that_is_named_is_refused_with_what_makes_it_work(platform, tokens, words, heads, sequence, expected):
+    """Where it would have been chosen it is not refused; else its settings, or leaving the choice, help."""
+    kernel = kernels.KERNELS.get(platform, kernels.SPLASH).name
+    run = resolved()
+    model = dataclasses.replace(run.dit, width=96 * heads, heads=heads, attention=kernel)
+    rows = dataclasses.replace(run.pack, row_tokens=tokens, row_text=words)
+
+    def refused(rows, sequence):
+        mesh = sharding.abstract_mesh(sharding.MeshConfig(1, sequence=sequence), sequence)
+        try:
+            kernels.refuse("dit", model, rows, mesh, platform)
+        except config.ConfigError as error:
+            return str(error)
+
+    told = refused(rows, sequence)
+    # Rows that do not divide over the mesh are refused by all, and one sentence of it is enough.
+    assert bool(told) == bool(expected or tokens % sequence or platform == "cpu")
+    if not told:
+        return
+    assert told.endswith("dit.attention=auto")
+    settings = {name: int(value) for name, value in re.findall(r"(\S+)=(\d+)", told)}
+    rows = dataclasses.replace(
+        rows, **{name.split(".")[1]: value for name, value in settings.items() if name.startswith("pack.")}
+    )
+    assert bool(refused(rows, settings.get("mesh.sequence", sequence))) == (platform == "cpu")
+
+
 def test_a_plan_whose_attention_has_no_kernel_says_so_in_its_verdict(network, target, monkeypatch):
     """Blocks of attention go in loops as long as the data wants."""
     monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)

@@ -147,7 +147,8 @@ def study(arguments: argparse.Namespace) -> None:
         print(dry_run.table(stages, dry_run.matmul_speed()))
         return
     make_folder(arguments.workdir)
-    _tell_missing_kernels(run.stages.values())
+    with errors_for_users():
+        _check_kernels(run.stages.values())
     try:
         with errors_for_users(), signals.handled():
             runner.run(run, arguments.workdir, arguments.command)
@@ -170,7 +171,7 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
 
     with errors_for_users():
         sharding.make_mesh(run.mesh)
-        _tell_missing_kernels([run])
+        _check_kernels([run])
     with errors_for_users(ValueError):
         if not isinstance(run, config.VAERun):
             refuse_file(run.vae_checkpoint)
@@ -181,15 +182,22 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
         return dit.DiTTask(run, workdir) if isinstance(run, config.DiTRun) else captioner.CaptionerTask(run, workdir)
 
 
-def _tell_missing_kernels(runs: Iterable[Run]) -> None:
-    """Of transformers whose attention goes without its chip's kernel: it is many times slower, and nothing else says so."""
+def _check_kernels(runs: Iterable[Run]) -> None:
+    """Refuses transformers whose attention is a kernel that does not take them, and tells of those that go without their chip's:
+    they are many times slower, and nothing else says so."""
     from sora_jax import config, sharding
     from sora_jax.plan import kernels
 
     for run in runs:
-        if isinstance(run, config.DiTRun):
-            mesh = sharding.make_mesh(run.mesh)
-            for line in kernels.missing(run.dit, run.pack, mesh, mesh.devices.flat[0].platform):
+        if not isinstance(run, config.DiTRun | config.CaptionerRun):
+            continue
+        mesh = sharding.make_mesh(run.mesh)
+        platform = mesh.devices.flat[0].platform
+        if isinstance(run, config.CaptionerRun):
+            kernels.refuse("captioner", run.captioner, run.pack, mesh, platform)
+        else:
+            kernels.refuse("dit", run.dit, run.pack, mesh, platform)
+            for line in kernels.missing(run.dit, run.pack, mesh, platform):
                 logging.warning("%s", line)
 
 

@@ -465,14 +465,22 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 
 
 def load_run(path: Path, step: int | None = None) -> DiTRun:
-    """The resolved config of a DiT's work dir. Raises FileNotFoundError or ConfigError."""
+    """The resolved config of a DiT's work dir, for rows and chips other than those of its training.
+
+    Raises FileNotFoundError or ConfigError.
+    """
     meta = checkpoint.read_meta(path, step)
     run = config.from_stored(meta.get("config"))
     if not isinstance(run, DiTRun):
         raise config.ConfigError(
             f"{path} holds a {meta['config']['task']} checkpoint; give the work dir of a trained DiT"
         )
-    return run
+    return anywhere(run)
+
+
+def anywhere(run: DiTRun) -> DiTRun:
+    """The run with its attention chosen where it runs: a backend that was named for training need not take what is sampled."""
+    return dataclasses.replace(run, dit=dataclasses.replace(run.dit, attention="auto"))
 
 
 def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipeline:

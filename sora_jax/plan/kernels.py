@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from sora_jax import sharding
+from sora_jax.config import ConfigError
 from sora_jax.data.pack import PackConfig
+from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn import attention, blockwise, flash, kernels
 
@@ -37,7 +39,7 @@ MORE_BACKWARD = 3
 SPLASH = Kernel("splash", kernels.SPLASH_LANES, kernels.splash_blocks, lambda size: size, reads_again=True)
 # A GPU has a row's keys and values in its cache: of 32k tokens of a head of 128 they are 16 of an H100's 50 MiB.
 TRITON = Kernel("triton", 1, lambda queries, keys: (flash.BLOCK, flash.BLOCK), flash.padded_head, reads_again=False)
-KERNELS = {"tpu": SPLASH, "gpu": TRITON, "cuda": TRITON}
+KERNELS = {"tpu": SPLASH} | dict.fromkeys(attention.GPUS, TRITON)
 AMONG, CAPTIONS = "among a row's tokens", "to captions"
 # The backend of an attention by tokens and text of a row, and over how many devices its tokens are split.
 Backend = Callable[[int, int, int], str]
@@ -51,13 +53,7 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
     if platform not in KERNELS:
         return []
     kernel = KERNELS[platform]
-    heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
-    now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
-    better = {
-        "pack.row_tokens": _up(packing.row_tokens, kernel.multiple * split),
-        "pack.row_text": _up(packing.row_text, kernel.multiple),
-        "mesh.sequence": math.gcd(heads, split),
-    }
+    now, better = _settings(model, packing, mesh, kernel)
     if model.attention == "blockwise":
         return [f"dit.attention=blockwise takes no {kernel.name} kernel: set dit.attention=auto"]
     return [
@@ -65,6 +61,40 @@ def missing(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, pl
         for what, backend in _backends(model, packing, mesh, platform).items()
         if backend(*now.values()) == "blockwise"
     ]
+
+
+def refuse(
+    stage: str, model: DiTConfig | CaptionerConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str
+) -> None:
+    """Raises ConfigError if a model names a kernel of other chips, or one that does not take its rows or heads on the mesh.
+
+    stage is that of its config's keys.
+    """
+    if model.attention not in attention.KERNELS:
+        return
+    named, kernel = f"{stage}.attention={model.attention}", KERNELS.get(platform)
+    if kernel is None or kernel.name != model.attention:
+        raise ConfigError(f"{named} is no kernel of a {platform}: set {stage}.attention=auto")
+    now, better = _settings(model, packing, mesh, kernel)
+    changes = [f"{name}={better[name]}" for name in now if better[name] != now[name]]
+    if changes:
+        raise ConfigError(
+            f"{named} does not take these rows and heads: set {' and '.join(changes)}, or {stage}.attention=auto"
+        )
+
+
+def _settings(
+    model: DiTConfig | CaptionerConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, kernel: Kernel
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Settings on which it depends whether a kernel takes attention: as they are, and as each would have to be."""
+    heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
+    now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
+    better = {
+        "pack.row_tokens": _up(packing.row_tokens, kernel.multiple * split),
+        "pack.row_text": _up(packing.row_text, kernel.multiple),
+        "mesh.sequence": math.gcd(heads, split),
+    }
+    return now, better
 
 
 def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> dict[str, Backend]:

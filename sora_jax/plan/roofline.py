@@ -42,6 +42,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh, where.devices)
     sharding.share(mesh, run.pack.rows)
     platform = where.devices[0].platform
+    kernels.refuse("dit", run.dit, run.pack, mesh, platform)
     # Forward, with recomputation once more, and for the gradients of queries; and for those of keys and values.
     passes = 3 if run.dit.remat != "none" else 2, 1
     done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL), passes)
@@ -67,7 +68,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
 
     Text encoder and VAE are not counted. Raises as plan does.
     """
-    mesh = sharding.make_mesh(run.mesh, where.devices)
+    run, mesh = pipeline.anywhere(run), sharding.make_mesh(run.mesh, where.devices)
     tokens, (frames, height, width) = dit.longest_clip(run, network)
     many = 2 * len(where.devices) * max(1, pipeline.BATCH_TOKENS // tokens)
     with jax.set_mesh(mesh):
