@@ -172,7 +172,7 @@ def test_a_study_that_is_killed_at_any_moment_ends_with_the_same_numbers(done, c
         while process.poll() is None and not (tmp_path / stage).exists():
             time.sleep(0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0, 20))
+            process.wait(timeout=rng.uniform(0, 10))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "report.json").exists()

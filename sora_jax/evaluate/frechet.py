@@ -68,14 +68,14 @@ def _projections() -> tuple[ndarray, ndarray]:
 
 
 class Statistics(NamedTuple):
-    """The Gaussian that a set of features is taken for."""
+    """The Gaussian that a set of features is taken for: its mean, and a root R of its covariance, which is R^T R."""
 
     mean: Float[ndarray, " F"]
-    covariance: Float[ndarray, "F F"]
+    root: Float[ndarray, "K F"]
 
 
 def statistics(features: Float[ndarray, "V F"]) -> Statistics:
-    """Mean and unbiased covariance, float64. Raises ValueError for fewer than 2 videos, or if not all is finite."""
+    """Mean and root of the unbiased covariance, float64. Raises ValueError for fewer than 2 videos, or if not all is finite."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 videos, not {len(features)}")
     if not np.isfinite(features).all():
@@ -83,30 +83,23 @@ def statistics(features: Float[ndarray, "V F"]) -> Statistics:
     centred = features.astype(np.float64)
     mean = centred.mean(0)
     centred -= mean
-    return Statistics(mean, centred.T @ centred / (len(features) - 1))
+    return Statistics(mean, np.linalg.qr(centred, mode="r") / np.sqrt(len(features) - 1))
 
 
 def distance(one: Statistics, other: Statistics) -> float:
     """Squared Frechet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al., arXiv:1706.08500).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The last trace is the sum of the singular values of R1 R2, where R is
-    the symmetric root of C: real whatever the rounding, the same both ways, and exact where covariances are singular,
-    as they are for fewer videos than features. Raises ValueError if the widths differ.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The last trace is the sum of the singular values of R1 R2^T, whatever roots
+    these are: C1 C2 has the eigenvalues of their squares. It is real whatever the rounding, the same both ways, exact where
+    covariances are singular, as they are for fewer videos than features, and then as small as there are videos. Raises
+    ValueError if the widths differ.
     """
     if one.mean.shape != other.mean.shape:
         raise ValueError(f"features of widths {one.mean.shape[0]} and {other.mean.shape[0]} cannot be compared")
-    overlap = np.linalg.svd(_root(one.covariance) @ _root(other.covariance), compute_uv=False).sum()
+    overlap = np.linalg.svd(one.root @ other.root.T, compute_uv=False).sum()
     apart = np.square(one.mean - other.mean).sum()
     # Rounding may leave a little less than nothing.
-    return max(0.0, float(apart + np.trace(one.covariance) + np.trace(other.covariance) - 2 * overlap))
-
-
-def _root(covariance: ndarray) -> ndarray:
-    """The symmetric root of a positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(covariance)
-    # Below this an eigenvalue is rounding, of which the root would make far more: 1e-16 becomes 1e-8.
-    values = np.where(values > values[-1] * len(values) * np.finfo(np.float64).eps, values, 0.0)
-    return (vectors * np.sqrt(values)) @ vectors.T
+    return max(0.0, float(apart + np.square(one.root).sum() + np.square(other.root).sum() - 2 * overlap))
 
 
 # With its floor ------------------------------------------------------------------------------------------------------
