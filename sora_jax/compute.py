@@ -86,8 +86,10 @@ def dit(
     pairs = rows * row_tokens**2 if pairs is None else pairs
     text_pairs = rows * row_tokens * row_text if text_pairs is None else text_pairs
     # Dots without a batch axis are kept by the policy "dots", attention's and the slots' are not. It keeps what attention in blocks
-    # gave, too, but what is counted is what the reference executes.
-    plain, batched = {"none": (0, 0), "dots": (0, 1), "offload": (0, 1), "full": (1, 1)}[config.remat]
+    # gave, as "attention" does, but what is counted is what the reference executes.
+    plain, batched = {"none": (0, 0), "dots": (0, 1), "offload": (0, 1), "attention": (1, 1), "full": (1, 1)}[
+        config.remat
+    ]
     learned = int(config.text is not None)  # text states that need gradients
 
     block = [

@@ -9,7 +9,7 @@ import pytest
 
 from sora_jax import sharding
 from sora_jax.nn import attention as module
-from sora_jax.nn import kernels
+from sora_jax.nn import blockwise, kernels
 from sora_jax.nn.attention import attention
 
 B, N, M, K, E = 2, 7, 5, 3, 4
@@ -102,6 +102,48 @@ def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, b
     assert found == pytest.approx(float(value), abs=1e-4)
     for one, other in zip(grads, found_grads, strict=True):
         assert np.allclose(one, other, atol=1e-5)
+
+
+def within(program):
+    """All equations of a program that something depends on, and those within theirs. Compilers leave out the others."""
+    needed = {id(each) for each in program.outvars}
+    for equation in reversed(program.eqns):
+        if needed.isdisjoint(map(id, equation.outvars)):
+            continue
+        needed.update(map(id, equation.invars))
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from within(getattr(value, "jaxpr", value))
+
+
+@pytest.mark.parametrize("backend", ["blockwise", *module.KERNELS])
+@pytest.mark.parametrize("mesh", ["one device", "tokens"])
+def test_what_it_gave_can_be_kept_for_the_backward_pass(rng, interpreted, backend, mesh):
+    """With a policy that keeps it nothing runs forward again; with one that keeps nothing, all does."""
+    inputs, segment, weight = long_rows(rng)
+    devices = jax.devices()[: int(np.prod(MESHES[mesh]))]
+    counts = []
+    for policy in (
+        jax.checkpoint_policies.everything_saveable,
+        jax.checkpoint_policies.save_only_these_names(blockwise.KEPT),
+        jax.checkpoint_policies.nothing_saveable,
+    ):
+
+        def block(qkv, _, policy=policy):
+            return jax.checkpoint(
+                lambda qkv: (attention(*qkv, segment, segment, backend=backend), *qkv[1:]), policy=policy
+            )(qkv), None
+
+        def loss(qkv, block=block):
+            return (jax.lax.scan(block, qkv, None, length=2)[0][0] * weight).sum()
+
+        with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*MESHES[mesh]), devices)):
+            program = jax.make_jaxpr(jax.grad(loss))(inputs)
+        (backward,) = (each for each in program.eqns if each.primitive.name == "scan" and each.params["reverse"])
+        names = [each.primitive.name for each in within(backward.params["jaxpr"].jaxpr)]
+        counts.append(names.count("while" if backend == "blockwise" else "pallas_call"))
+    assert 0 < counts[0] == counts[1] < counts[2]
 
 
 def test_memory_of_a_device_falls_with_the_devices_that_share_a_row():

@@ -32,6 +32,7 @@ SWITCHES = {
     "text": {"text": TEXT},
     "bfloat16": {"dtype": "bfloat16"},
     "remat dots": {"remat": "dots"},
+    "remat attention": {"remat": "attention"},
     "remat full": {"remat": "full"},
     "heads": {"heads": 8},
     "clean": {"predict": "clean"},

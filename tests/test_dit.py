@@ -103,7 +103,7 @@ def test_order_of_tokens_in_a_row_does_not_matter(model, noisy, layout):
     assert np.allclose(model(noisy, TIME, layout)[:, order][:, valid], shuffled[:, valid], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
+@pytest.mark.parametrize("remat", [name for name in dit.REMAT if name != "none"])
 def test_remat_changes_nothing(noisy, layout, remat):
     def gradient(config):
         graphdef, params = nnx.split(randomised(config), nnx.Param)
@@ -123,7 +123,7 @@ def within(program):
                 yield from within(value)
 
 
-@pytest.mark.parametrize(("remat", "loops"), [("none", 2), ("dots", 2), ("full", 4)])
+@pytest.mark.parametrize(("remat", "loops"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 4)])
 def test_what_attention_gave_is_kept_with_the_products(noisy, layout, remat, loops):
     """Attention in blocks is a loop, and another backward, of tokens among themselves and with captions."""
     config = dataclasses.replace(CONFIG, remat=remat, attention="blockwise")

@@ -388,29 +388,34 @@ def test_a_sampler_keeps_weights_and_its_batch_alone(network, target, numbers):
 def test_kernels_work_on_blocks_that_share_a_clip():
     """Of two rows, one of two clips and one of a single clip that fills half of it; words are in one block each."""
     shape = PackConfig(rows=4, row_tokens=2048, row_slots=4, row_text=512, window=8)
-    model = dit_model.DiTConfig(width=256, blocks=3, heads=2, channels=8, text_width=16)
+    model = dit_model.DiTConfig(width=256, blocks=3, heads=2, channels=8, text_width=16, remat="full")
     rows = packing.segments([[1024, 1024], [1024]], 2048), packing.segments([[200, 200], [200]], 512)
     alone = sharding.abstract_mesh(sharding.MeshConfig(), 1)
-    found = kernels.work(model, shape, alone, "tpu", rows, (3, 1))
+    found = kernels.work(model, shape, alone, "tpu", rows)
     # Four rows like these two; 512 x 512 tokens a block.
     self_blocks, text_blocks = 2 * (2 * 2 * 2 + 2 * 2), 2 * (4 + 2)
     assert (found.pairs, found.text_pairs) == (self_blocks * 512**2, text_blocks * 512**2)
     assert found.read_again == (self_blocks + text_blocks) * 4 * 512 * 256 * 2 * 2 * 3
     # Backward two kernels make what they need of the weights each, seven products of all pairs in place of four.
     assert found.more_flops == 3 * 2 * (found.pairs + found.text_pairs) * 256 * 3
-    assert kernels.work(model, shape, alone, "tpu", rows, (1, 0)).more_flops == 0  # sampling
+    assert kernels.work(model, shape, alone, "tpu", rows, trains=False).more_flops == 0  # sampling
+    # What is not run again reads nothing again, and where compute.py counts it again, that is less.
+    for remat, products in {"none": 3, "dots": 1, "attention": 1}.items():
+        less = kernels.work(dataclasses.replace(model, remat=remat), shape, alone, "tpu", rows)
+        assert less[:2] == found[:2] and less.read_again == found.read_again * 3 / 4
+        assert less.more_flops == products * 2 * (found.pairs + found.text_pairs) * 256 * 3
     # Of 64 x 64 on a GPU, whose cache has a row's keys; 200 words are met in four blocks, one of them by both clips.
-    on_gpu = kernels.work(model, shape, alone, "cuda", rows, (3, 1))
+    on_gpu = kernels.work(model, shape, alone, "cuda", rows)
     assert on_gpu[:2] == (2 * 3 * 16**2 * 64**2, 2 * (16 * 4 + 16 * 4 + 16 * 4) * 64**2) and on_gpu.read_again == 0
     # What has no kernel that leaves out blocks computes all.
     for platform, changed in (
         ("cpu", model),
         ("tpu", dataclasses.replace(model, attention="reference")),
     ):
-        assert kernels.work(changed, shape, alone, platform, rows, (3, 1)) == (None, None, 0, 0)
+        assert kernels.work(changed, shape, alone, platform, rows) == (None, None, 0, 0)
     # Heads of 72 are multiplied as if they had 128.
     wide = dataclasses.replace(model, width=144)
-    assert kernels.work(wide, shape, alone, "cuda", rows, (3, 1)).pairs == pytest.approx(on_gpu.pairs * 128 / 72)
+    assert kernels.work(wide, shape, alone, "cuda", rows).pairs == pytest.approx(on_gpu.pairs * 128 / 72)
 
 
 def test_what_sampling_costs_follows_from_peaks_and_evaluations(network, target):
@@ -535,7 +540,18 @@ def test_an_estimate_prefers_what_fits():
     run = config.from_config_dict(dit_experiment.get_config("0.7b"))
     where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
     assert search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="none")), where) == math.inf
-    assert search.estimate(run, where) < math.inf and set(dit_model.REMAT) == {"none", "dots", "full", "offload"}
+    assert search.estimate(run, where) < math.inf and set(dit_model.REMAT) == set(search.KEPT)
+
+
+def test_an_estimate_prefers_to_keep_what_attention_gave_where_there_is_room():
+    run = config.from_config_dict(dit_experiment.get_config("7b"))
+    keeping, full = (
+        dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat=remat)) for remat in ("attention", "full")
+    )
+    for chip, better in (("v5p", keeping), ("v5e", full)):
+        chip = dataclasses.replace(topology.CHIPS[chip], memory=95 if chip == "v5p" else 64)
+        where = topology.Target("v5p:4x4x8", [None] * 128, chip)
+        assert min((keeping, full), key=lambda each: search.estimate(each, where)) == better
 
 
 @pytest.mark.parametrize(("name", "topology_"), [("0.7b", "v5e:2x4"), ("7b", "v5p:4x4x8"), ("30b", "v5p:8x8x16")])

@@ -27,17 +27,21 @@ from sora_jax.nn.multihead import CrossAttention, SelfAttention
 LEAST_TIME = 0.05
 # What a config may ask for: a checkpoint's is built before its arrays are held against it.
 MOST_WIDTH, MOST_BLOCKS = 2**17, 2**12
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.KEPT)
 REMAT = {
     "none": None,
     # Products of weights, and of attention in blocks its result: what it needs of it is no larger, and takes long to make again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(blockwise.KEPT),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
     ),
+    # Of long rows it is the most work for what it takes.
+    "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
     # Products of weights, in the host's memory until they are wanted.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+# With these, kernels of attention run forward a second time.
+ATTENTION_AGAIN = ("full", "offload")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Bool, Float, Int
 
-from sora_jax.nn.blockwise import LEAST, mean_gradient, meetings
+from sora_jax.nn.blockwise import KEPT, LEAST, mean_gradient, meetings
 
 # Tokens of a block of queries and of one of keys.
 BLOCK = 64
@@ -177,7 +178,7 @@ def _over_blocks(
 def _flash_forward(
     q: Array, k: Array, v: Array, q_segment: Array, k_segment: Array, interpret: bool
 ) -> tuple[Array, Any]:
-    out, log_sum = _attend(q, k, v, q_segment, k_segment, interpret)
+    out, log_sum = (checkpoint_name(x, KEPT) for x in _attend(q, k, v, q_segment, k_segment, interpret))
     return out, (q, k, v, q_segment, k_segment, out, log_sum)
 
 

@@ -56,7 +56,7 @@ def splash(
         # Forward and for dq a grid goes over keys inside, for dk and dv over queries.
         _visits(forward_BIJ, 2), _visits(shared_BIJ, 2), _visits(shared_BIJ, 1),
         block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=pallas.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None, residual_checkpoint_name=None, mask_function=None, interpret=interpret,
+        attn_logits_soft_cap=None, residual_checkpoint_name=blockwise.KEPT, mask_function=None, interpret=interpret,
     )  # fmt: skip
     # The kernel takes one row: all rows are one after the other in it, and none's blocks visit another's. Under vmap they would be
     # a loop of kernels, whose inputs and outputs are copied once more.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax.nn import blockwise
 from sora_jax.nn.blockwise import Blocks, Inputs, Three
@@ -79,7 +80,8 @@ def _forward(inputs: Inputs, axis: str, blocks: Blocks) -> tuple[Array, tuple[In
         return (seen, blockwise.merge(found, blockwise.forward(seen, blocks))), None
 
     start = inputs, blockwise.forward(inputs, blocks)
-    (_, (out_BKNE, log_sum_BKN)), _ = jax.lax.scan(step, start, None, length=jax.lax.axis_size(axis) - 1)
+    (_, found), _ = jax.lax.scan(step, start, None, length=jax.lax.axis_size(axis) - 1)
+    out_BKNE, log_sum_BKN = (checkpoint_name(x, blockwise.KEPT) for x in found)
     return out_BKNE, (inputs, out_BKNE, log_sum_BKN)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sora_jax import sharding
 from sora_jax.config import ConfigError
 from sora_jax.data.pack import PackConfig
+from sora_jax.models import dit as dit_model
 from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn import attention, blockwise, flash, kernels
@@ -112,7 +113,7 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
 
 class Work(NamedTuple):
     """Pairs of tokens, and of tokens and words, that attention computes in a step, the FLOPs that its kernels take backward beyond
-    those of an attention that keeps its weights, and the bytes that they read again.
+    those of an attention that keeps its weights, less those of what a policy keeps of theirs, and the bytes that they read again.
 
     pairs are None where all of a row are computed.
     """
@@ -129,13 +130,14 @@ def work(
     mesh: Mesh | AbstractMesh,
     platform: str,
     segments: tuple[np.ndarray, np.ndarray],
-    passes: tuple[int, int],
+    trains: bool = True,
 ) -> Work:
     """What kernels do, which leave out blocks of other clips; other backends compute all pairs of a row.
 
-    segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand; passes are how often
-    a block's attention goes over keys for its queries, and over queries for its keys.
+    segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand.
     """
+    # Blocks of queries read keys forward, once more where that is done again, and for their gradients; keys queries for theirs.
+    over_keys, over_queries = (2 + (model.remat in dit_model.ATTENTION_AGAIN), 1) if trains else (1, 0)
     split, kernel = sharding.shards("tokens", mesh), KERNELS.get(platform)
     chosen = {
         what: backend(packing.row_tokens, packing.row_text, split)
@@ -155,12 +157,18 @@ def work(
         size = model.width // model.heads
         pairs = of_a_step * bq * bk * kernel.head(size) / size
         found.append(pairs)
-        if passes[1]:
-            more += MORE_BACKWARD * 2 * pairs * model.width * model.blocks
+        if trains:
+            more += MORE_BACKWARD * 2 * pairs * model.width * model.blocks - kept(model, pairs)
         if kernel.reads_again:
             # Two arrays in bfloat16 of all heads: keys and values, or queries and what their gradients are of.
-            read += of_a_step * (passes[0] * bk + passes[1] * bq) * model.width * 2 * 2 * model.blocks
+            read += of_a_step * (over_keys * bk + over_queries * bq) * model.width * 2 * 2 * model.blocks
     return Work(found[0], found[1], more, read)
+
+
+def kept(model: DiTConfig, pairs: float) -> float:
+    """FLOPs that a policy saves that keeps what kernels gave, where the reference is computed again (compute.dit)."""
+    again = model.remat == "none" or model.remat in dit_model.ATTENTION_AGAIN
+    return 0.0 if again else 2 * 2 * pairs * model.width * model.blocks
 
 
 def _remedy(backend: Backend, now: dict[str, int], better: dict[str, int]) -> str:

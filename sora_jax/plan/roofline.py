@@ -43,9 +43,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     sharding.share(mesh, run.pack.rows)
     platform = where.devices[0].platform
     kernels.refuse("dit", run.dit, run.pack, mesh, platform)
-    # Forward, with recomputation once more, and for the gradients of queries; and for those of keys and values.
-    passes = 3 if run.dit.remat != "none" else 2, 1
-    done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL), passes)
+    done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL))
     numbers = _asked(run, where, mesh) | {
         "step": {
             "rows": run.pack.rows,
@@ -77,7 +75,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
     pairs = float(videos * tokens**2), float(videos * tokens * run.text.max_tokens)
     clips, platform = packing.row_tokens // tokens, where.devices[0].platform
     rows = segments([[tokens] * clips], packing.row_tokens), segments([[run.text.max_tokens] * clips], packing.row_text)
-    done = kernels.work(run.dit, packing, mesh, platform, rows, (1, 0))
+    done = kernels.work(run.dit, packing, mesh, platform, rows, trains=False)
     numbers = _asked(run, where, mesh) | {
         "sampling": {
             "videos": videos,

@@ -24,7 +24,7 @@ from sora_jax.train import dit
 # For estimates: weights of a block over its width squared; what it keeps on its chip for the backward pass, and what is there while
 # one runs backward, in residual streams. The last is such that the three plans of experiments/README.md come out within a fifth.
 WEIGHTS = 22
-KEPT = {"full": 1, "dots": 14, "none": 40, "offload": 1}
+KEPT = {"full": 1, "attention": 2, "dots": 15, "none": 40, "offload": 1}
 RUNNING = 70
 # What attention sends to trade tokens for heads and back, of a block forward, again and backward, in residual streams: queries,
 # keys, values and what they found, a part of it in bfloat16. Of the plan of 30b.
@@ -143,9 +143,12 @@ def estimate(run: DiTRun, where: Target) -> float:
     reduced = 2 * 4 * weights / (embed * heads) * (replicas - 1) / replicas
     # The stream is summed over heads twice a block, both ways.
     over = 8 * (heads - 1) / heads + TRADED * (tokens - 1) / tokens
-    seconds = compute.dit_step(model, run.pack).executed / chips / chip.flops / roofline.MATMUL_SHARE
-    # To the host and back.
-    hosted = 2 * KEPT["dots"] * stream * model.blocks / heads if model.remat == "offload" else 0
+    executed = compute.dit_step(model, run.pack).executed
+    if where.chip is not None:  # it has kernels
+        executed -= kernels.kept(model, float(count * (run.pack.row_tokens + run.pack.row_text)))
+    seconds = executed / chips / chip.flops / roofline.MATMUL_SHARE
+    # To the host and back, what attention gave not among it.
+    hosted = 2 * (KEPT["dots"] - 1) * stream * model.blocks / heads if model.remat == "offload" else 0
     sent = (gathered + reduced + stream * model.blocks * over) / chip.link
     return (seconds + sent + hosted / chip.host) / count
 
