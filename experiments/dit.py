@@ -20,7 +20,7 @@ SIZES = {
 CLUSTERS = {
     "0.7b": ((1536, 14, 12), (8, 16384), (2, 4, 1, 1)),
     "7b": ((3584, 25, 28), (128, 40960), (8, 16, 1, 1)),
-    "30b": ((6144, 36, 48), (256, 65536), (16, 16, 1, 4)),
+    "30b": ((6144, 36, 48), (256, 65536), (8, 32, 1, 4)),
 }
 LADDER = {f"{multiplier}x": multiplier for multiplier in parts.RUNGS}
 ARGUMENTS = (
@@ -81,7 +81,7 @@ def cluster(size: tuple[int, ...], rows: tuple[int, int], mesh: tuple[int, ...])
         world.frame_sizes = world.frame_sizes[:4]
     run.data.train_clips, run.data.heldout_clips = 10_000_000, 2048
     run.dit.width, run.dit.blocks, run.dit.heads = size
-    run.dit.patch, run.dit.channels, run.dit.dtype, run.dit.remat = (1, 2, 2), 16, "bfloat16", "full"
+    run.dit.patch, run.dit.channels, run.dit.dtype, run.dit.remat = (1, 2, 2), 16, "bfloat16", "attention"
     run.pack.update(rows=rows[0], row_tokens=rows[1], row_slots=128, row_text=2048, window=1024)
     run.loader.known.first_frames = 0.1
     run.loader.update(workers=4, lanes=rows[0] // 4)
