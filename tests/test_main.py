@@ -16,6 +16,7 @@ from unittest import mock
 import imageio.v3 as iio
 import jax
 import numpy as np
+import prompting
 import pytest
 import quickstart
 
@@ -24,9 +25,9 @@ from sora_jax.cli import asked, checkpoints, configs, process, sample, vbench
 from sora_jax.cli import flags as all_flags
 from sora_jax.cli import train as cli_train
 from sora_jax.cli import trained as by_path
-from sora_jax.data import loader
+from sora_jax.data import loader, masks
 from sora_jax.evaluate import continuity
-from sora_jax.generate import files, pipeline, requests
+from sora_jax.generate import files, layouts, pipeline, requests
 from sora_jax.plan import kernels
 from sora_jax.study import runner
 from sora_jax.train import lock, loop, vae
@@ -806,6 +807,26 @@ def test_sizes_come_from_what_was_trained_on(caplog):
     for number, unusual in enumerate(({"height": 64}, {"frames": 33}, {"fps": 8.0}), 1):
         asked.warn_of(size_of(**unusual), world)
         assert len(caplog.records) == number and "not what the checkpoint was trained on" in caplog.text
+
+
+def test_who_goes_on_with_a_model_of_text_alone_is_warned(caplog):
+    size, grid = requests.Size(32, 32, 17, 5.0), layouts.Grid((4, 8, 8))
+    text, loop = (
+        layouts.prepare(order, size, grid)
+        for order in (requests.Order(prompt="x"), requests.Order(prompt="x", loop=True))
+    )
+    long = layouts.prepare(requests.Order(prompt="x", frames=33), size, grid)
+    alone = config.from_config_dict(quickstart.get_config("dit"))
+    masked = config.from_config_dict(prompting.get_config("dit"))
+    asked.warn_of_given([text], alone)
+    asked.warn_of_given([text, loop, long], masked)
+    assert not caplog.records
+    noised = dataclasses.replace(alone.loader, known=masks.KnownConfig(less_noise=0.5))  # nothing is given by it
+    for number, (job, run) in enumerate(
+        ((loop, alone), (long, alone), (loop, dataclasses.replace(alone, loader=noised))), 1
+    ):
+        asked.warn_of_given([text, job], run)
+        assert len(caplog.records) == number and "trained from text alone" in caplog.text
 
 
 def test_one_video_keeps_its_name_and_several_are_numbered():

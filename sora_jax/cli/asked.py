@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sora_jax.cli.failures import Failure
 
 if TYPE_CHECKING:
+    from sora_jax.config import DiTRun
     from sora_jax.data.worlds.world import WorldConfig
-    from sora_jax.generate import requests
+    from sora_jax.generate import canvas, requests
 
 MAX_PROMPT_BYTES = 2**26
 # Flags that are keys of an order.
@@ -91,6 +93,15 @@ def warn_of(size: requests.Size, world: WorldConfig) -> None:
         "%s is not what the checkpoint was trained on, expect less of it; that was %s, up to %d frames, at %s fps",
         size, sizes, max(world.frame_counts), rates,
     )  # fmt: skip
+
+
+def warn_of_given(jobs: Iterable[canvas.Job], run: DiTRun) -> None:
+    """Warns of jobs that go on from something, of a model that was trained from text alone."""
+    if any(job.goes_on for job in jobs) and not (run.loader.known.gives or run.data.world.to_and_fro):
+        logging.warning(
+            "this checkpoint was trained from text alone, so what is made may not go with what is there already; one trained with "
+            "masks (loader.known), as by experiments/prompting.py, goes on from it"
+        )
 
 
 def first_bytes(path: Path, count: int) -> bytes:

@@ -25,7 +25,7 @@ def add_evaluate(verbs: Any) -> None:
         """examples:
   sora-jax evaluate --checkpoint=runs/quickstart/dit
   sora-jax evaluate --checkpoint=runs/quickstart/dit --prompts=2048 --out=scores.json
-  sora-jax evaluate --checkpoint=runs/quickstart/dit --i3d_weights=rgb_imagenet.pt""",
+  sora-jax evaluate --checkpoint=runs/quickstart/dit --i3d_weights=i3d_pretrained_400.pt""",
     )
     flags.add_checkpoint(parser)
     parser.add_argument(

@@ -300,6 +300,7 @@ def _make(arguments: argparse.Namespace) -> None:
     # Of what is made in windows the model makes a window at once.
     for size in dict.fromkeys(dataclasses.replace(job.size, frames=job.most_frames) for job in jobs):
         asked.warn_of(size, world)
+    asked.warn_of_given(jobs, pipeline.run)
     make_folder(told.parent)
     with errors_of_writing(told), tempfile.TemporaryFile(dir=told.parent):
         pass  # before anything is made for it

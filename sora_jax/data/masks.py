@@ -37,6 +37,11 @@ class KnownConfig:
     less_noise: float = 0.0
     next_frame: float = 0.0
 
+    @property
+    def gives(self) -> bool:
+        """Whether any clip is trained with a part of it given."""
+        return any(share for name, share in dataclasses.asdict(self).items() if name != "less_noise")
+
     def __post_init__(self) -> None:
         shares = dataclasses.asdict(self)
         for name, share in shares.items():

@@ -92,6 +92,16 @@ class Job:
     draft: Timeline | None = None
 
     @property
+    def timelines(self) -> list[Timeline]:
+        """That of the result, and of its draft."""
+        return [timeline for timeline in (self.timeline, self.draft) if timeline is not None]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the model meets something in it that is there already: given, or made in another window."""
+        return any(each.given_THW.any() or each.loop > 0 or len(each.windows) > 1 for each in self.timelines)
+
+    @property
     def most_frames(self) -> int:
         """Of what is made at once."""
         return min(self.size.frames, max(window.stop - window.start for window in self.timeline.windows))

@@ -207,10 +207,9 @@ class Pipeline:
 
     def _most_tokens(self, job: Job) -> int:
         """Of the longest pass of a job."""
-        timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
         shapes = [
             self.vae_config.latent_shape(window.stop - window.start, *timeline.given_THW.shape[1:])
-            for timeline in timelines
+            for timeline in job.timelines
             for window in timeline.windows
         ]
         return max(math.prod(pack.grid_shape(shape, self.geometry.patch)) for shape in shapes)
@@ -373,10 +372,9 @@ def _insistence(request: Request, start: Start, settings: sampler.SamplerConfig)
 
 def _insists(job: Job, usual: float) -> bool:
     """Whether a pass of a job may insist on what is given, where the checkpoint's way is to insist `usual`."""
-    timelines = [timeline for timeline in (job.timeline, job.draft) if timeline is not None]
-    given = any(timeline.given_THW.any() or timeline.loop > 0 for timeline in timelines)
+    given = any(timeline.given_THW.any() or timeline.loop > 0 for timeline in job.timelines)
     # Windows after the first are given what was made before.
-    going_on = any(len(timeline.windows) > 1 for timeline in timelines)
+    going_on = any(len(timeline.windows) > 1 for timeline in job.timelines)
     if job.order.known_guidance is not None:
         return job.order.known_guidance != 1 and (given or going_on)
     return (given and usual != 1) or (going_on and min(usual, canvas.ONLY_GOING_ON) != 1)
