@@ -1,5 +1,6 @@
 """A trained captioner: what it says of a clip does not depend on the company, and is there again after loading."""
 
+import dataclasses
 import json
 import re
 
@@ -45,6 +46,13 @@ def test_what_a_run_leaves(trained):
     last = [line for line in tiny.lines(workdir) if line["kind"] == "eval"][-1]
     assert {"val_loss", "captions/all", "captions/word_for_word", "captions/floor/all"} <= last.keys()
     assert list((workdir / "samples").glob("*.png"))
+
+
+def test_captions_choose_their_attention_whatever_training_named(made, videos):
+    model = dataclasses.replace(made.run.captioner, attention="splash")
+    run = dataclasses.replace(made.run, captioner=model)
+    named = describe.Describer(run, made.codec.config, made.params, made.codec._weights, made.vocabulary)
+    assert named.describe(videos[:2], [5.0] * 2) == made.describe(videos[:2], [5.0] * 2)
 
 
 def test_captions_are_of_words_that_were_learned(made, videos):

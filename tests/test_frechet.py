@@ -64,12 +64,14 @@ def test_it_grows_with_the_shift_as_its_square(rng):
     np.testing.assert_allclose(shifted, np.arange(6) ** 2 * np.square(direction).sum(), rtol=1e-9, atol=1e-9)
 
 
-def test_statistics_are_those_of_numpy(rng):
-    features = rng.normal(1e4, 1, (50, 6)).astype(np.float32)
+@pytest.mark.parametrize(("videos", "size"), [(50, 6), (4, 50)])
+def test_statistics_are_those_of_numpy(rng, videos, size):
+    """The root of a covariance has no more rows than there are videos."""
+    features = rng.normal(1e4, 1, (videos, size)).astype(np.float32)
     found = frechet.statistics(features)
     np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(0))
     np.testing.assert_allclose(covariance(found), np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
-    assert found.mean.dtype == found.root.dtype == np.float64
+    assert found.mean.dtype == found.root.dtype == np.float64 and len(found.root) == min(videos, size)
 
 
 def test_what_has_no_distance_is_refused(rng):

@@ -160,6 +160,13 @@ def test_a_model_that_does_not_divide_over_the_devices_is_told_before_clips_are_
     assert not (tmp_path / "encoded").exists()
 
 
+def test_how_a_step_is_computed_is_no_part_of_a_run(trained_dit, trained_vae):
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0], save_every=2)
+    other = dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="attention", attention="reference"))
+    assert same(loop.fit(dit.DiTTask(other, workdir), workdir), state)
+
+
 def test_where_the_vae_lies_is_no_part_of_a_run_but_which_it_is(trained_dit, trained_vae, tmp_path):
     workdir, state = trained_dit
     shutil.copytree(trained_vae[0], tmp_path / "moved")

@@ -64,6 +64,21 @@ def test_the_noise_of_a_prompt_and_seed_is_that_of_every_model(sampler):
     assert all(np.std(one) == pytest.approx(1, abs=0.2) for one in small)
 
 
+def test_samples_choose_their_attention_whatever_training_named(sampler):
+    """As a run's own samples do, which are made of the model that it trains."""
+    model = dataclasses.replace(sampler.run.dit, attention="splash")
+    named = pipeline.Pipeline(
+        dataclasses.replace(sampler.run, dit=model),
+        sampler.vae_config,
+        sampler.params,
+        sampler.codec._weights,
+        sampler.text,
+    )
+    asked = [request("a red circle", frames=5)]
+    one, other = (each.sample_latents(asked, sampler.run.sampler)[0] for each in (sampler, named))
+    assert np.array_equal(one, other)
+
+
 def test_a_sample_does_not_depend_on_its_company(sampler):
     mine = request("a red circle moves left", seed=5)
     alone = sampler.sample_latents([mine], sampler.run.sampler)[0]

@@ -10,6 +10,7 @@ import shlex
 import types
 from pathlib import Path
 
+import captioner as captioner_experiment
 import dit as dit_experiment
 import jax
 import pytest
@@ -32,6 +33,8 @@ def network():
 
 
 FSDP = sharding.MeshConfig(data=2, fsdp=4)
+# A chip that is not there.
+TPU = types.SimpleNamespace(platform="tpu")
 PLANS = Path(__file__).parent.parent / "experiments" / "results" / "plans"
 
 
@@ -359,6 +362,16 @@ def test_a_kernel_that_is_named_is_refused_with_what_makes_it_work(platform, tok
     assert bool(refused(rows, settings.get("mesh.sequence", sequence))) == (platform == "cpu")
 
 
+def test_the_words_of_a_captioner_need_suit_no_kernel():
+    run = config.from_config_dict(captioner_experiment.get_config(""))
+    model = dataclasses.replace(run.captioner, attention="splash")
+    rows, mesh = dataclasses.replace(run.pack, row_tokens=1024), sharding.abstract_mesh(sharding.MeshConfig(1), 1)
+    assert rows.row_text % 128
+    kernels.refuse("captioner", model, rows, mesh, "tpu")
+    with pytest.raises(config.ConfigError, match=r"set pack\.row_tokens=1024, or captioner\.attention=auto"):
+        kernels.refuse("captioner", model, dataclasses.replace(rows, row_tokens=1000), mesh, "tpu")
+
+
 def test_a_plan_whose_attention_has_no_kernel_says_so_in_its_verdict(network, target, monkeypatch):
     """Blocks of attention go in loops as long as the data wants."""
     monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)
@@ -457,12 +470,15 @@ def test_candidates_have_their_kernels(network, target):
     """On chips whose kernel takes tokens in blocks, the rows that it takes; elsewhere all."""
     run = resolved()
     run = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=2 * 1000, row_text=512))
-    tpu = topology.Target("v5e:2x4", [types.SimpleNamespace(platform="tpu")] * 8, topology.CHIPS["v5e"])
+    tpu = topology.Target("v5e:2x4", [TPU] * 8, topology.CHIPS["v5e"])
     assert {each.pack.row_tokens for each in search.candidates(run, network, target)} == {1000, 2000, 4000}
     found = list(search.candidates(run, network, tpu))
     assert all(
         not kernels.missing(each.dit, each.pack, sharding.abstract_mesh(each.mesh, 8), "tpu") for each in found
     ) and {each.pack.row_tokens for each in found} < {1000, 2000, 4000}
+    for name, taken in (("splash", {each.pack for each in found}), ("triton", set())):
+        named = dataclasses.replace(run, dit=dataclasses.replace(run.dit, attention=name))
+        assert {each.pack for each in search.candidates(named, network, tpu)} == taken
 
 
 def test_a_search_begins_with_the_run_as_it_is_whatever_it_is(network, target, monkeypatch, caplog):
@@ -538,7 +554,7 @@ def test_padding_is_no_speed(network, target, monkeypatch):
 
 def test_an_estimate_prefers_what_fits():
     run = config.from_config_dict(dit_experiment.get_config("0.7b"))
-    where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
+    where = topology.Target("v5e:2x4", [TPU] * 8, topology.CHIPS["v5e"])
     assert search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat="none")), where) == math.inf
     assert search.estimate(run, where) < math.inf and set(dit_model.REMAT) == set(search.KEPT)
 
@@ -550,7 +566,7 @@ def test_an_estimate_prefers_to_keep_what_attention_gave_where_there_is_room():
     )
     for chip, better in (("v5p", keeping), ("v5e", full)):
         chip = dataclasses.replace(topology.CHIPS[chip], memory=95 if chip == "v5p" else 64)
-        where = topology.Target("v5p:4x4x8", [None] * 128, chip)
+        where = topology.Target("v5p:4x4x8", [TPU] * 128, chip)
         assert min((keeping, full), key=lambda each: search.estimate(each, where)) == better
 
 
@@ -562,7 +578,7 @@ def test_an_estimate_of_memory_is_near_what_was_compiled(name, topology_):
     chips = math.prod(map(int, topology_.split(":")[1].split("x")))
     for times in (0.8, 1.2):
         chip = dataclasses.replace(topology.CHIPS["v5p"], memory=times * total)
-        estimate = search.estimate(run, topology.Target(topology_, [None] * chips, chip))
+        estimate = search.estimate(run, topology.Target(topology_, [TPU] * chips, chip))
         assert (estimate == math.inf) == (times < 1)
 
 
@@ -577,7 +593,7 @@ def test_an_estimate_of_what_attention_trades_is_near_what_was_compiled():
 
 def test_an_estimate_counts_the_way_to_the_host():
     run = config.from_config_dict(dit_experiment.get_config("0.7b"))
-    where = topology.Target("v5e:2x4", [None] * 8, topology.CHIPS["v5e"])
+    where = topology.Target("v5e:2x4", [TPU] * 8, topology.CHIPS["v5e"])
     offload, full = (
         search.estimate(dataclasses.replace(run, dit=dataclasses.replace(run.dit, remat=remat)), where)
         for remat in ("offload", "full")

@@ -146,9 +146,9 @@ def study(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(dry_run.table(stages, dry_run.matmul_speed()))
         return
-    make_folder(arguments.workdir)
     with errors_for_users():
         _check_kernels(run.stages.values())
+    make_folder(arguments.workdir)
     try:
         with errors_for_users(), signals.handled():
             runner.run(run, arguments.workdir, arguments.command)

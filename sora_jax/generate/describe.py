@@ -33,6 +33,8 @@ class Describer:
         vae_weights: tuple[Any, Any],
         vocabulary: tokenise.Vocabulary,
     ) -> None:
+        # As of pipeline.anywhere: what training named for its rows and chips need not take these.
+        run = dataclasses.replace(run, captioner=dataclasses.replace(run.captioner, attention="auto"))
         self.run, self.vocabulary, self.params = run, vocabulary, params
         self.geometry = pack.Geometry(run.captioner.patch, vae_config.stride)
         self.codec = Codec(vae_config, *vae_weights)
@@ -117,8 +119,6 @@ def load(path: Path, step: int | None = None) -> Describer:
     run = config.from_stored(meta.get("config"))
     if not isinstance(run, CaptionerRun):
         raise config.ConfigError(f"{path} holds no captioner; give the work dir of a trained one")
-    # As of pipeline.anywhere: what training named for its rows and chips need not take these.
-    run = dataclasses.replace(run, captioner=dataclasses.replace(run.captioner, attention="auto"))
     vae_config, vocabulary = config.vae_config(meta.get("vae")), stored_vocabulary(meta, run)
     here = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     like = beside(abstract(captioner.Captioner, run.captioner), abstract(vae.VAE, vae_config))

@@ -103,6 +103,7 @@ class Pipeline:
         text: CaptionText,
         mesh: Mesh | None = None,
     ) -> None:
+        run = anywhere(run)
         self.run, self.params, self.text, self.mesh = run, params, text, mesh
         self.codec = Codec(vae_config, *vae_weights)
         self.geometry = pack.Geometry(run.dit.patch, vae_config.stride)
@@ -463,21 +464,19 @@ def denoiser(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 
 
 def load_run(path: Path, step: int | None = None) -> DiTRun:
-    """The resolved config of a DiT's work dir, for rows and chips other than those of its training.
-
-    Raises FileNotFoundError or ConfigError.
-    """
+    """The resolved config of a DiT's work dir. Raises FileNotFoundError or ConfigError."""
     meta = checkpoint.read_meta(path, step)
     run = config.from_stored(meta.get("config"))
     if not isinstance(run, DiTRun):
         raise config.ConfigError(
             f"{path} holds a {meta['config']['task']} checkpoint; give the work dir of a trained DiT"
         )
-    return anywhere(run)
+    return run
 
 
 def anywhere(run: DiTRun) -> DiTRun:
-    """The run with its attention chosen where it runs: a backend that was named for training need not take what is sampled."""
+    """The run with its attention chosen where it runs: a backend that was named for training need not take the rows that are
+    sampled, nor their chips."""
     return dataclasses.replace(run, dit=dataclasses.replace(run.dit, attention="auto"))
 
 

@@ -30,18 +30,19 @@ MOST_WIDTH, MOST_BLOCKS = 2**17, 2**12
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.KEPT)
 REMAT = {
     "none": None,
-    # Products of weights, and of attention in blocks its result: what it needs of it is no larger, and takes long to make again.
+    # Products of weights, and what attention in blocks or a kernel gave: what is needed of it is no larger, and takes long to make
+    # again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
     ),
-    # Of long rows it is the most work for what it takes.
+    # Of long rows it is the most work for what it takes. The reference of short ones gives nothing to keep, as with "full".
     "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
     # Products of weights, in the host's memory until they are wanted.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
-# With these, kernels of attention run forward a second time.
-ATTENTION_AGAIN = ("full", "offload")
+# Of those that compute again, the ones by which attention in blocks, or a kernel's, does not run forward a second time.
+KEEPS_ATTENTION = ("dots", "attention")
 
 
 @dataclasses.dataclass(frozen=True)

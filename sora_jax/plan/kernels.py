@@ -77,7 +77,9 @@ def refuse(
     if kernel is None or kernel.name != model.attention:
         raise ConfigError(f"{named} is no kernel of a {platform}: set {stage}.attention=auto")
     now, better = _settings(model, packing, mesh, kernel)
-    changes = [f"{name}={better[name]}" for name in now if better[name] != now[name]]
+    # A captioner's words go to the reference, among each other and to tokens.
+    free = ("pack.row_text",) if isinstance(model, CaptionerConfig) else ()
+    changes = [f"{name}={better[name]}" for name in now if better[name] != now[name] and name not in free]
     if changes:
         raise ConfigError(
             f"{named} does not take these rows and heads: set {' and '.join(changes)}, or {stage}.attention=auto"
@@ -111,6 +113,18 @@ def _backends(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, 
     return {AMONG: among, CAPTIONS: to_captions} if model.attention == "auto" else {}
 
 
+def taken(model: DiTConfig, packing: PackConfig, mesh: Mesh | AbstractMesh, platform: str) -> set[str]:
+    """The attentions, AMONG and CAPTIONS, that the kernel of a platform's chips takes."""
+    if platform not in KERNELS:
+        return set()
+    split = sharding.shards("tokens", mesh)
+    chosen = {
+        what: backend(packing.row_tokens, packing.row_text, split)
+        for what, backend in _backends(model, packing, mesh, platform).items()
+    }
+    return {what for what in (AMONG, CAPTIONS) if chosen.get(what, model.attention) == KERNELS[platform].name}
+
+
 class Work(NamedTuple):
     """Pairs of tokens, and of tokens and words, that attention computes in a step, the FLOPs that its kernels take backward beyond
     those of an attention that keeps its weights, less those of what a policy keeps of theirs, and the bytes that they read again.
@@ -137,18 +151,15 @@ def work(
     segments are those of rows' tokens (R, N) and words (R, L), any number of rows, for which a step's stand.
     """
     # Blocks of queries read keys forward, once more where that is done again, and for their gradients; keys queries for theirs.
-    over_keys, over_queries = (2 + (model.remat in dit_model.ATTENTION_AGAIN), 1) if trains else (1, 0)
-    split, kernel = sharding.shards("tokens", mesh), KERNELS.get(platform)
-    chosen = {
-        what: backend(packing.row_tokens, packing.row_text, split)
-        for what, backend in _backends(model, packing, mesh, platform).items()
-    }
+    again = model.remat not in ("none", *dit_model.KEEPS_ATTENTION)
+    over_keys, over_queries = (2 + again, 1) if trains else (1, 0)
+    split, kernel, own = sharding.shards("tokens", mesh), KERNELS.get(platform), taken(model, packing, mesh, platform)
     tokens, text = map(jnp.asarray, segments)
     found: list[float | None] = []
     more = read = 0.0
     # Captions are met by a device's own tokens; for those among each other it has all tokens of some heads.
     for what, keys, parts in ((AMONG, tokens, 1), (CAPTIONS, text, split)):
-        if kernel is None or chosen.get(what, model.attention) != kernel.name:
+        if kernel is None or what not in own:
             found.append(None)
             continue
         bq, bk = kernel.blocks(tokens.shape[1] // parts, keys.shape[1])
@@ -167,8 +178,7 @@ def work(
 
 def kept(model: DiTConfig, pairs: float) -> float:
     """FLOPs that a policy saves that keeps what kernels gave, where the reference is computed again (compute.dit)."""
-    again = model.remat == "none" or model.remat in dit_model.ATTENTION_AGAIN
-    return 0.0 if again else 2 * 2 * pairs * model.width * model.blocks
+    return 2 * 2 * pairs * model.width * model.blocks if model.remat in dit_model.KEEPS_ATTENTION else 0.0
 
 
 def _remedy(backend: Backend, now: dict[str, int], better: dict[str, int]) -> str:

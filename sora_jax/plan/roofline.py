@@ -38,11 +38,10 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
 
     Raises ConfigError or ValueError for what cannot work on any hardware.
     """
-    packing = packed(run, network)
-    mesh = sharding.make_mesh(run.mesh, where.devices)
-    sharding.share(mesh, run.pack.rows)
-    platform = where.devices[0].platform
+    mesh, platform = sharding.make_mesh(run.mesh, where.devices), where.devices[0].platform
     kernels.refuse("dit", run.dit, run.pack, mesh, platform)
+    packing = packed(run, network)
+    sharding.share(mesh, run.pack.rows)
     done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL))
     numbers = _asked(run, where, mesh) | {
         "step": {
@@ -209,7 +208,7 @@ def verdict(numbers: dict[str, Any], chip: Chip | None, without: Sequence[str]) 
         more = "give a chip more tokens (pack.row_tokens, pack.rows) or " if "step" in numbers else ""
         why.append(f"{more}spread weights over fewer chips (mesh.fsdp)")
     if slowest == "host":
-        why.append("what is kept for the backward pass waits at the host; recompute it (dit.remat=full or dots)")
+        why.append("what is kept for the backward pass waits at the host; recompute it (dit.remat=attention or full)")
     if slowest == "memory":
         why.append("longer rows or wider models use memory's bandwidth better")
     if "packing" in numbers and numbers["packing"]["fill"] < 0.9:

@@ -92,7 +92,7 @@ def candidates(run: DiTRun, network: VAEConfig, where: Target) -> Iterator[DiTRu
                 packing.row_tokens % sharding.shards("tokens", mesh) == 0
                 and packing.rows % sharding.shards("rows", mesh) == 0
             )
-            if divide and not kernels.missing(run.dit, packing, mesh, platform):
+            if divide and _has_kernels(run, packing, mesh, platform):
                 for remat in dit_model.REMAT:
                     yield dataclasses.replace(
                         run, mesh=config, dit=dataclasses.replace(run.dit, remat=remat), pack=packing
@@ -123,6 +123,14 @@ def _fits(run: DiTRun, shapes: Any, mesh: AbstractMesh) -> bool:
     return True
 
 
+def _has_kernels(run: DiTRun, packing: PackConfig, mesh: AbstractMesh, platform: str) -> bool:
+    try:
+        kernels.refuse("dit", run.dit, packing, mesh, platform)
+    except ConfigError:
+        return False
+    return not kernels.missing(run.dit, packing, mesh, platform)
+
+
 def estimate(run: DiTRun, where: Target) -> float:
     """About the seconds that a token takes, for ranking candidates before they are compiled; more than memory is infinite."""
     chip = where.chip or CHIPS["v5e"]
@@ -144,8 +152,9 @@ def estimate(run: DiTRun, where: Target) -> float:
     # The stream is summed over heads twice a block, both ways.
     over = 8 * (heads - 1) / heads + TRADED * (tokens - 1) / tokens
     executed = compute.dit_step(model, run.pack).executed
-    if where.chip is not None:  # it has kernels
-        executed -= kernels.kept(model, float(count * (run.pack.row_tokens + run.pack.row_text)))
+    own = kernels.taken(model, run.pack, mesh, where.devices[0].platform)
+    meets = {kernels.AMONG: run.pack.row_tokens, kernels.CAPTIONS: run.pack.row_text}
+    executed -= kernels.kept(model, float(count * sum(meets[what] for what in own)))
     seconds = executed / chips / chip.flops / roofline.MATMUL_SHARE
     # To the host and back, what attention gave not among it.
     hosted = 2 * (KEPT["dots"] - 1) * stream * model.blocks / heads if model.remat == "offload" else 0

@@ -357,6 +357,8 @@ def _resume(task: Task, workdir: Path, like: TrainState, source: Any) -> tuple[T
         "sampler.",
         "mesh.",
         "dit.attention",
+        "dit.remat",
+        "captioner.attention",
     )
     if (weights := stored.get("vae_weights")) is not None:
         # Which VAE it is counts, not where it lies; older checkpoints say only that.
