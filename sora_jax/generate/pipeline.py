@@ -373,11 +373,11 @@ def _insistence(request: Request, start: Start, settings: sampler.SamplerConfig)
 
 def _insists(job: Job, usual: float) -> bool:
     """Whether a pass of a job may insist on what is given, where the checkpoint's way is to insist `usual`."""
+    if job.order.known_guidance is not None:
+        return job.order.known_guidance != 1 and job.goes_on
     given = any(timeline.given_THW.any() or timeline.loop > 0 for timeline in job.timelines)
     # Windows after the first are given what was made before.
     going_on = any(len(timeline.windows) > 1 for timeline in job.timelines)
-    if job.order.known_guidance is not None:
-        return job.order.known_guidance != 1 and (given or going_on)
     return (given and usual != 1) or (going_on and min(usual, canvas.ONLY_GOING_ON) != 1)
 
 
