@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import within
 
 from sora_jax import sharding
 from sora_jax.nn import attention as module
@@ -104,19 +105,6 @@ def test_every_backend_is_the_reference_forward_and_backward(rng, interpreted, b
         assert np.allclose(one, other, atol=1e-5)
 
 
-def within(program):
-    """All equations of a program that something depends on, and those within theirs. Compilers leave out the others."""
-    needed = {id(each) for each in program.outvars}
-    for equation in reversed(program.eqns):
-        if needed.isdisjoint(map(id, equation.outvars)):
-            continue
-        needed.update(map(id, equation.invars))
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(value, "eqns"):
-                yield from within(getattr(value, "jaxpr", value))
-
-
 @pytest.mark.parametrize("backend", ["blockwise", *module.KERNELS])
 @pytest.mark.parametrize("mesh", ["one device", "tokens"])
 def test_what_it_gave_can_be_kept_for_the_backward_pass(rng, interpreted, backend, mesh):
@@ -141,7 +129,7 @@ def test_what_it_gave_can_be_kept_for_the_backward_pass(rng, interpreted, backen
         with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*MESHES[mesh]), devices)):
             program = jax.make_jaxpr(jax.grad(loss))(inputs)
         (backward,) = (each for each in program.eqns if each.primitive.name == "scan" and each.params["reverse"])
-        names = [each.primitive.name for each in within(backward.params["jaxpr"].jaxpr)]
+        names = [each.primitive.name for each in within(backward.params["jaxpr"])]
         counts.append(names.count("while" if backend == "blockwise" else "pallas_call"))
     assert 0 < counts[0] == counts[1] < counts[2]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from programs import within
 
 from sora_jax.models import dit, text_encoder
 from sora_jax.structs import Layout
@@ -112,15 +113,6 @@ def test_remat_changes_nothing(noisy, layout, remat):
     plain, again = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, remat=remat))
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
-
-
-def within(program):
-    """All equations of a program, and those within theirs."""
-    for equation in program.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(value, "eqns"):
-                yield from within(value)
 
 
 @pytest.mark.parametrize(("remat", "loops"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 4)])
