@@ -386,6 +386,8 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(tiny, tmp_path, capsys, one
     assert not (tmp_path / "new").exists()
     sentence = refusal(capsys, *command, "--config.stages.dit.pack.row_tokens=8")
     assert "raise pack.row_tokens" in sentence
+    sentence = refusal(capsys, *command, "--config.stages.dit.dit.attention=splash")
+    assert "stage dit: dit.attention=splash is no kernel of a cpu" in sentence
 
 
 def test_a_process_of_several_says_who_it_is(tiny, tmp_path, capsys):
@@ -784,11 +786,11 @@ def test_attention_without_its_kernel_is_told_before_training(caplog, monkeypatc
     run = config.from_config_dict(quickstart.get_config("dit"))
     run = dataclasses.replace(run, mesh=sharding.MeshConfig(data=1, fsdp=1, tensor=1, sequence=8))
     long = dataclasses.replace(run, pack=dataclasses.replace(run.pack, row_tokens=8 * 1000, row_text=512))
-    cli_train._check_kernels([run, long])
+    cli_train._check_kernels({"stage short: ": run, "stage long: ": long})
     assert not caplog.records  # a CPU has none
     monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.SPLASH)
-    cli_train._check_kernels([run, long])
-    assert caplog.text.count("no splash kernel for attention among a row's tokens") == 1
+    cli_train._check_kernels({"stage short: ": run, "stage long: ": long})
+    assert caplog.text.count("stage long: no splash kernel for attention among a row's tokens") == 1
 
 
 def test_sizes_come_from_what_was_trained_on(caplog):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,11 +143,10 @@ def study(arguments: argparse.Namespace) -> None:
 
     with errors_for_users():
         stages = dry_run.plan(run)
+        _check_kernels({f"stage {name}: ": stage for name, stage in run.stages.items()})
     if arguments.dry_run:
         print(dry_run.table(stages, dry_run.matmul_speed()))
         return
-    with errors_for_users():
-        _check_kernels(run.stages.values())
     make_folder(arguments.workdir)
     try:
         with errors_for_users(), signals.handled():
@@ -171,7 +170,7 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
 
     with errors_for_users():
         sharding.make_mesh(run.mesh)
-        _check_kernels([run])
+        _check_kernels({"": run})
     with errors_for_users(ValueError):
         if not isinstance(run, config.VAERun):
             refuse_file(run.vae_checkpoint)
@@ -182,23 +181,24 @@ def _task(run: VAERun | DiTRun | CaptionerRun, workdir: Path) -> Any:
         return dit.DiTTask(run, workdir) if isinstance(run, config.DiTRun) else captioner.CaptionerTask(run, workdir)
 
 
-def _check_kernels(runs: Iterable[Run]) -> None:
+def _check_kernels(runs: Mapping[str, Run]) -> None:
     """Refuses transformers whose attention is a kernel that does not take them, and tells of those that go without their chip's:
-    they are many times slower, and nothing else says so."""
+    they are many times slower, and nothing else says so. A run's name begins what is said of it."""
     from sora_jax import config, sharding
     from sora_jax.plan import kernels
 
-    for run in runs:
+    for name, run in runs.items():
         if not isinstance(run, config.DiTRun | config.CaptionerRun):
             continue
         mesh = sharding.make_mesh(run.mesh)
         platform = mesh.devices.flat[0].platform
-        if isinstance(run, config.CaptionerRun):
-            kernels.refuse("captioner", run.captioner, run.pack, mesh, platform)
-        else:
-            kernels.refuse("dit", run.dit, run.pack, mesh, platform)
-            for line in kernels.missing(run.dit, run.pack, mesh, platform):
-                logging.warning("%s", line)
+        stage, model = ("dit", run.dit) if isinstance(run, config.DiTRun) else ("captioner", run.captioner)
+        try:
+            kernels.refuse(stage, model, run.pack, mesh, platform)
+        except config.ConfigError as error:
+            raise config.ConfigError(f"{name}{error}") from error
+        for line in kernels.missing(run.dit, run.pack, mesh, platform) if isinstance(run, config.DiTRun) else ():
+            logging.warning("%s%s", name, line)
 
 
 def _variants(name: str, stages: Iterable[str]) -> str:
