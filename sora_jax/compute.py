@@ -16,7 +16,7 @@ from sora_jax.config import ComputeConfig, ConfigError, DiTRun
 from sora_jax.data.pack import PackConfig
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.models.captioner import CaptionerConfig
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.dit import MOST_BLOCKS, MOST_WIDTH, DiTConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 
@@ -252,14 +252,14 @@ def grown(run: DiTRun, factor: float) -> DiTConfig:
         cost = dit_step(candidate, run.pack).total / base / factor
         return abs(math.log(cost)) + 0.25 * abs(math.log(shape))
 
-    most = math.ceil(4 * max(1.0, factor))
+    most = min(math.ceil(4 * max(1.0, factor)) * model.width, MOST_WIDTH + 1)
     candidates = []
-    for width in range(step, most * model.width, step):
+    for width in range(step, most, step):
         heads = heads_of(width, head)
         if heads is None:
             continue
         near = model.blocks * width / model.width
-        blocks = range(max(1, math.ceil(near - 2)), math.floor(near + 2) + 1)
+        blocks = range(max(1, math.ceil(near - 2)), min(math.floor(near + 2), MOST_BLOCKS) + 1)
         candidates += [dataclasses.replace(model, width=width, heads=heads, blocks=number) for number in blocks]
     return min(candidates, key=distance)
 

@@ -40,6 +40,10 @@ class DataConfig:
             raise ValueError(
                 f"data: train_clips {self.train_clips} and heldout_clips {self.heldout_clips} must be positive"
             )
+        if not self.world.holdout_fraction:
+            raise ValueError(
+                "data.world.holdout_fraction is 0, but runs are judged on what is held out; set it above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

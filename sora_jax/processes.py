@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,22 +44,38 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     """Joins `count` processes as number `index` at the coordinator's host:port, and begins to watch the others.
 
     What is None is found out by jax, from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI, a TPU
-    pod or Kubernetes. Must come before anything else asks for devices. Raises RuntimeError if they do not meet.
+    pod or Kubernetes. Must come before anything else asks for devices. Raises RuntimeError if they do not meet, and ValueError for
+    an address or numbers by which they cannot.
     """
     global _watch
 
     def number(given: int | None, variable: str) -> int | None:
-        return int(os.environ[variable]) if given is None and variable in os.environ else given
+        if given is not None or variable not in os.environ:
+            return given
+        if not os.environ[variable].isdecimal():
+            raise ValueError(f"{variable} is {os.environ[variable]!r}; it must be a whole number")
+        return int(os.environ[variable])
 
-    jax.distributed.initialize(
-        coordinator,
-        # jax reads the address from the environment by itself, but not the numbers.
-        number(count, "JAX_NUM_PROCESSES"),
-        number(index, "JAX_PROCESS_ID"),
-        heartbeat_timeout_seconds=JAX_PATIENCE,
-        initialization_timeout=MEETING,
-        shutdown_timeout_seconds=JAX_PATIENCE,
-    )
+    # jax reads the address from the environment by itself, but not the numbers.
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, index = number(count, "JAX_NUM_PROCESSES"), number(index, "JAX_PROCESS_ID")
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"the coordinator {address!r} has no port; give HOST:PORT, such as localhost:1234")
+    if count is not None and index is not None and not 0 <= index < count:
+        raise ValueError(f"process {index} is none of {count}; they are numbered from 0 to {count - 1}")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=JAX_PATIENCE,
+            initialization_timeout=MEETING,
+            shutdown_timeout_seconds=JAX_PATIENCE,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"nothing says where and how many the others are ({error}); give --coordinator, --processes and --process"
+        ) from error
     if jax.process_count() > 1:
         if not is_first():
             ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)

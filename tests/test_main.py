@@ -407,6 +407,24 @@ def test_a_process_of_several_says_who_it_is(tiny, tmp_path, capsys):
         assert "the processes did not meet: timed out" in refusal(capsys, *command, "--distributed", code=1)
 
 
+@pytest.mark.parametrize(
+    ("flags", "environment", "sentence"),
+    [
+        ({"coordinator": "localhost", "processes": 1, "process": 0}, {}, "'localhost' has no port; give HOST:PORT"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, {}, "process 2 is none of 2"),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost' has no port"),
+        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number"),
+        ({}, {}, "give --coordinator, --processes and --process"),
+    ],
+)
+def test_what_processes_cannot_meet_by_is_refused(tiny, tmp_path, capsys, monkeypatch, flags, environment, sentence):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax.distributed.initialize", mock.Mock(side_effect=ValueError("coordinator_address?")))
+    asked = [f"--{name}={value}" for name, value in flags.items()] or ["--distributed"]
+    assert sentence in refusal(capsys, "train", f"--config={tiny}:vae", f"--workdir={tmp_path}", *asked)
+
+
 def test_a_failing_process_of_several_does_not_wait_for_the_others(tiny, tmp_path):
     """jax would, at the end of Python; here it ends at once, with its error told."""
     code = f"""

@@ -243,7 +243,7 @@ def test_processes_of_other_flags_are_refused(tmp_path):
     with launched(tmp_path, MEETING, "apart", tmp_path / "folder", devices=1) as (process, log):
         process.wait(60)
     told = log.read_text()
-    assert "this one was given other flags than the first" in told and "exit codes 1, 1" in told, told
+    assert "this one was given other flags than the first" in told and "exit codes 2, 2" in told, told
 
 
 def test_processes_place_the_rows_that_are_theirs(tmp_path):

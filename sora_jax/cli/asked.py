@@ -63,9 +63,9 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
         # Ends of lines alone end a prompt, not all that Unicode counts among them.
         prompts = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
-        raise Failure(f"cannot read --prompts_file={file}: {error.strerror}") from error
+        raise Failure(f"cannot read --prompts_file={file}: {error.strerror}; name a file that can be read") from error
     except UnicodeDecodeError as error:
-        raise Failure(f"--prompts_file={file} is not UTF-8 text") from error
+        raise Failure(f"--prompts_file={file} is not UTF-8 text; save it as such") from error
     if not prompts:
         raise Failure(f"--prompts_file={file} holds no prompt; write one per line")
     return prompts

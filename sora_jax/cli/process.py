@@ -51,7 +51,9 @@ def meeting(arguments: argparse.Namespace) -> Iterator[bool]:
     try:
         processes.start(*given)
         processes.check_alike(_alike(arguments))
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
+        raise Failure(error) from error
+    except RuntimeError as error:
         raise Failure(f"the processes did not meet: {error}", RUN_ERROR) from error
     try:
         with signals.handled():

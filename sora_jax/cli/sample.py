@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Videos are enlarged to about this width unless --scale says otherwise: 32 pixels are hard to watch.
 SHOWN_WIDTH = 256
+# Pixels down or across, beyond which h264 has no video.
+MOST_SIDE = 2**14
 SUFFIXES = (".mp4", ".gif", ".png")
 SHEET_FRAMES = 8
 # Keys of an order that VBench's videos cannot have.
@@ -205,7 +208,7 @@ def _add_modes(parser: flags.Parser) -> None:
         type=float,
         metavar="X",
         help="how much to insist on what is given, 1 = no guidance (default: the checkpoint's config.sampler.known_guidance, "
-        "and 1 in windows of a long video that only go on from what was made)",
+        "but at most 1 in windows of a long video that only go on from what was made, and 1.5 where --loop leads back)",
     )
 
 
@@ -278,21 +281,31 @@ def _make(arguments: argparse.Namespace) -> None:
     world = pipeline.run.data.world
     with errors_for_users(ValueError):
         jobs = pipeline.prepare(orders)
+    scale = kept.scale if kept else arguments.scale
+    for size in dict.fromkeys(job.size for job in jobs):
+        side = max(size.height, size.width)
+        if side * _enlarged(scale, size.width) > MOST_SIDE:
+            raise Failure(
+                f"{side} pixels enlarged {_enlarged(scale, size.width)} times are more than the {MOST_SIDE} that a video has; "
+                f"give --scale={MOST_SIDE // side} or less"
+            )
     stills = [job.size.frames == 1 for job in jobs]
     videos = again or arrange(orders, stills, arguments.out, arguments.outdir)
     written = [video.path for video in videos]
-    written += [_draft_path(video.path) for video, job in zip(videos, jobs, strict=True) if job.draft is not None]
+    if not _is_sheet(videos):  # which shows no drafts
+        written += [_draft_path(video.path) for video, job in zip(videos, jobs, strict=True) if job.draft is not None]
     if replaced := {path.resolve() for path in written} & {Path(path).resolve() for path in inputs}:
         raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
-    for draft in written[len(videos) :]:
-        other = draft.with_suffix(".json")
-        if other != told and _names(other, draft):
-            raise Failure(
-                f"{draft} would be replaced by a draft, and {other} says how it was made; choose another name"
-            )
+    for path in dict.fromkeys(written):
+        if other := _tells_of(path, told):
+            raise Failure(f"{path} would be replaced, and {other} says how it was made; choose another name")
     if told.exists():
-        with errors_for_users(ValueError):
+        try:
             beside = [told.with_name(name) for name in manifest.read(told).files]
+        except ValueError as error:
+            raise Failure(
+                f"{told} would be replaced, but what it tells of is unclear ({error}); delete it, or choose another name"
+            ) from error
         if others := [path for path in beside if path.exists() and path not in {video.path for video in videos}]:
             raise Failure(f"{told} says how {others[0]} was made and would be replaced; choose another name")
     for line in dict.fromkeys(line for job in jobs for line in job.told):
@@ -307,7 +320,6 @@ def _make(arguments: argparse.Namespace) -> None:
     trained.tell_mesh(pipeline)
     sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
     logging.info("sampling %d of %s", len(jobs), sizes)
-    scale = kept.scale if kept else arguments.scale
     processes.meet()  # the others have looked, too, at what is replaced from now on
     first = processes.is_first()
     with errors_of_writing(told):
@@ -346,7 +358,10 @@ def _replaced(arguments: argparse.Namespace, kept: manifest.Manifest) -> list[Vi
     """The files of a manifest at their new place."""
     names = list(kept.files)
     if len(names) != len(kept.orders):
-        raise Failure(f"{arguments.manifest} names {len(names)} files for {len(kept.orders)} videos; it was changed")
+        raise Failure(
+            f"{arguments.manifest} names {len(names)} files for {len(kept.orders)} videos, so it was changed; "
+            "give it as it was written"
+        )
     if arguments.outdir is not None:
         paths = [arguments.outdir / name for name in names]
     elif len(set(names)) == 1 and Path(names[0]).suffix == arguments.out.suffix:
@@ -390,42 +405,55 @@ def _write(
     Returns what was measured of each."""
     from sora_jax.generate import files
 
-    def enlarged(*widths: int) -> int:
-        return scale or math.ceil(SHOWN_WIDTH / max(widths))
-
     measured = [""] * len(videos)
     kept: dict[int, np.ndarray] = {}
-    sheet = len({video.path for video in videos}) < len(videos)
+    sheet = _is_sheet(videos)
     for number, (frames, draft) in making:
         video, rate = videos[number], jobs[number].size.fps
         measured[number] = _measured(jobs[number], frames)
         if sheet:
             kept[number] = frames
             continue
-        files.write_video(video.path, frames, rate, enlarged(frames.shape[2]))
+        files.write_video(video.path, frames, rate, _enlarged(scale, frames.shape[2]))
         if draft is not None:
             # As large as the video that is made from it, about.
-            files.write_video(_draft_path(video.path), draft, rate, enlarged(draft.shape[2]))
+            files.write_video(_draft_path(video.path), draft, rate, _enlarged(scale, draft.shape[2]))
     if sheet:
         labels = [f"{video.prompt} (seed {video.seed})" for video in videos]
         shown = files.contact_sheet(
             [kept[number] for number in range(len(videos))],
             labels,
             frames_per_video=SHEET_FRAMES,
-            scale=enlarged(*(job.size.width for job in jobs)),
+            scale=_enlarged(scale, max(job.size.width for job in jobs)),
         )
         files.write_image(videos[0].path, shown)
     return measured
 
 
-def _names(path: Path, video: Path) -> bool:
-    """Whether this is a manifest that names a video beside it."""
+def _enlarged(scale: int | None, width: int) -> int:
+    """How many times a video of this width is enlarged, where the user may have said it."""
+    return scale or math.ceil(SHOWN_WIDTH / width)
+
+
+def _is_sheet(videos: Sequence[Video]) -> bool:
+    """Whether all share a file."""
+    return len({video.path for video in videos}) < len(videos)
+
+
+def _tells_of(path: Path, but: Path) -> Path | None:
+    """A manifest that names this file beside it, where this command would have put it, other than `but`."""
     from sora_jax.generate import manifest
 
-    try:
-        return path.is_file() and video.name in manifest.read(path).files
-    except ValueError:  # something else
-        return False
+    stem = path.stem.removesuffix("-draft")
+    numbered = re.fullmatch(r"(.+)-\d+", stem)
+    names = {path.stem, stem, *([numbered[1]] if numbered else [])}
+    for other in (*(path.with_name(f"{name}.json") for name in sorted(names)), path.with_name("manifest.json")):
+        try:
+            if path.exists() and other != but and other.is_file() and path.name in manifest.read(other).files:
+                return other
+        except ValueError:  # something else
+            continue
+    return None
 
 
 def _draft_path(path: Path) -> Path:

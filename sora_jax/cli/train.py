@@ -107,14 +107,17 @@ def train(arguments: argparse.Namespace) -> None:
         raise Failure(
             f"{arguments.config} is a study; use sora-jax study, or train a stage: {_variants(name, run.stages)}"
         )
-    if arguments.profile and arguments.profile[0] > run.loop.steps:
-        first, last = arguments.profile
-        raise Failure(f"--profile={first}:{last} begins after the run's last step, {run.loop.steps}")
     options = watch.Options(arguments.profile, arguments.hang_seconds)
     make_folder(arguments.workdir)
     try:
         with meeting(arguments) as met, contextlib.nullcontext() if met else signals.handled():
             task = _task(run, arguments.workdir)
+            # Only now: steps may follow from a budget.
+            if arguments.profile and arguments.profile[0] > task.run.loop.steps:
+                first, last = arguments.profile
+                raise Failure(
+                    f"--profile={first}:{last} begins after the run's last step, {task.run.loop.steps}; give steps before it"
+                )
             with errors_for_users():
                 loop.fit(task, arguments.workdir, options)
     except (loop.DivergedError, checkpoint.SaveError, loader.LoaderError) as error:

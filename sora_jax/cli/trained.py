@@ -80,16 +80,14 @@ def tell_mesh(pipeline: Pipeline) -> None:
         logging.info("%s", words)
 
 
-def settings(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplerConfig:
-    """The run's sampler with the flags that were given. Raises Failure for bad ones."""
-    given = {name: getattr(arguments, name) for name in SAMPLER_FLAGS}
-    with errors_for_users(ValueError):
-        return dataclasses.replace(
-            pipeline.run.sampler, **{name: value for name, value in given.items() if value is not None}
-        )
-
-
 def load_with(source: Path, arguments: argparse.Namespace) -> tuple[Pipeline, tuple[Path, int | None], SamplerConfig]:
-    """The model with its work dir and step, and the sampler that the flags ask for."""
+    """The model with its work dir and step, and its sampler with the flags that were given. Raises Failure for bad ones, before
+    the model is loaded."""
+    prepare_jax()
+    from sora_jax.diffusion.sampler import SamplerConfig
+
+    given = {name: value for name in SAMPLER_FLAGS if (value := getattr(arguments, name)) is not None}
+    with errors_for_users(ValueError):
+        SamplerConfig(**given)
     pipeline, place = load(source, arguments.mesh)
-    return pipeline, place, settings(pipeline, arguments)
+    return pipeline, place, dataclasses.replace(pipeline.run.sampler, **given)

@@ -430,7 +430,7 @@ def fixed_batches(
 ) -> Iterator[tuple[PackedBatch, pack.Count]]:
     """One pass over a store in order, each clip once, the last batch padded with empty rows: for evaluation.
 
-    Raises LoaderError if a clip cannot be read: a judgement is of all clips or of none.
+    Raises LoaderError if a clip cannot be read or fits no row: a judgement is of all clips or of none.
     """
     packing = tokeniser.packing
     patch_dim = int(np.prod(tokeniser.geometry.patch)) * store.channels
@@ -442,6 +442,12 @@ def fixed_batches(
             raise LoaderError(f"clip {number} of {store.folder} cannot be read; delete the folder to encode anew")
         clips.append(tokeniser(latent, 0)[0])
     rows, count = pack.pack_rows(clips, packing, np.random.default_rng(0))
+    if count.too_long_clips:
+        raise LoaderError(
+            f"{count.too_long_clips:.0f} of {len(clips)} clips of {store.folder} fit no row of {packing.row_tokens} tokens and "
+            f"{packing.row_text} of text; the largest have {max(len(clip.index_N) for clip in clips)} and "
+            f"{max(clip.num_text for clip in clips)}: raise pack.row_tokens or pack.row_text"
+        )
     for start in range(0, len(rows), packing.rows):
         some = [pack.fill_row(row, packing, patch_dim, text_width) for row in rows[start : start + packing.rows]]
         some += [pack.empty_row(packing, patch_dim, text_width)] * (packing.rows - len(some))

@@ -54,15 +54,11 @@ class SamplerConfig:
             raise ValueError(f"sampler.steps is {self.steps}; it must be at least 1 and at most {MOST_STEPS}")
         if self.method not in STEPPERS:
             raise ValueError(f"sampler.method {self.method!r} is none of {', '.join(STEPPERS)}")
-        if (
-            min(self.guidance, self.guidance_going_on, self.known_guidance) < 0
-            or self.shift <= 0
-            or self.base_tokens < 0
-        ):
-            raise ValueError(
-                f"sampler: guidance {self.guidance}, guidance_going_on {self.guidance_going_on}, known_guidance "
-                f"{self.known_guidance} and base_tokens {self.base_tokens} must not be negative and shift {self.shift} be positive"
-            )
+        for name in ("guidance", "guidance_going_on", "known_guidance", "base_tokens"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"sampler.{name} is {value}; it must be a number from 0 up")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"sampler.shift is {self.shift}; it must be a number above 0")
         if not 0 <= self.restart < 1:
             raise ValueError(f"sampler.restart is {self.restart}; it is a share of the steps in [0, 1)")
         low, high = self.guidance_interval

@@ -215,14 +215,14 @@ def fill(
 
 def stretch(frames_THWC: UInt8[np.ndarray, "T H W 3"], factor: int) -> UInt8[np.ndarray, "U H W 3"]:
     """factor (T - 1) + 1 frames: every frame of the video, and linear blends between them."""
-    at = np.arange(factor * (len(frames_THWC) - 1) + 1) / factor
-    before = np.floor(at).astype(int)
-    after, weight = np.minimum(before + 1, len(frames_THWC) - 1), (at - before)[:, None, None, None]
+    count = factor * (len(frames_THWC) - 1) + 1
+    found_UHWC = np.empty((count, *frames_THWC.shape[1:]), np.uint8)
     # One after the other: all of them in floating point would be eight times as large.
-    blends = [
-        np.round((1 - w) * frames_THWC[b] + w * frames_THWC[a]) for b, a, w in zip(before, after, weight, strict=True)
-    ]
-    return np.stack([blend.astype(np.uint8) for blend in blends])
+    for number in range(count):
+        before, part = divmod(number, factor)
+        after, weight = min(before + 1, len(frames_THWC) - 1), part / factor
+        found_UHWC[number] = np.round((1 - weight) * frames_THWC[before] + weight * frames_THWC[after])
+    return found_UHWC
 
 
 def enlarge(frames_THWC: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:

@@ -21,6 +21,8 @@ from sora_jax.generate.requests import Order, RequestError, Size
 
 # Of an interpolation that does not say.
 FACTOR = 2
+# By how much more another aspect of a draft weighs than another size.
+ASPECT = 2.0
 
 
 class Grid(NamedTuple):
@@ -92,6 +94,8 @@ class _Scene:
 
     def read(self, path: str, fps: float | None = None, part: Part | None = None) -> Video:
         video = media.read(Path(path), fps or self.size.fps, self.fit(), part or self.part, self.limits)
+        if video.fps is None and part is None and self.part != media.WHOLE:
+            raise RequestError(f"start and end are for videos, but {path} is an image; leave them out")
         self.told.extend(line for line in video.told if line not in self.told)
         return video
 
@@ -213,7 +217,13 @@ def prepare(
         shares = (small.width / size.width,) * 2 + (small.height / size.height,) * 2
         shrunk = [round(border * share) for border, share in zip(borders, shares, strict=True)]
         draft, _ = layout(_Scene(order, small, (shrunk[0], shrunk[1], shrunk[2], shrunk[3]), window, grid, limits, []))
-        told.append(f"a draft of {small.height}x{small.width} is made first")
+        wider = small.height * size.width / (small.width * size.height)
+        stretched = (
+            ""
+            if math.isclose(wider, 1)
+            else f" and stretched by {abs(math.log(wider)):.0%} to {size.height}x{size.width}"
+        )
+        told.append(f"a draft of {small.height}x{small.width} is made first{stretched}")
     return Job(order, made, tuple(told), grid.stride[0], timeline, draft)
 
 
@@ -228,23 +238,33 @@ def _window(order: Order, window: int, grid: Grid) -> int:
         if wrong := _off(f"window {window} is", window, grid.stride[0], 1):
             raise RequestError(wrong[0])
         return window
+    spans = f"this model's tokens span {grid.patch[0]} latents of time"
     if order.mode != "text":
-        raise RequestError(f"this model's tokens span {grid.patch[0]} latents of time; it is prompted by text alone")
+        raise RequestError(f"{spans}; it is prompted by text alone: leave {order.mode} out")
+    if order.window is not None:
+        raise RequestError(f"{spans}, so all frames are made at once; leave window out")
     return 1 + grid.stride[0] * 10**6  # nothing can be known beside what is made: all at once
 
 
 def _small_size(size: Size, share: float, grid: Grid) -> Size:
-    """About this share of height and width. Raises RequestError if no smaller size works."""
+    """About this share of height and width, of an aspect as near to the whole's as there is: what is drafted is not to be
+    stretched. Raises RequestError if no smaller size works."""
     units = grid.stride[1] * grid.patch[1], grid.stride[2] * grid.patch[2]
-    height, width = (
-        max(unit, unit * round(pixels * share / unit))
-        for pixels, unit in zip((size.height, size.width), units, strict=True)
+    heights, widths = (
+        range(unit, pixels + 1, unit) for pixels, unit in zip((size.height, size.width), units, strict=True)
     )
-    if (height, width) == (size.height, size.width):
+
+    def distance(sides: tuple[int, int]) -> float:
+        down, across = sides[0] / size.height, sides[1] / size.width
+        return abs(math.log(down * across / share**2)) / 2 + ASPECT * abs(math.log(down / across))
+
+    smaller = [sides for sides in itertools.product(heights, widths) if sides != (size.height, size.width)]
+    nearest = min(smaller, key=distance, default=None)
+    if nearest is None or distance((size.height, size.width)) <= distance(nearest):
         raise RequestError(
-            f"draft {share:g} of {height}x{width} is no smaller size in steps of {units[0]}x{units[1]}; make it smaller"
+            f"draft {share:g} of {size.height}x{size.width} is no smaller size in steps of {units[0]}x{units[1]}; make it smaller"
         )
-    return dataclasses.replace(size, height=height, width=width)
+    return dataclasses.replace(size, height=nearest[0], width=nearest[1])
 
 
 Layout = tuple[Timeline, float]
@@ -309,6 +329,8 @@ def _edit(scene: _Scene) -> Layout:
     strength = canvas.STRENGTH if scene.order.strength is None else scene.order.strength
     if scene.order.mask is not None:
         timeline = scene.masked(video, scene.order.mask)
+        if strength == 1:
+            scene.tell_unseen(timeline)
     else:
         nothing = video._replace(given_HW=np.zeros_like(video.given_HW))
         timeline = _timeline([nothing], scene.plan(0, len(video.frames_THWC)))
@@ -350,6 +372,8 @@ def _interpolate(scene: _Scene) -> Layout:
     timeline = _timeline([video._replace(frames_THWC=frames_THWC)], scene.plan(0, len(frames_THWC)))
     timeline.given_THW[np.arange(len(frames_THWC)) % factor > 0] = False
     strength = canvas.STRENGTH if order.strength is None else order.strength
+    if strength == 1:
+        scene.tell_unseen(timeline)
     return dataclasses.replace(timeline, strength=strength), video.fps * factor
 
 
@@ -394,11 +418,15 @@ def _around(parts: Sequence[Video], scene: _Scene, made: int) -> Timeline:
     first, last, total = ends[made], ends[made + 1], ends[-1]
     backward = first == 0
     if not all(part.given_HW.all() for number, part in enumerate(parts) if number != made):
-        if not 0 < first < last < total:
-            return _timeline(parts, scene.plan(0, total, backward=backward))
-        # Both ends before the bridge, which is to see where it leads.
-        bridge = scene.plan(first, last, before=first, after=total - last)
-        return _timeline(parts, scene.plan(0, first) + scene.plan(last, total) + bridge)
+        if 0 < first < last < total:
+            # Both ends before the bridge, which is to see where it leads.
+            bridge = scene.plan(first, last, before=first, after=total - last)
+            windows = scene.plan(0, first) + scene.plan(last, total) + bridge
+        else:
+            windows = scene.plan(0, total, backward=backward)
+        timeline = _timeline(parts, windows)
+        scene.tell_unseen(timeline)
+        return timeline
     windows = scene.plan(first, last, before=first, after=total - last, backward=backward)
     clips = [(start, end) for number, (start, end) in enumerate(itertools.pairwise(ends)) if number != made]
     return dataclasses.replace(_timeline(parts, windows), clips=tuple(clips))

@@ -337,7 +337,9 @@ def _opened(path: Path, limits: Limits, background: int) -> Iterator[_Source]:
     except (OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
-        raise MediaError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise MediaError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; name a file that can be read"
+        ) from error
     with file, contextlib.ExitStack() as stack:
         if status.st_size > limits.file_bytes:
             raise MediaError(

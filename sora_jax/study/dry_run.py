@@ -105,7 +105,9 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
     if source in study.stages and source not in vaes:
         raise ConfigError(f"stage {name} works with the VAE of stage {source}; put {source} before it in order")
     if source not in study.stages and not checkpoint.exists(source):
-        raise ConfigError(f"stage {name}: vae_checkpoint {source!r} is neither a stage nor a checkpoint")
+        raise ConfigError(
+            f"stage {name}: vae_checkpoint {source!r} is neither a stage nor a checkpoint; name a stage or the work dir of a VAE"
+        )
     network = vaes[source] if source in vaes else pipeline.load_vae_config(Path(source))
     try:
         run = dit.resolve(stage)
@@ -180,9 +182,11 @@ def table(plans: Sequence[StagePlan], speed: float) -> str:
     ]
     note = (
         "FLOPs are of the model, as budgets are; what its optimizer multiplies comes on top.\n"
-        f"Times: training alone, at {SHARE_OF_MATMUL:.0%} of a large matrix product's speed here, "
+        f"Times: training alone, on one device, at {SHARE_OF_MATMUL:.0%} of a large matrix product's speed here, "
         f"{progress.si(speed)}FLOP/s; encoding and judging come on top."
     )
+    if not mobilenet.available():
+        note += f"\nWeights for {frechet.NAME} are not installed, so it will be left out; {mobilenet.REMEDY}"
     if names := [each.name for each in plans if each.provisional]:
         note += (
             f"\nSizes and steps of {', '.join(names)} follow the frontier that the sweep will find; those here are of "

@@ -691,7 +691,7 @@ def _of_model(numbers: Mapping[str, Any]) -> str:
 def _speed(numbers: Mapping[str, Any]) -> str:
     flops, seconds = numbers.get("total_flops"), scaling.value_at(numbers, "seconds.total")
     known = _is_number(flops) and _is_number(seconds) and seconds > 0
-    return f"{progress.si(float(flops / seconds))}FLOP/s over the whole time" if known else ""
+    return f"{progress.si(float(flops / seconds))}FLOP/s over the whole time; optimizers come on top" if known else ""
 
 
 def _shares(numbers: Mapping[str, Any]) -> str:

@@ -46,7 +46,10 @@ def _run(study: StudyRun, workdir: Path, command: str) -> Path:
     for name in study.order:
         with clock.measure(name):
             logging.info("stage %s", name)
-            loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
+            try:
+                loop.fit(make_task(stage_run(study, name, workdir), workdir / "encoded"), workdir / name)
+            except loop.DivergedError as error:
+                raise loop.DivergedError(f"stage {name}: {error}") from error
     scored = judged(study, workdir, clock)
     sections: Sections = {}
     for group, of in SECTIONS.items():

@@ -58,7 +58,7 @@ def with_encoder(run: DiTRun) -> DiTRun:
 def longest_clip(run: DiTRun, network: VAEConfig) -> tuple[int, tuple[int, int, int]]:
     """(tokens, (frames, height, width)) of the longest clip of the run's world.
 
-    Raises ConfigError if no row can hold it, as it would be left out.
+    Raises ConfigError if no row can hold it, or one of which a part is known, as it would be left out.
     """
     world = run.data.world
     tokens, size = max(
@@ -71,6 +71,8 @@ def longest_clip(run: DiTRun, network: VAEConfig) -> tuple[int, tuple[int, int, 
             f"the world's longest clip has {tokens} tokens and would be left out; "
             f"raise pack.row_tokens ({run.pack.row_tokens}) or make clips shorter or smaller"
         )
+    if run.pack.row_slots < 2 and run.loader.known.gives:
+        raise config.ConfigError("a clip of which a part is known has two slots; raise pack.row_slots (1) to 2 or more")
     return tokens, size
 
 

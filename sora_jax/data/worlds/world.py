@@ -308,6 +308,11 @@ def _check_frames(config: WorldConfig) -> None:
             raise ValueError(
                 f"{name} is {weights}; leave it empty or give one weight for each of the {len(choices)} choices, not all zero"
             )
+    # Frame sizes of no weight are still asked for in judgement.
+    if 0 in config.frame_count_weights:
+        raise ValueError(
+            f"frame_count_weights is {config.frame_count_weights}; leave a count of no weight out of frame_counts"
+        )
     if not config.fps or min(config.fps) <= 0:
         raise ValueError(f"fps is {config.fps}; give at least one positive rate")
 
