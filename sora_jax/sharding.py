@@ -149,6 +149,12 @@ def shards(logical: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical] or ())
 
 
+def padded(size: int, logical: str, step: int = 1, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """The least size, no smaller than this, of which each device of a logical axis has a multiple of `step`."""
+    step *= shards(logical, mesh)
+    return -(-size // step) * step
+
+
 def check(mesh: Mesh | AbstractMesh, **sizes: int) -> None:
     """Raises MeshError if one of the sizes, which are by logical axis, does not divide over the mesh."""
     for name, size in sizes.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sora_jax import checkpoint, config, export, main
+from sora_jax import checkpoint, config, export, main, sharding
 from sora_jax.data.worlds import clips
 from sora_jax.generate import describe, files, media
 from sora_jax.structs import Share
@@ -53,6 +53,14 @@ def test_captions_choose_their_attention_whatever_training_named(made, videos):
     run = dataclasses.replace(made.run, captioner=model)
     named = describe.Describer(run, made.codec.config, made.params, made.codec._weights, made.vocabulary)
     assert named.describe(videos[:2], [5.0] * 2) == made.describe(videos[:2], [5.0] * 2)
+
+
+def test_rows_divide_over_a_mesh(made):
+    """However few videos there are, as in a run's own samples."""
+    assert made._packing([10] * 3).rows < 8
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, sequence=2))):
+        packing = made._packing([made.run.pack.row_tokens + 1] * 3)
+    assert packing.rows % 4 == packing.row_tokens % 2 == 0
 
 
 def test_captions_are_of_words_that_were_learned(made, videos):

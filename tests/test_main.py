@@ -754,6 +754,7 @@ def test_a_mesh_that_cannot_be_is_told(trained, tmp_path, capsys):
     assert "'fsdp=0' is not an axis" in told("fsdp=0") and "is not an axis" in told("data=2,data=4")
     assert "--mesh has no axis 'pipe'; its axes are data, fsdp, tensor, sequence" in told("pipe=2")
     assert "choose sizes whose product is 8" in told("fsdp=3")
+    assert "1 heads do not divide over 8 devices" in told("data=1,tensor=8")
 
 
 def test_vbench_is_refused_before_the_model_is_loaded(trained, tmp_path, capsys):

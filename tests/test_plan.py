@@ -13,6 +13,7 @@ from pathlib import Path
 import captioner as captioner_experiment
 import dit as dit_experiment
 import jax
+import numpy as np
 import pytest
 import quickstart
 from flax import nnx
@@ -167,7 +168,9 @@ def test_no_weights_are_gathered_before_their_block_needs_them(network, target, 
     # Whole, or the part of a mesh that splits inputs or outputs over tensor too.
     n = run.mesh.tensor
     stacked = {
-        (L, *size) for L, a, b in (x.shape for x in stacks if x.ndim == 3) for size in ((a // n, b), (a, b // n))
+        (L, *size)
+        for L, a, b in (x.shape for x in stacks if x.ndim == 3)
+        for size in ((a, b), (a // n, b), (a, b // n))
     }
     gathered = [
         (shape, program.runs[name])
@@ -194,6 +197,13 @@ def test_what_cannot_work_is_refused_before_it_is_compiled(network, target, monk
     odd = dataclasses.replace(run, pack=dataclasses.replace(run.pack, rows=6))
     with pytest.raises(ValueError, match="6 rows do not divide over 8 devices"):
         roofline.plan(odd, network, target)
+    wide = dataclasses.replace(run, mesh=sharding.MeshConfig(1, 1, 8))
+    for plan in (roofline.plan, roofline.plan_sampler):
+        with pytest.raises(ValueError, match="heads do not divide over 8 devices"):
+            plan(wide, network, target)
+    packing = dataclasses.replace(run.pack, row_tokens=run.pack.row_tokens + 2)
+    with pytest.raises(ValueError, match="tokens do not divide over 4 devices"):
+        roofline.plan(dataclasses.replace(of_mesh((1, 2, 1, 4)), pack=packing), network, target)
 
 
 def test_tokens_that_are_dropped_are_not_in_a_plan(network):
@@ -258,6 +268,51 @@ def test_what_is_too_large_is_a_verdict_with_its_memory_by_kind(network, target,
         assert memory["temporaries"] == pytest.approx(50 * topology.GIB, abs=2**20)
         assert numbers["verdict"]["why"][0] == f"the {what} needs 50.5 of 31.25 GiB a chip"
         assert "Memory of a chip: 50.5 of 31 GiB" in shown
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """As much of a device as a torus asks for."""
+
+    coords: tuple[int, ...]
+
+
+@pytest.mark.parametrize(
+    ("torus", "sizes", "rates"),
+    [
+        # Two lines: along one of them one way, and along both at once.
+        ((2, 4), (2, 4), {"data": 1, "fsdp": 1, "data+fsdp": 2}),
+        ((2, 4), (1, 8), {"fsdp": 2}),
+        ((8, 16), (8, 16), {"data": 1, "fsdp": 2}),
+        # Cubes are rings all round, and what is less is not.
+        ((4, 4, 8), (8, 16), {"data": 2, "fsdp": 4}),
+        ((2, 2, 1), (2, 2), {"data": 1, "fsdp": 1}),
+        # Of a ring of 16 a fourth is a line.
+        ((8, 8, 16), (16, 64), {"data": 2, "fsdp": 4}),
+        ((8, 8, 16), (256, 4), {"fsdp": 1}),
+    ],
+)
+def test_what_a_chip_sends_goes_along_the_axes_of_its_torus(torus, sizes, rates):
+    """In units of one way along one axis. Axes of the mesh go along those of the torus from the last."""
+    places = sorted(np.ndindex(torus), key=lambda place: place if len(torus) == 2 else (place[2], place[0], place[1]))
+    devices = np.empty(len(places), object)
+    devices[:] = [At(place) for place in places]
+    devices = devices.reshape(sizes)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    chip = dataclasses.replace(topology.CHIPS["v5p"], link=2.0)
+    where = topology.Target("any", devices.ravel().tolist(), chip, torus)
+    assert {axes: where.rate(mesh, axes) for axes in rates} == rates
+    assert dataclasses.replace(where, torus=()).rate(mesh, "fsdp") == 2
+
+
+def test_the_environment_says_how_much_of_a_gpu_is_taken(monkeypatch):
+    monkeypatch.setattr(topology, "_described", lambda *a, **b: [])
+    assert topology.target("h100:1x8").chip.usable == 0.75
+    monkeypatch.setenv(topology.FRACTION, "0.9")
+    assert topology.target("h100:1x8").chip.usable == 0.9
+    monkeypatch.setenv(topology.FRACTION, "most")
+    with pytest.raises(config.ConfigError, match="is 'most'; it must be a share"):
+        topology.target("h100:1x8")
 
 
 def test_times_follow_from_peaks(network, target):

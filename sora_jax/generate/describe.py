@@ -87,10 +87,11 @@ class Describer:
         return said
 
     def _packing(self, tokens: Sequence[int]) -> pack.PackConfig:
-        """Rows as in training, or as long as the longest clip needs; as many slots as the shortest clip leaves room for."""
-        longest = max(self.run.pack.row_tokens, *tokens)
+        """Rows as in training, or as long as the longest clip needs; as many slots as the shortest clip leaves room for; divided
+        over the mesh of the context."""
+        longest = sharding.padded(max(self.run.pack.row_tokens, *tokens), "tokens")
         slots = min(self.run.pack.row_slots, longest // min(tokens), len(tokens))
-        rows = min(self.run.pack.rows, len(tokens))
+        rows = sharding.padded(min(self.run.pack.rows, len(tokens)), "rows")
         return pack.PackConfig(rows, longest, slots, row_text=slots, window=len(tokens))
 
     def _tokens(self, number: int, mean_thwc: np.ndarray, fps: float) -> pack.Tokens:

@@ -350,15 +350,15 @@ def packing_for(tokens: Sequence[int], most_text: int) -> pack.PackConfig:
     as BATCH_TOKENS allows."""
     # Kernels of long rows take tokens, and the text's too, in steps of their own.
     step = ROW_STEP if max(tokens) ** 2 <= attention.SHORT else kernels.SPLASH_LANES
-    longest = _up(max(tokens), step * sharding.shards("tokens"))
+    longest = sharding.padded(max(tokens), "tokens", step)
     share = max(1, min(longest // min(tokens), len(tokens), MOST_SHARE))
     over = sharding.shards("rows")
     rows = max(1, min(over * BATCH_TOKENS // longest, -(-sum(tokens) // longest)))
     return pack.PackConfig(
-        rows=_up(rows, over),
+        rows=sharding.padded(rows, "rows"),
         row_tokens=longest,
         row_slots=2 * share,
-        row_text=_up(most_text * share, step),
+        row_text=sharding.padded(most_text * share, "none", step),
         window=len(tokens),
     )
 
@@ -489,6 +489,7 @@ def load(path: Path, step: int | None = None, mesh: Mesh | None = None) -> Pipel
     run = load_run(path, step)
     vae_config = config.vae_config(checkpoint.read_meta(path, step).get("vae"))
     mesh = mesh or sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    sharding.check(mesh, heads=run.dit.common_heads)
     params, weights = restored(path, step, beside(abstract(dit.DiT, run.dit), abstract(vae.VAE, vae_config)), mesh)
     return Pipeline(run, vae_config, params, weights, CaptionText(run.text, run.text.encoder), mesh)
 
@@ -530,7 +531,3 @@ def load_vae(path: Path) -> tuple[vae.VAEConfig, Any, Any]:
     like = tuple(nnx.to_pure_dict(part) for part in vae.split(abstract(vae.VAE, shape))[1:])
     items = checkpoint.restore(path, {"ema": like[0], "rest": like[1]}).items
     return shape, jax.device_get(items["ema"]), jax.device_get(items["rest"])
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step

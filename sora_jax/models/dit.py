@@ -87,6 +87,11 @@ class DiTConfig:
     def patch_dim(self) -> int:
         return math.prod(self.patch) * self.channels
 
+    @property
+    def common_heads(self) -> int:
+        """What a mesh that splits heads has to divide: those of the model and of the text encoder that is trained with it."""
+        return self.heads if self.text is None else math.gcd(self.heads, self.text.heads)
+
 
 def fourier(x: Float[Array, ...], shortest: float, longest: float, count: int) -> Float[Array, "... features"]:
     """cos and sin of x at `count` wavelengths, spread geometrically."""

@@ -93,8 +93,8 @@ def _settings(
     heads, split = model.heads // sharding.shards("heads", mesh), sharding.shards("tokens", mesh)
     now = {"pack.row_tokens": packing.row_tokens, "pack.row_text": packing.row_text, "mesh.sequence": split}
     better = {
-        "pack.row_tokens": _up(packing.row_tokens, kernel.multiple * split),
-        "pack.row_text": _up(packing.row_text, kernel.multiple),
+        "pack.row_tokens": sharding.padded(packing.row_tokens, "tokens", kernel.multiple, mesh),
+        "pack.row_text": sharding.padded(packing.row_text, "none", kernel.multiple, mesh),
         "mesh.sequence": math.gcd(heads, split),
     }
     return now, better
@@ -189,7 +189,3 @@ def _remedy(backend: Backend, now: dict[str, int], better: dict[str, int]) -> st
             if backend(*(now | {name: better[name] for name in names}).values()) != "blockwise":
                 return "set " + " and ".join(f"{name}={better[name]}" for name in names)
     return "there is none that takes it"
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step

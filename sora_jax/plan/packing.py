@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.config import ConfigError, DiTRun
-from sora_jax.data import pack
+from sora_jax.data import latents, loader, pack
 from sora_jax.data.worlds import captions, world
 from sora_jax.models.vae import VAEConfig
 from sora_jax.train import dit
@@ -32,24 +33,24 @@ class Packed(NamedTuple):
 
 
 def packed(run: DiTRun, network: VAEConfig) -> Packed:
-    """Of many clips of the run's world.
+    """Of many clips of the run's world, each as the loader draws it: with its caption, what of it is known, and dropped tokens.
 
-    A caption counts as its words and two marks: tokenisers are not asked. Tokens are dropped as drop_rate says; how many repeats
-    drop_repeats leaves out is told by pixels, and none are. Raises ConfigError for clips that no row can hold, or
-    so few that there is no batch.
+    A caption counts as its words, signs and two marks: tokenisers are not asked. How many repeats drop_repeats leaves out is told
+    by pixels, and none are. Raises ConfigError for clips that no row can hold, or so few that there is no batch.
     """
     found = run.data.world
     dit.longest_clip(run, network)
-    dropping = dataclasses.replace(run.pack, drop_repeats=0.0)
+    packing = dataclasses.replace(run.pack, drop_repeats=0.0)
+    geometry = pack.Geometry(run.dit.patch, network.stride)
+    tokeniser = loader.Tokeniser(
+        run.loader, packing, geometry, functools.partial(_counted, run.text.max_tokens), run.seed
+    )
     clips = []
     for number in range(SCENES):
         scene = world.sample_scene(found, "train", number)
-        shape = network.latent_shape(scene.num_frames, scene.height, scene.width)
-        tokens = math.prod(pack.grid_shape(shape, run.dit.patch))
-        # What any tokeniser makes of it at least: its words and two marks.
-        words = min(run.text.max_tokens, len(captions.prompt(scene, len(found.sizes) > 1).split()) + 2)
-        clip = _counted(number, tokens, words)
-        clips.append(pack.drop(clip, tokens, dropping, np.random.default_rng(number))[0])
+        nothing = np.zeros((*network.latent_shape(scene.num_frames, scene.height, scene.width)[:3], 0), np.float32)
+        texts = captions.captions(scene, len(found.sizes) > 1)
+        clips.append(tokeniser(latents.Latent(number, nothing, nothing, scene.fps, texts), 0)[0])
     count, rows = pack.Count(), list[Sequence[pack.Tokens]]()
     for start in range(0, len(clips), run.pack.window):
         made, counted = pack.pack_rows(clips[start : start + run.pack.window], run.pack, np.random.default_rng(start))
@@ -79,19 +80,6 @@ def segments(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     return found
 
 
-def _counted(number: int, tokens: int, words: int) -> pack.Tokens:
-    """A clip of so many tokens, without their values."""
-    nothing = np.zeros((tokens, 0), np.float32)
-    return pack.Tokens(
-        mean_NP=nothing,
-        std_NP=nothing,
-        position_N3=nothing,
-        index_N=np.arange(tokens, dtype=np.int32),
-        known_N=np.zeros(tokens, bool),
-        ceiling=1.0,
-        extent_3=np.zeros(3, np.float32),
-        clip=number,
-        draw=0,
-        text_LM=None,
-        text_token_L=np.zeros(words, np.int32),
-    )
+def _counted(most: int, caption: str) -> tuple[None, np.ndarray]:
+    """As many tokens as a caption has words and signs, and two marks."""
+    return None, np.zeros(min(most, len(re.findall(r"\w+|[^\w\s]", caption)) + 2), np.int32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.plan.roofline import PARTS
-from sora_jax.plan.text import asked, bound, kernels, outcome, peaks, size_of, uncounted, unknown
+from sora_jax.plan.text import asked, bound, kernels, outcome, peaks, rate, size_of, uncounted, unknown
 from sora_jax.plan.topology import GIB
 from sora_jax.train import progress
 
@@ -94,7 +94,7 @@ def _time(numbers: Mapping[str, Any]) -> str:
 def _sent(numbers: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{each['kind']}</td><td>{html.escape(each['axes'])}</td><td>{each['count']:,}</td>"
-        f"<td>{size_of(each['bytes'])}</td></tr>"
+        f"<td>{size_of(each['bytes'])}{rate(each)}</td></tr>"
         for each in numbers["collectives"]
     )
     head = "<tr><th>collective</th><th>over</th><th>times</th><th></th></tr>"

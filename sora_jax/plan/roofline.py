@@ -15,13 +15,13 @@ import jax
 from jax.sharding import Mesh
 
 from sora_jax import compute, hlo, sharding
-from sora_jax.config import DiTRun
+from sora_jax.config import ConfigError, DiTRun
 from sora_jax.generate import pipeline
 from sora_jax.models.vae import VAEConfig
 from sora_jax.plan import kernels
 from sora_jax.plan.packing import packed, segments
 from sora_jax.plan.step import Lowered, lower_sampler, lower_step, memory, memory_of_refused, traffic
-from sora_jax.plan.topology import GIB, SOURCE, Chip, Target
+from sora_jax.plan.topology import FRACTION, GIB, SOURCE, Chip, Target
 from sora_jax.train import dit
 
 # What large matrix products reach of the peak at best in practice, for the low end of a prediction.
@@ -41,7 +41,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
     mesh, platform = sharding.make_mesh(run.mesh, where.devices), where.devices[0].platform
     kernels.refuse("dit", run.dit, run.pack, mesh, platform)
     packing = packed(run, network)
-    sharding.share(mesh, run.pack.rows)
+    sharding.check(mesh, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.common_heads)
     done = kernels.work(run.dit, run.pack, mesh, platform, (packing.segment_RN, packing.text_segment_RL))
     numbers = _asked(run, where, mesh) | {
         "step": {
@@ -66,6 +66,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
     Text encoder and VAE are not counted. Raises as plan does.
     """
     run, mesh = pipeline.anywhere(run), sharding.make_mesh(run.mesh, where.devices)
+    sharding.check(mesh, heads=run.dit.common_heads)
     tokens, (frames, height, width) = dit.longest_clip(run, network)
     many = 2 * len(where.devices) * max(1, pipeline.BATCH_TOKENS // tokens)
     with jax.set_mesh(mesh):
@@ -126,13 +127,19 @@ def _compiled(
     try:
         program = hlo.Program(made.program.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
+        # A kernel may ask for too much of a chip's small memory (vmem), which says nothing of the step's.
+        said = str(error)
+        if "vmem" in said or ("RESOURCE_EXHAUSTED" not in said and "out of memory" not in said.lower()):
+            raise ConfigError(f"the compiler for {where.name} refuses it: {said.splitlines()[0]}") from error
         numbers["memory"] = memory_of_refused(made, str(error))
         return numbers | {"verdict": {"fits": False, "why": _too_large(numbers, where.chip)}}
     numbers["compile_seconds"] = time.perf_counter() - began
     numbers["memory"] = memory(made, program, run.dit.blocks)
     numbers["collectives"] = traffic(program.collectives(numbers["mesh"]))
+    if where.chip is not None:
+        mesh = sharding.make_mesh(run.mesh, where.devices)
+        for each in numbers["collectives"]:
+            each["bytes_per_second"] = where.rate(mesh, each["axes"])
     numbers["kernels"] = program.kernels()
     if program.unknown_loops:
         numbers["unknown_loops"] = sorted(program.unknown_loops)
@@ -150,7 +157,7 @@ def times(numbers: dict[str, Any], work: dict[str, float], program: hlo.Program,
     """
     compute_s = work["executed_flops"] / numbers["chips"] / chip.flops
     memory_s = (program.memory_traffic() + work["read_again"] / numbers["chips"]) / chip.bandwidth
-    link_s = sum(each["bytes"] for each in numbers["collectives"]) / chip.link
+    link_s = sum(each["bytes"] / each["bytes_per_second"] for each in numbers["collectives"])
     host_s = program.host_traffic() / chip.host
     parts = dict(zip(PARTS, (compute_s, memory_s, link_s, host_s), strict=True))
     return parts | {"whole": [max(parts.values()), max(compute_s / MATMUL_SHARE, memory_s) + link_s + host_s]}
@@ -217,7 +224,7 @@ def verdict(numbers: dict[str, Any], chip: Chip | None, without: Sequence[str]) 
         )
     if chip.usable < share <= MOST_FRACTION:
         fraction = min(MOST_FRACTION, share + 0.05)
-        why.insert(1, f"jax takes {chip.usable:.0%} of it; set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}")
+        why.insert(1, f"jax takes {chip.usable:.0%} of it; set {FRACTION}={fraction:.2f}")
     elif share > chip.usable:
         why = [*_too_large(numbers, chip), *why[1:]]
     return {"fits": share <= chip.usable, "why": why}

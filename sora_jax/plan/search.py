@@ -116,7 +116,7 @@ def rows_like(packing: PackConfig) -> list[PackConfig]:
 
 def _fits(run: DiTRun, shapes: Any, mesh: AbstractMesh) -> bool:
     try:
-        sharding.check(mesh, heads=run.dit.heads)
+        sharding.check(mesh, heads=run.dit.common_heads)
         sharding.parameter_shardings(shapes, mesh)
     except sharding.MeshError:
         return False

@@ -32,7 +32,7 @@ def table(numbers: dict[str, Any]) -> str:
     if "collectives" in numbers:
         lines.append(f"sent by a chip in a {'step' if 'step' in numbers else 'batch'}:")
         lines += [
-            f"  {each['kind']:<18} over {each['axes']:<12} {each['count']:>5} times  {size_of(each['bytes']):>10}"
+            f"  {each['kind']:<18} over {each['axes']:<12} {each['count']:>5} times  {size_of(each['bytes']):>10}{rate(each)}"
             for each in numbers["collectives"]
         ] or ["  nothing"]
     if "seconds" in numbers:
@@ -53,6 +53,11 @@ def table(numbers: dict[str, Any]) -> str:
     verdict = numbers["verdict"]
     lines.append(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {'; '.join(verdict['why'])}")
     return "\n".join(lines)
+
+
+def rate(collective: Mapping[str, Any]) -> str:
+    """At how many bytes a second it goes, where that is known."""
+    return f" at {collective['bytes_per_second'] / 1e9:g} GB/s" if "bytes_per_second" in collective else ""
 
 
 def asked(numbers: Mapping[str, Any]) -> str:
@@ -96,7 +101,7 @@ def peaks(found: Mapping[str, Any]) -> str:
     """The peaks of a chip that times are held against, and who says so."""
     return (
         f"{found['memory']:g} GiB, {found['flops'] / 1e12:g} TFLOP/s in bfloat16, {found['bandwidth'] / 1e12:g} TB/s of memory, "
-        f"{found['link'] / 1e9:g} GB/s along an axis of the interconnect, {found['host'] / 1e9:g} GB/s to the host "
+        f"{found['link'] / 1e9:g} GB/s along an axis of the interconnect, both ways, {found['host'] / 1e9:g} GB/s to the host "
         f"({found['source']})"
     )
 

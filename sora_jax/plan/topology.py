@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from sora_jax.config import ConfigError
 
@@ -44,6 +46,8 @@ CHIPS = {
     "v6e": Chip(31.25, 918e12, 1.64e12, 1.8e11, 1.5e10),
     "h100": Chip(79.14, 989e12, 3.35e12, 4.5e11, 6.4e10, usable=0.75),
 }
+# The environment's word on the share of a GPU's memory that jax takes.
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Several nodes of GPUs are joined by 400 Gb/s a GPU. That all that is sent goes through there is the cautious assumption.
 BETWEEN_NODES = 5.0e10
 # What the compiler asks of a GPU, as an XLA GpuTargetConfigProto: NVIDIA's CUDA programming guide, compute capability 9.0.
@@ -64,16 +68,39 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 # Of the tori that chips are joined in.
 AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+# Chips of an axis that is closed to a ring: a whole pod's side where they are joined along two axes, cubes along three.
+RING, CUBE = 16, 4
 WORKER = {"v4": "v4-8", "v5e": "v5litepod-8", "v5p": "v5p-8", "v6e": "v6e-8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for. chip is None for simulated CPU devices, of which no time is foretold."""
+    """Devices to compile for. chip is None for simulated CPU devices, of which no time is foretold; torus has the chips along each
+    axis that TPUs are joined in."""
 
     name: str
     devices: Sequence[Any]
     chip: Chip | None
+    torus: tuple[int, ...] = ()
+
+    def rate(self, mesh: Mesh, axes: str) -> float:
+        """Bytes/s that a chip sends in a collective over mesh axes, 'data+fsdp' (How to Scale Your Model, chapter 2).
+
+        What goes along several axes of the torus goes along all at once. Along an axis that is no ring, or a part of one, it goes
+        one way, at half of Chip.link.
+        """
+        assert self.chip is not None
+        group = tuple(slice(None) if name in axes.split("+") else 0 for name in mesh.axis_names)
+        if not self.torus:
+            return self.chip.link
+        places = np.array([device.coords[: len(self.torus)] for device in mesh.devices[group].flat])
+        cubes = all(side % CUBE == 0 for side in self.torus)
+        ways = 0
+        for place, side in zip(places.T, self.torus, strict=True):
+            met = len(set(place.tolist()))
+            ring = met == side and (cubes if len(self.torus) == 3 else side % RING == 0)
+            ways += 0 if met == 1 else 2 if ring else 1
+        return max(1, ways) * self.chip.link / 2
 
 
 def target(name: str) -> Target:
@@ -111,7 +138,8 @@ def _tpus(name: str, kind: str) -> Target:
     more: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if name.partition(":")[2] == "1x1":
         more["chips_per_host_bounds"] = [1, 1, 1]  # a machine with one chip, which libtpu takes for one of four
-    return Target(name, _described(name, "libtpu", "tpu", topology_name=name, platform="tpu", **more), CHIPS[kind])
+    devices = _described(name, "libtpu", "tpu", topology_name=name, platform="tpu", **more)
+    return Target(name, devices, CHIPS[kind], tuple(map(int, name.partition(":")[2].split("x"))))
 
 
 def _gpus(name: str, shape: str) -> Target:
@@ -127,6 +155,11 @@ def _gpus(name: str, shape: str) -> Target:
     layout = f"1x{nodes or 1}x{each}"
     devices = _described(name, "jax_plugins", "cuda12", platform="cuda", target_config=GPU, topology=layout)
     chip = CHIPS["h100"]
+    if said := os.environ.get(FRACTION):
+        try:
+            chip = dataclasses.replace(chip, usable=float(said))
+        except ValueError as error:
+            raise ConfigError(f"{FRACTION} is {said!r}; it must be a share, such as 0.9") from error
     return Target(name, devices, chip if int(nodes or 1) == 1 else dataclasses.replace(chip, link=BETWEEN_NODES))
 
 

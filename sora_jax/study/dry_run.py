@@ -124,7 +124,7 @@ def _dit_plan(name: str, stage: DiTRun, vaes: dict[str, Any], study: StudyRun, m
         raise ConfigError(f"stage {name}: {error}") from error
     tokens = run.loop.steps * run.pack.rows * run.pack.row_tokens
     shapes = abstract(dit_model.DiT, run.dit)
-    _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.heads)
+    _check_mesh(name, mesh, shapes, rows=run.pack.rows, tokens=run.pack.row_tokens, heads=run.dit.common_heads)
     flops = compute.dit_step(run.dit, run.pack).total * run.loop.steps
     follows = stage.compute.along == "frontier" and stage.compute.multiplier != 1 and "isoflop" in study.groups
     besides = optimizer_flops(run, shapes)

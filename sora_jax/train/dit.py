@@ -163,6 +163,7 @@ class DiTTask(OnLatents):
     def __init__(self, run: DiTRun, encoded: Path) -> None:
         run = resolve(run)
         super().__init__(run, encoded, "dit", compute.dit_step(run.dit, run.pack).total, Objective(run))
+        self.sizes["heads"] = run.dit.common_heads
         longest_clip(run, self.vae_config)  # refused before all clips are encoded
 
     # Data ------------------------------------------------------------------------------------------------------------
