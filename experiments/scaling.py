@@ -3,7 +3,7 @@
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling
 sora-jax study --config=experiments/scaling.py --workdir=runs/scaling --dry_run
 sora-jax study --config=experiments/scaling.py:seeds --workdir=runs/scaling
-sora-jax study --config=experiments/scaling.py:ladder --workdir=runs/scaling
+sora-jax study --config=experiments/scaling.py:ladder --workdir=runs/ladder
 sora-jax study --config=experiments/scaling.py:models --workdir=runs/models
 sora-jax study --config=experiments/scaling.py:rates --workdir=runs/rates
 sora-jax study --config=experiments/scaling.py:all --workdir=runs/scaling
@@ -19,7 +19,7 @@ SIZES = ((24, 1, 1), (36, 2, 2), (48, 2, 2), (60, 3, 3), (72, 3, 3), (84, 4, 3),
 SWEPT = {0.5: SIZES[:4], 1: SIZES[1:5], 2: SIZES[2:6], 4: SIZES[2:]}
 # The models whose Frechet distances are compared.
 MODELS = ((48, 2, 1), (72, 3, 2), (96, 4, 2))
-# Patches and, for each, tokens, slots and text tokens of a row: every patch has the same clips in a step.
+# Patches and, for each, tokens, slots and text tokens of a row: every patch has about the same clips in a step.
 PATCHES = (((1, 1, 1), (144, 9, 80)), ((1, 1, 2), (72, 6, 56)), ((1, 2, 2), (36, 4, 40)))
 MODEL_STEPS = 2000
 # Seeds of the ladder in 'seeds', and of every rate in 'rates'.

@@ -116,16 +116,19 @@ def measure(arguments: argparse.Namespace, shape: str) -> dict[str, dict[str, fl
 def table(shape: str, results: dict[str, dict[str, float]]) -> str:
     rows, tokens = map(int, shape.split("x"))
     useful, dense = flops(rows, tokens)
-    slowest = results.get("torch f32", next(iter(results.values())))["seconds"]
+    peers = [name for name in results if name.startswith("torch")]
     lines = [
         f"{shape} tokens, {CLIPS} clips a row; a step is {useful / 1e9:.0f} GFLOP within clips, {dense / 1e9:.0f} dense",
-        f"{'':>12}{'s a step':>10}{'tokens/s':>10}{'x torch f32':>13}{'GFLOP/s':>9}{'matmul':>9}{'share':>8}{'first loss':>12}",
+        f"{'':>12}{'s a step':>10}{'tokens/s':>10}"
+        + "".join(f"{f'x {name}':>14}" for name in peers)
+        + f"{'GFLOP/s':>9}{'matmul':>9}{'share':>8}{'first loss':>12}",
     ]
     for name, each in results.items():
         speed = useful / each["seconds"]
         lines.append(
-            f"{name:>12}{each['seconds']:>10.3f}{rows * tokens / each['seconds']:>10.0f}{slowest / each['seconds']:>13.2f}"
-            f"{speed / 1e9:>9.1f}{each['matmul'] / 1e9:>9.1f}{speed / each['matmul']:>8.1%}{each['loss']:>12.5f}"
+            f"{name:>12}{each['seconds']:>10.3f}{rows * tokens / each['seconds']:>10.0f}"
+            + "".join(f"{results[peer]['seconds'] / each['seconds']:>14.2f}" for peer in peers)
+            + f"{speed / 1e9:>9.1f}{each['matmul'] / 1e9:>9.1f}{speed / each['matmul']:>8.1%}{each['loss']:>12.5f}"
         )
     return "\n".join(lines)
 

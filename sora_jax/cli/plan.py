@@ -26,7 +26,8 @@ def add_plan(verbs: Any) -> None:
         plan,
         "tell what a run needs on hardware that is not there",
         "Compile the real training step of a diffusion transformer, or its sampler, for a topology, on any machine, and tell\n"
-        "its memory, collectives, time by a roofline, and what the whole run takes. TPUs need libtpu: pip install -e '.[tpu]'.",
+        "its memory, collectives, time by a roofline, and what the whole run takes. TPUs need libtpu, pip install -e '.[tpu]',\n"
+        "and GPUs CUDA's compiler, '.[cuda12]'.",
         """examples:
   sora-jax plan --config=experiments/dit.py:7b --topology=v5p:4x4x8 --vae=experiments/vae.py:video
   sora-jax plan --config=experiments/dit.py:0.7b --topology=v5e:2x4 --vae=experiments/vae.py:video --search=6

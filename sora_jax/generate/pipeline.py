@@ -36,7 +36,7 @@ from sora_jax.nn.layers import abstract, parameters
 from sora_jax.structs import Layout, PackedBatch
 from sora_jax.text.captions import CaptionText
 
-# The root of sampling noise: with it and a request's seed, its noise is the same in every model and every packing.
+# The root of sampling noise: with it and a request's seed, its noise is the same in every packing and every model, of one patch.
 NOISE_KEY = 0
 # Rows are as long as the longest clip needs, in steps of this, so that few lengths compile.
 ROW_STEP = 32

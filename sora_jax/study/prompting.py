@@ -1,7 +1,7 @@
 """What each way of prompting reaches: a trained DiT, prompted with real held-out clips, judged from the pixels of its videos.
 
-Every mode is an order, laid out and sampled as a user's is. Shares are of videos; what real clips or naive ways reach stands
-beside them as ceiling and floor.
+Every mode with something given is an order, laid out and sampled as a user's is. Shares are of videos; what real clips or naive
+ways reach stands beside them as ceiling and floor.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,7 +162,12 @@ class DiTTask(OnLatents):
     run: DiTRun
 
     def __init__(self, run: DiTRun, encoded: Path) -> None:
-        run = resolve(run)
+        asked, run = run, resolve(run)
+        if asked.compute.budget and asked.loop.steps not in (1, run.loop.steps):
+            logging.warning(
+                "compute.budget buys %d steps, and loop.steps=%d counts for nothing; set compute.budget=0 to train so many",
+                run.loop.steps, asked.loop.steps,
+            )  # fmt: skip
         super().__init__(run, encoded, "dit", compute.dit_step(run.dit, run.pack).total, Objective(run))
         self.sizes["heads"] = run.dit.common_heads
         longest_clip(run, self.vae_config)  # refused before all clips are encoded

@@ -31,10 +31,11 @@ on_all "python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))'
   sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y python3.12 python3.12-venv; }"
 on_all "git clone --depth=1 $repository sora_jax && cd sora_jax && tools/install tpu"
 # Every worker runs the same command; they find each other by the TPU's own metadata. One that lost another (75) or was killed (137,
-# 143) begins again from the newest checkpoint; 1 and 2 are of the run itself, 130 of a Ctrl-C.
+# 143) begins again from the newest checkpoint; 1 and 2 are of the run itself, 126 and 127 of a program that is
+# not there, 130 of a Ctrl-C.
 on_all "cd sora_jax && restarts=0
 until .venv/bin/sora-jax train --distributed --config=$config --workdir=$workdir$more; do
   code=\$? restarts=\$((restarts + 1))
-  { [ \$code -ge 75 ] && [ \$code -ne 130 ]; } || exit \$code
+  { { [ \$code -eq 75 ] || [ \$code -ge 128 ]; } && [ \$code -ne 130 ]; } || exit \$code
   [ \$restarts -le $most_restarts ] || { echo restarted $most_restarts times, ended with code \$code: not again >&2; exit \$code; }
 done"
