@@ -487,6 +487,13 @@ def test_what_the_model_does_not_see_of_what_is_given_is_told(clip, tmp_path):
         Image.fromarray(np.where(white, 255, 0).astype(np.uint8)).save(tmp_path / "mask.png")
         assert len(told(inpaint=clip(5), mask=str(tmp_path / "mask.png"))) == lines
         assert told(edit=clip(5), mask=str(tmp_path / "mask.png")) == []  # which begins from all that was there
+        assert len(told(edit=clip(5), mask=str(tmp_path / "mask.png"), strength=1)) == lines
+    # Of a frame in a letterbox what shares a cell with the rest.
+    wide = clip(5, height=16, width=64, name="wide.mp4")
+    assert told(extend=wide, frames=4, height=16, width=64) == []
+    for fitted in (told(extend=wide, frames=4, fit="letterbox"), told(loop=wide, frames=4, fit="letterbox")):
+        assert fitted and fitted[0].startswith("100 %")
+    assert told(interpolate=clip(5)) == [] and told(interpolate=clip(5), strength=1)
 
 
 def test_what_is_made_at_once_is_a_window(clip):
@@ -523,6 +530,30 @@ def test_draft_is_enlarged_under_what_is_given_and_has_its_seed(tmp_path):
     np.testing.assert_array_equal(video[0], round_trip(image))
     with pytest.raises(RequestError, match=r"draft 0\.9 of 16x16 is no smaller size in steps of 8x8"):
         prepare(prompt="a", draft=0.9)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "small"),
+    [((48, 32), 0.6, (24, 16)), ((48, 32), 0.5, (24, 16)), ((32, 64), 0.3, (8, 16)), ((64, 64), 0.66, (40, 40))],
+)
+def test_a_draft_has_the_aspect_of_the_whole_where_it_can(size, share, small):
+    job = prepare(prompt="a", height=size[0], width=size[1], draft=share)
+    assert job.draft.frames_THWC.shape[1:3] == small
+    assert f"a draft of {small[0]}x{small[1]} is made first" in job.told
+
+
+def test_a_draft_that_is_stretched_says_so():
+    (line,) = [line for line in prepare(prompt="a", height=40, width=24, draft=0.5).told if "draft" in line]
+    assert line == "a draft of 24x16 is made first and stretched by 11% to 40x24"
+
+
+def test_what_says_nothing_of_what_is_asked_for_is_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(RequestError, match=r"start and end are for videos, but .* is an image; leave them out"):
+        prepare(edit=str(tmp_path / "a.png"), prompt="b", end=1.0)
+    of_two = GRID._replace(patch=(2, 1, 1))
+    with pytest.raises(RequestError, match="so all frames are made at once; leave window out"):
+        layouts.prepare(Order(prompt="a", frames=13, window=9), DEFAULTS, of_two)
 
 
 def test_a_model_of_one_frame_after_the_other_is_asked_so(clip):

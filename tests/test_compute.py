@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import captioner as captioner_experiment
+import dit as dit_experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +237,14 @@ def test_what_grows_is_what_was_asked_for():
         base.loop.steps < frontier.loop.steps < steps.loop.steps
         and base.dit.width < frontier.dit.width < model.dit.width
     )
+
+
+def test_the_largest_models_grow_too():
+    """What would be beyond any machine is not among what they may become."""
+    base = config.from_config_dict(dit_experiment.get_config("XL/2"))
+    more = dataclasses.replace(base, compute=dataclasses.replace(base.compute, multiplier=32.0, along="model"))
+    grown = compute.scaled(more)
+    assert cost(grown) == pytest.approx(32 * cost(base), rel=0.01) and grown.dit.width > 2 * base.dit.width
 
 
 def test_a_budget_is_an_amount_of_flops():

@@ -9,6 +9,7 @@ import quickstart
 import scaling as scaling_experiment
 
 from sora_jax import compute, config, sharding
+from sora_jax.data import masks
 from sora_jax.study import dry_run
 
 
@@ -65,6 +66,10 @@ def test_what_cannot_work_is_refused(study):
         "its VAE has 24": {"dit": dataclasses.replace(dit.dit, channels=8)},
         "neither a stage nor a checkpoint": {"vae_checkpoint": "nowhere"},
         r"raise pack\.row_tokens": {"pack": dataclasses.replace(dit.pack, row_tokens=64)},
+        r"raise pack\.row_slots": {
+            "pack": dataclasses.replace(dit.pack, row_slots=1),
+            "loader": dataclasses.replace(dit.loader, known=masks.KnownConfig(first_frame=0.1)),
+        },
         "not a multiple of the patch": {"dit": dataclasses.replace(dit.dit, patch=(1, 4, 4))},
         r"raise compute\.budget": {"compute": dataclasses.replace(dit.compute, budget=1e8)},
     }
@@ -73,6 +78,8 @@ def test_what_cannot_work_is_refused(study):
             plan(with_dit(study, **changes))
     with pytest.raises(config.ConfigError, match="put vae before it in order"):
         plan(dataclasses.replace(study, order=("dit", "vae")))
+    with pytest.raises(ValueError, match="judged on what is held out; set it above 0"):
+        dataclasses.replace(dit.data, world=dataclasses.replace(dit.data.world, holdout_fraction=0.0))
 
 
 def test_a_frontier_is_found_before_it_is_followed(study):

@@ -257,6 +257,15 @@ def test_evaluation_batches_hold_every_clip_once(store):
     assert sorted(seen) == list(range(CLIPS))
 
 
+def test_an_evaluation_leaves_no_clip_out(store):
+    few = dataclasses.replace(PACKING, row_text=1)
+    tokeniser = loader.Tokeniser(loader.LoaderConfig(0, 0), few, GEOMETRY, text, 0)
+    with pytest.raises(
+        loader.LoaderError, match=r"fit no row of 40 tokens and 1 of text.* raise pack\.row_tokens or pack"
+    ):
+        next(loader.fixed_batches(store, tokeniser, 6))
+
+
 def test_nothing_that_fits_is_an_error(store):
     tokeniser = loader.Tokeniser(PLAIN, dataclasses.replace(PACKING, row_tokens=2), GEOMETRY, text, 0)
     with pytest.raises(loader.LoaderError, match=r"raise pack\.row_tokens"):

@@ -356,6 +356,8 @@ def test_train_fits_the_task_of_the_config_in_the_workdir(tiny, tmp_path, capsys
     assert folder == workdir and workdir.is_dir()
     assert (options.profile, options.hang_seconds) == ((1, 2), 7.0)
     assert capsys.readouterr().out == f"trained: {workdir}\n"
+    late = [f"--config={tiny}:vae", f"--workdir={tmp_path}", "--profile=100:101"]
+    assert "begins after the run's last step" in refusal(capsys, "train", *late)
 
 
 @pytest.fixture
@@ -673,8 +675,20 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
         assert main.run(["sample", *flags, *plain]) == 0
         (tmp_path / "big-draft.mp4").touch()
         told_of = refusal(capsys, "sample", *flags, *plain[:-1], "--draft=0.5", f"--out={tmp_path / 'big.mp4'}")
-        assert "big-draft.mp4 would be replaced by a draft" in told_of and "big-draft.json says how" in told_of
-        del made["big-draft"]
+        assert "big-draft.mp4 would be replaced" in told_of and "big-draft.json says how" in told_of
+        # And so may any other that a manifest tells of.
+        several = ["--height=16", "--width=16", "--frames=5", "--samples=2", f"--out={tmp_path / 'two.mp4'}"]
+        assert main.run(["sample", *flags, *several]) == 0
+        (tmp_path / "two-1.mp4").touch()
+        told_of = refusal(capsys, "sample", *flags, *plain[:-1], f"--out={tmp_path / 'two-1.mp4'}")
+        assert "two-1.mp4 would be replaced" in told_of and "two.json says how" in told_of
+        (tmp_path / "two.json").write_text('{"sora_jax_sample": "')
+        assert "two.json would be replaced, but what it tells of is unclear" in refusal(
+            capsys, "sample", *flags, *several
+        )
+        assert "give --scale=1024 or less" in refusal(capsys, "sample", *flags, *plain, "--scale=1025")
+        for name in ("big-draft", "two-0", "two-1"):
+            del made[name]
         here = str(tmp_path / "clip.gif")
         assert "is an input, which the output would replace" in refusal(
             capsys, "sample", *flags, f"--extend={here}", "--frames=4", f"--out={here}"

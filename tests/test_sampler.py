@@ -117,8 +117,11 @@ def test_larger_clips_stay_longer_in_noise():
         {"guidance_rescale": 2.0},
         {"known_guidance": -1.0},
         {"base_tokens": -1},
+        *({name: value} for name in ("guidance", "guidance_going_on", "shift") for value in (np.nan, np.inf)),
     ],
 )
 def test_bad_settings_are_refused(bad):
-    with pytest.raises(ValueError, match="sampler"):
+    """By name: what is no number would make no video, and no manifest that can be read."""
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"sampler.*{name}"):
         config(**bad)

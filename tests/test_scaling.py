@@ -111,6 +111,10 @@ def test_the_curves_are_one_picture_too(runs):
     # White ground, and what is drawn is in colour.
     assert (both[0, 0, :3] == 255).all() and (np.ptp(both[..., :3].astype(int), axis=-1) > 60).any()
     assert curves.png(plots) == curves.png(plots)
+    # Runs of another kind are no points of a law.
+    other = {"rate": runs["x1"] | {"flops": 1.0, "val_loss": 9.0}}
+    law, with_others = plots[1:], scaling_curves.plots(runs | other, found | {"groups": {"rates": ["rate"]}})[1:]
+    assert curves.png(law) == curves.png(with_others)
 
 
 def test_why_there_is_no_law_is_said(runs):

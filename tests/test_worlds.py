@@ -245,6 +245,7 @@ def test_weights_of_sizes_are_for_training_alone():
         ({"motions": ("left", "right"), "holdout_fraction": 0.0}, "still"),
         ({"frame_sizes": ((16, 16),)}, "32"),
         ({"frame_count_weights": (1.0,)}, "frame_count_weights"),
+        ({"frame_counts": (1, 9), "frame_count_weights": (1.0, 0.0)}, "leave a count of no weight out"),
         ({"frame_size_weights": (0.0, 0.0, 0.0)}, "not all zero"),
         ({"holdout_fraction": 0.01}, "raise it to"),
         ({"two_things_fraction": 1.5}, "two_things_fraction"),
