@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from sora_jax import checkpoint, compute, config, sharding
+from sora_jax.data import loader, masks
 from sora_jax.data.worlds import clips
 from sora_jax.diffusion import flow
 from sora_jax.generate import pipeline
@@ -293,6 +294,25 @@ def test_known_tokens_and_padding_have_no_loss(trained_dit, trained_vae):
     _, metrics = task.loss(state.params, state.rest, batch, jax.random.key(0))
     known = np.take_along_axis(batch.ceiling_BS == 0, batch.layout.slot_BN, 1) & (batch.layout.segment_BN > 0)
     assert metrics["weight"] == (batch.layout.segment_BN > 0).sum() - known.sum()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_evaluated_is_what_a_model_makes(trained_dit, trained_vae, monkeypatch, alone):
+    """Whole clips from nothing, whatever it was given in training; only a model of the next frame alone has those before it."""
+    workdir, state = trained_dit
+    run = tiny.dit_run(trained_vae[0])
+    known = masks.KnownConfig(next_frame=1.0) if alone else masks.KnownConfig(first_frames=0.5)
+    task = dit.DiTTask(dataclasses.replace(run, loader=dataclasses.replace(run.loader, known=known)), workdir)
+    seen = []
+
+    def fixed(*arguments, batches=loader.fixed_batches):
+        for batch, count in batches(*arguments):
+            seen.append((batch.ceiling_BS == 0) & (batch.layout.slot_segment_BS > 0))
+            yield batch, count
+
+    monkeypatch.setattr(loader, "fixed_batches", fixed)
+    assert task.evaluate(state)["val_loss"] > 0
+    assert np.any(seen) == alone
 
 
 def test_noise_on_what_is_known_reaches_nothing_else(trained_dit, trained_vae, monkeypatch):

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from sora_jax import compute, config, processes, sharding
 from sora_jax.config import DiTRun
-from sora_jax.data import latents, loader, pack
+from sora_jax.data import latents, loader, masks, pack
 from sora_jax.data.worlds import captions, world
 from sora_jax.diffusion import flow
 from sora_jax.evaluate import validation
@@ -229,8 +229,10 @@ class DiTTask(OnLatents):
         return jax.jit(one)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Flow loss of the averaged weights on held-out clips: fixed noise, stratified times, prompts always given."""
-        plain = loader.LoaderConfig(long_captions=0.0, caption_dropout=0.0)
+        """Flow loss of the averaged weights on held-out clips: fixed noise, stratified times, prompts always given, and of a model
+        of the next frame alone, all before that frame."""
+        next_frame = float(self.run.loader.known.next_frame == 1)
+        plain = loader.LoaderConfig(0.0, 0.0, known=masks.KnownConfig(next_frame=next_frame))
         packing = dataclasses.replace(self.run.pack, drop_rate=0.0, drop_repeats=0.0)
         store, (st, sh, sw) = self.stores["heldout"], self.vae_config.stride
         shapes = dict(zip(store.ids.tolist(), store.shapes.tolist(), strict=True))
