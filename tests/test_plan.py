@@ -305,6 +305,22 @@ def test_what_a_chip_sends_goes_along_the_axes_of_its_torus(torus, sizes, rates)
     assert dataclasses.replace(where, torus=()).rate(mesh, "fsdp") == 2
 
 
+def test_who_sends_past_others_shares_links_with_them():
+    chip = dataclasses.replace(topology.CHIPS["v5e"], link=2.0)
+
+    def rates(torus, *rows):
+        devices = np.empty((len(rows), len(rows[0])), object)
+        devices[:] = [[At(place) for place in row] for row in rows]
+        where = topology.Target("any", devices.ravel().tolist(), chip, torus)
+        return tuple(where.rate(jax.sharding.Mesh(devices, ("data", "fsdp")), axis) for axis in ("data", "fsdp"))
+
+    # Two squares, each a ring, and of each chip of one its opposite in the other.
+    squares = [(0, 0), (1, 0), (0, 1), (1, 1)], [(1, 3), (0, 3), (1, 2), (0, 2)]
+    assert rates((2, 4), *squares) == (1 / 3, 2)
+    # Every fourth of a ring of eight, and four of it in a row.
+    assert rates((8, 4, 4), *([(x, 0, 0), (x + 4, 0, 0)] for x in range(4))) == (1, 1 / 2)
+
+
 def test_the_environment_says_how_much_of_a_gpu_is_taken(monkeypatch):
     monkeypatch.setattr(topology, "_described", lambda *a, **b: [])
     assert topology.target("h100:1x8").chip.usable == 0.75

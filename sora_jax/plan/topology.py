@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -86,21 +87,30 @@ class Target:
     def rate(self, mesh: Mesh, axes: str) -> float:
         """Bytes/s that a chip sends in a collective over mesh axes, 'data+fsdp' (How to Scale Your Model, chapter 2).
 
-        What goes along several axes of the torus goes along all at once. Along an axis that is no ring, or a part of one, it goes
-        one way, at half of Chip.link.
+        What goes along several axes of the torus goes along all at once, if its chips are all of a box; otherwise it is as slow as
+        along the slowest.
         """
         assert self.chip is not None
-        group = tuple(slice(None) if name in axes.split("+") else 0 for name in mesh.axis_names)
         if not self.torus:
             return self.chip.link
+        group = tuple(slice(None) if name in axes.split("+") else 0 for name in mesh.axis_names)
         places = np.array([device.coords[: len(self.torus)] for device in mesh.devices[group].flat])
         cubes = all(side % CUBE == 0 for side in self.torus)
-        ways = 0
-        for place, side in zip(places.T, self.torus, strict=True):
-            met = len(set(place.tolist()))
-            ring = met == side and (cubes if len(self.torus) == 3 else side % RING == 0)
-            ways += 0 if met == 1 else 2 if ring else 1
-        return max(1, ways) * self.chip.link / 2
+        sides = [sorted(set(along.tolist())) for along in places.T]
+        ways = [
+            _ways(side, count, cubes if len(self.torus) == 3 else count % RING == 0)
+            for side, count in zip(sides, self.torus, strict=True)
+            if len(side) > 1
+        ]
+        box = len(places) == math.prod(map(len, sides))
+        return (sum(ways) if box else min(ways)) * self.chip.link / 2 if ways else self.chip.link
+
+
+def _ways(places: Sequence[int], count: int, ring: bool) -> float:
+    """In how many directions at once chips at these places of `count` in a row, or on a ring, send to each other, where as many
+    share a link as there are others between them."""
+    stride = max(after - before for before, after in itertools.pairwise(places))
+    return (2 if ring and stride * len(places) == count else 1) / stride
 
 
 def target(name: str) -> Target:
