@@ -18,7 +18,7 @@ SIZES = {
 # What clusters are planned for: width, blocks, heads; rows and tokens of a row; the mesh, of a v5e:2x4, a
 # v5p:4x4x8 and a v5p:8x8x16.
 CLUSTERS = {
-    "0.7b": ((1536, 14, 12), (8, 16384), (2, 4, 1, 1)),
+    "0.7b": ((1536, 14, 12), (8, 20480), (2, 4, 1, 1)),
     "7b": ((3584, 25, 28), (128, 40960), (8, 16, 1, 1)),
     "30b": ((6144, 36, 48), (256, 65536), (8, 32, 1, 4)),
 }
@@ -76,8 +76,8 @@ def cluster(size: tuple[int, ...], rows: tuple[int, int], mesh: tuple[int, ...])
     run = parts.dit_run(parts.full_world(), steps=200_000, vae_checkpoint="runs/vae-video")
     world = run.data.world
     world.frame_sizes = ((256, 256), (256, 448), (448, 256), (512, 512), (480, 832), (832, 480), (768, 768))
-    world.frame_counts, world.fps = (1, 17, 33, 65) if rows[1] > 16384 else (1, 17, 33), (8.0, 16.0)
-    if rows[1] <= 16384:
+    world.frame_counts, world.fps = (1, 17, 33, 65) if rows[1] > 20480 else (1, 17, 33), (8.0, 16.0)
+    if rows[1] <= 20480:
         world.frame_sizes = world.frame_sizes[:4]
     run.data.train_clips, run.data.heldout_clips = 10_000_000, 2048
     run.dit.width, run.dit.blocks, run.dit.heads = size

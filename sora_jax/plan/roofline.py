@@ -51,7 +51,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
             "flops": compute.dit_step(run.dit, run.pack).total,
             "executed_flops": compute.dit_step(run.dit, run.pack, done.pairs, done.text_pairs).executed
             + done.more_flops,
-            "useful_flops": compute.dit_step(run.dit, run.pack, packing.pairs, packing.text_pairs).total,
+            "useful_flops": compute.dit_step(run.dit, run.pack, packing.pairs, packing.text_pairs).useful,
             "read_again": done.read_again,
         },
         "packing": {"fill": packing.fill, "clips_per_step": packing.clips_per_step},
@@ -165,7 +165,7 @@ def times(numbers: dict[str, Any], work: dict[str, float], program: hlo.Program,
 
 def mfu(numbers: dict[str, Any], work: dict[str, float], seconds: Sequence[float], chip: Chip) -> list[float]:
     """Model FLOPs by peak FLOPs of the slow and of the fast end. Attention between clips of a row is of no use and none of them,
-    whether it is computed or not; nor is recomputation."""
+    whether it is computed or not; nor are recomputation and products that only move numbers."""
     return [work["useful_flops"] / numbers["chips"] / chip.flops / each for each in reversed(seconds)]
 
 

@@ -98,8 +98,8 @@ def encoding_flops(workdir: Path, study: StudyRun) -> float:
 
 
 def run_numbers(directory: Path) -> dict[str, Any]:
-    """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips;
-    optimizer_flops come on top."""
+    """What a trained DiT is, cost and reached. flops is its own training, useful_flops without attention between clips
+    and products that only move numbers; optimizer_flops come on top."""
     meta = checkpoint.read_meta(directory)
     run = pipeline.load_run(directory)
     steps, packing = run.loop.steps, packing_totals(directory)
@@ -120,7 +120,7 @@ def run_numbers(directory: Path) -> dict[str, Any]:
             "flops": steps * step.total,
             "optimizer_flops": dry_run.optimizer_flops(run, model),
             "flops_by_part": {part: steps * flops for part, flops in step.by_part().items()},
-            "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).total,
+            "useful_flops": steps * compute.dit_step(run.dit, run.pack, **pairs).useful,
             "fill": packing["fill"],
         }
         | parameters(directory)
