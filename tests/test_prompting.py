@@ -50,9 +50,10 @@ class Oracle(pipeline.Pipeline):
         self.answer = answer
         found, videos = getattr(self.judge, mode)()
         assert len(videos) == (COUNT // 2 if mode == "long" else COUNT)
-        # What the page shows of it has a margin.
+        # What the page shows of it has a margin, and what was made of a whole video that one to its left.
+        beside = 2 if mode.startswith("edit") or mode == "interpolate" else 1
         assert [video.marked().frames_THWC.shape[1:] for video in videos] == [
-            (video.frames_THWC.shape[1] + 4, video.frames_THWC.shape[2] + 4, 3) for video in videos
+            (video.frames_THWC.shape[1] + 4, beside * (video.frames_THWC.shape[2] + 4), 3) for video in videos
         ]
         return found
 
@@ -309,6 +310,11 @@ def test_what_was_given_has_a_green_margin():
     green, grey = ((marked == colour).all(-1) for colour in (prompting.GIVEN, prompting.MADE))
     assert green[0].sum() == green[1].sum() + grey[1].sum() == 12 * 12 - 8 * 8 and not grey[0].any()
     assert green[1, :2, :6].all() and grey[1, :2, 6:].all() and not marked[:, 2:-2, 2:-2].any()
+    # What was there stands to the left, given in whole.
+    source_THWC = np.full((2, 8, 8, 3), 7, np.uint8)
+    edited = prompting.Made(np.zeros((2, 8, 8, 3), np.uint8), 5.0, "", 0, source_THWC=source_THWC).marked().frames_THWC
+    assert (edited[:, 2:10, 2:10] == 7).all() and (edited[:, :, 10:12] == prompting.GIVEN).all()
+    assert (edited[:, :, 12:14] == prompting.MADE).all() and not edited[:, 2:10, 14:-2].any()
 
 
 def test_the_other_modes_are_laid_out_and_read(oracle):

@@ -47,18 +47,28 @@ SCENES_A_SEED = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Made(report.Video):
-    """A video with what of it was given, None is nothing; clips are frames that were given in whole, and where they begin."""
+    """A video with what of it was given, None is nothing; clips are frames that were given in whole, and where they begin; source
+    is the video that it was made of, from some noise."""
 
     given_THW: np.ndarray | None = None
     clips: tuple[tuple[int, np.ndarray], ...] = ()
+    source_THWC: np.ndarray | None = None
 
     def marked(self) -> report.Video:
-        """With a margin that is green beside what was given."""
+        """With a margin that is green beside what was given, and behind its source."""
         given_THW = np.zeros(self.frames_THWC.shape[:3], bool) if self.given_THW is None else self.given_THW
-        edges = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
-        frames_THWC = np.where(np.pad(given_THW, edges, mode="edge")[..., None], GIVEN, MADE).astype(np.uint8)
-        frames_THWC[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = self.frames_THWC
+        frames_THWC = _framed(self.frames_THWC, given_THW)
+        if self.source_THWC is not None:
+            source_THWC = _framed(self.source_THWC, np.ones(self.source_THWC.shape[:3], bool))
+            frames_THWC = np.concatenate([source_THWC, frames_THWC], axis=2)
         return report.Video(frames_THWC, self.fps, self.prompt, self.seed)
+
+
+def _framed(frames_THWC: np.ndarray, given_THW: np.ndarray) -> np.ndarray:
+    edges = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
+    framed_THWC = np.where(np.pad(given_THW, edges, mode="edge")[..., None], GIVEN, MADE).astype(np.uint8)
+    framed_THWC[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = frames_THWC
+    return framed_THWC
 
 
 Mode = tuple[dict[str, float], Sequence[Made]]
@@ -74,7 +84,8 @@ def of(study: StudyRun, workdir: Path, names: Sequence[str]) -> tuple[dict[str, 
 
     found = {name: judgement.once(study, workdir / name, "prompted", judges, judged) for name in names}
     words = (
-        "Prompted with real held-out clips. The margin is green beside what was given, and grey beside what was made."
+        "Prompted with real held-out clips. The margin is green beside what was given, and grey beside what was made; what was "
+        "made of a whole video stands to the right of it."
     )
     shown = [rung for rung in found[names[-1]] if rung.samples]
     numbers = {name: {rung.name: dict(rung.scores) for rung in rungs} for name, rungs in found.items()}
@@ -545,6 +556,7 @@ class Prompting:
                 job.order.seed,
                 given_THW=timeline.given_THW,
                 clips=given,
+                source_THWC=timeline.frames_THWC if timeline.strength < 1 else None,
             )
 
         return [kept(frames_THWC, job) for frames_THWC, job in zip(made, jobs, strict=True)]
