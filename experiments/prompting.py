@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
         stages["dit"].vae_checkpoint = "runs/prompting/vae"
         return stages[arg]
     study = parts.study("Prompting with anything", dict(vae=vae), dict(prompting=dict(dit=stages["dit"])), prompts=96)
-    # Prompts and noise that no setting was chosen by; those of seed 0 were.
+    # Prompts and noise that no setting of sampling was chosen by, but of loops; those of seed 0 were.
     study.seed = 1
     return study
 
