@@ -682,11 +682,12 @@ def test_what_is_given_by_flags_is_the_first_frame_or_the_end(trained, tmp_path,
         (tmp_path / "two-1.mp4").touch()
         told_of = refusal(capsys, "sample", *flags, *plain[:-1], f"--out={tmp_path / 'two-1.mp4'}")
         assert "two-1.mp4 would be replaced" in told_of and "two.json says how" in told_of
-        (tmp_path / "two.json").write_text('{"sora_jax_sample": "')
+        (tmp_path / "two.json").write_text('{\n  "sora_jax_sample": "')
         assert "two.json would be replaced, but what it tells of is unclear" in refusal(
             capsys, "sample", *flags, *several
         )
-        assert "give --scale=1024 or less" in refusal(capsys, "sample", *flags, *plain, "--scale=1025")
+        wide = ["--height=64", "--width=64", "--frames=5", f"--out={tmp_path / 'wide.mp4'}", "--scale=257"]
+        assert "give --scale=256 or less" in refusal(capsys, "sample", *flags, *wide)
         for name in ("big-draft", "two-0", "two-1"):
             del made[name]
         here = str(tmp_path / "clip.gif")

@@ -100,24 +100,25 @@ def train(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.config, arguments.overrides)
     from sora_jax import checkpoint, config, processes, signals
     from sora_jax.data import loader
-    from sora_jax.train import loop, watch
+    from sora_jax.train import dit, loop, watch
 
     if isinstance(run, config.StudyRun):
         name = arguments.config.partition(":")[0]
         raise Failure(
             f"{arguments.config} is a study; use sora-jax study, or train a stage: {_variants(name, run.stages)}"
         )
+    if arguments.profile:
+        with errors_for_users():
+            # Steps may follow from a budget.
+            steps = (dit.resolve(run) if isinstance(run, config.DiTRun) else run).loop.steps
+        if arguments.profile[0] > steps:
+            first, last = arguments.profile
+            raise Failure(f"--profile={first}:{last} begins after the run's last step, {steps}; give steps before it")
     options = watch.Options(arguments.profile, arguments.hang_seconds)
     make_folder(arguments.workdir)
     try:
         with meeting(arguments) as met, contextlib.nullcontext() if met else signals.handled():
             task = _task(run, arguments.workdir)
-            # Only now: steps may follow from a budget.
-            if arguments.profile and arguments.profile[0] > task.run.loop.steps:
-                first, last = arguments.profile
-                raise Failure(
-                    f"--profile={first}:{last} begins after the run's last step, {task.run.loop.steps}; give steps before it"
-                )
             with errors_for_users():
                 loop.fit(task, arguments.workdir, options)
     except (loop.DivergedError, checkpoint.SaveError, loader.LoaderError) as error:
