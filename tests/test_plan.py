@@ -233,6 +233,20 @@ REFUSALS = {  # as TPUs have been seen to say it, and GPUs; and the total beside
 }
 
 
+@pytest.mark.parametrize(
+    "said", ["RESOURCE_EXHAUSTED: memory space vmem. Used 20.5M of 16.0M", "INTERNAL: a bug\nmore"]
+)
+def test_what_a_compiler_refuses_for_another_reason_is_said(network, target, monkeypatch, said):
+    """Of a kernel that wants more of a chip's small memory than there is nothing follows for the large one."""
+
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(config.ConfigError, match=f"refuses it: {re.escape(said.splitlines()[0])}$"):
+        roofline.plan(resolved(), network, target)
+
+
 @pytest.mark.parametrize("message", REFUSALS, ids=("temporaries", "all", "nothing"))
 @pytest.mark.parametrize("what", ["step", "sampler"])
 def test_what_is_too_large_is_a_verdict_with_its_memory_by_kind(network, target, monkeypatch, what, message):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
 import math
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -296,9 +296,12 @@ def _make(arguments: argparse.Namespace) -> None:
         written += [_draft_path(video.path) for video, job in zip(videos, jobs, strict=True) if job.draft is not None]
     if replaced := {path.resolve() for path in written} & {Path(path).resolve() for path in inputs}:
         raise Failure(f"{replaced.pop()} is an input, which the output would replace; choose another name")
-    for path in dict.fromkeys(written):
-        if other := _tells_of(path, told):
-            raise Failure(f"{path} would be replaced, and {other} says how it was made; choose another name")
+    told_of = _told_of(told)
+    for path in written:
+        if path.exists() and path.name in told_of:
+            raise Failure(
+                f"{path} would be replaced, and {told_of[path.name]} says how it was made; choose another name"
+            )
     if told.exists():
         try:
             beside = [told.with_name(name) for name in manifest.read(told).files]
@@ -440,20 +443,22 @@ def _is_sheet(videos: Sequence[Video]) -> bool:
     return len({video.path for video in videos}) < len(videos)
 
 
-def _tells_of(path: Path, but: Path) -> Path | None:
-    """A manifest that names this file beside it, where this command would have put it, other than `but`."""
+def _told_of(but: Path) -> dict[str, Path]:
+    """The names that other manifests in a manifest's folder tell of, each with its manifest."""
     from sora_jax.generate import manifest
 
-    stem = path.stem.removesuffix("-draft")
-    numbered = re.fullmatch(r"(.+)-\d+", stem)
-    names = {path.stem, stem, *([numbered[1]] if numbered else [])}
-    for other in (*(path.with_name(f"{name}.json") for name in sorted(names)), path.with_name("manifest.json")):
-        try:
-            if path.exists() and other != but and other.is_file() and path.name in manifest.read(other).files:
-                return other
-        except ValueError:  # something else
-            continue
-    return None
+    found: dict[str, Path] = {}
+    for other in sorted(but.parent.glob("*.json")):
+        if other != but and _is_manifest(other):
+            with contextlib.suppress(ValueError):  # damaged, and tells of nothing
+                found |= dict.fromkeys(manifest.read(other).files, other)
+    return found
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file begins as a manifest does."""
+    start = b'{\n  "sora_jax_sample"'
+    return path.is_file() and asked.first_bytes(path, len(start)) == start
 
 
 def _draft_path(path: Path) -> Path:
@@ -475,7 +480,6 @@ def _measured(job: Job, frames: np.ndarray) -> str:
 def _manifest_path(out: Path | None, outdir: Path | None) -> Path:
     """Where the manifest goes. Raises Failure if another file is there, such as the config.json of a run."""
     path = out.with_suffix(".json") if out is not None else outdir / "manifest.json"  # type: ignore[operator]
-    start = b'{\n  "sora_jax_sample"'
-    if path.exists() and (not path.is_file() or asked.first_bytes(path, len(start)) != start):
+    if path.exists() and not _is_manifest(path):
         raise Failure(f"{path} is no manifest, which would replace it; choose another name")
     return path

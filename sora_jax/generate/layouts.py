@@ -217,13 +217,9 @@ def prepare(
         shares = (small.width / size.width,) * 2 + (small.height / size.height,) * 2
         shrunk = [round(border * share) for border, share in zip(borders, shares, strict=True)]
         draft, _ = layout(_Scene(order, small, (shrunk[0], shrunk[1], shrunk[2], shrunk[3]), window, grid, limits, []))
-        wider = small.height * size.width / (small.width * size.height)
-        stretched = (
-            ""
-            if math.isclose(wider, 1)
-            else f" and stretched by {abs(math.log(wider)):.0%} to {size.height}x{size.width}"
-        )
-        told.append(f"a draft of {small.height}x{small.width} is made first{stretched}")
+        told.append(f"a draft of {small.height}x{small.width} is made first")
+        if stretched := abs(math.log(small.height * size.width / (small.width * size.height))):
+            told[-1] += f" and stretched by {stretched:.0%} to {size.height}x{size.width}"
     return Job(order, made, tuple(told), grid.stride[0], timeline, draft)
 
 
@@ -250,17 +246,19 @@ def _small_size(size: Size, share: float, grid: Grid) -> Size:
     """About this share of height and width, of an aspect as near to the whole's as there is: what is drafted is not to be
     stretched. Raises RequestError if no smaller size works."""
     units = grid.stride[1] * grid.patch[1], grid.stride[2] * grid.patch[2]
-    heights, widths = (
-        range(unit, pixels + 1, unit) for pixels, unit in zip((size.height, size.width), units, strict=True)
-    )
 
     def distance(sides: tuple[int, int]) -> float:
         down, across = sides[0] / size.height, sides[1] / size.width
         return abs(math.log(down * across / share**2)) / 2 + ASPECT * abs(math.log(down / across))
 
-    smaller = [sides for sides in itertools.product(heights, widths) if sides != (size.height, size.width)]
-    nearest = min(smaller, key=distance, default=None)
-    if nearest is None or distance((size.height, size.width)) <= distance(nearest):
+    whole = size.height, size.width
+    sizes = [whole]
+    for height in range(units[0], size.height + 1, units[0]):
+        # On either side of the whole's aspect.
+        below = height * size.width // size.height // units[1] * units[1]
+        sizes += [(height, width) for width in (below, below + units[1]) if 0 < width <= size.width]
+    nearest = min(sizes, key=distance)
+    if nearest == whole:
         raise RequestError(
             f"draft {share:g} of {size.height}x{size.width} is no smaller size in steps of {units[0]}x{units[1]}; make it smaller"
         )

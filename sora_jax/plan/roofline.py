@@ -57,7 +57,7 @@ def plan(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
         "packing": {"fill": packing.fill, "clips_per_step": packing.clips_per_step},
     }
     without = kernels.missing(run.dit, run.pack, mesh, platform)
-    return _compiled(numbers, lambda: lower_step(run, network, mesh), run, where, foretold, without)
+    return _compiled(numbers, lambda: lower_step(run, network, mesh), run, where, mesh, foretold, without)
 
 
 def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def plan_sampler(run: DiTRun, network: VAEConfig, where: Target) -> dict[str, An
         },
     }
     without = kernels.missing(run.dit, packing, mesh, platform)
-    return _compiled(numbers, lambda: lower_sampler(run, packing, mesh), run, where, foretold_of_sampler, without)
+    return _compiled(numbers, lambda: lower_sampler(run, packing, mesh), run, where, mesh, foretold_of_sampler, without)
 
 
 def _asked(run: DiTRun, where: Target, mesh: Mesh) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def _compiled(
     make: Callable[[], Lowered],
     run: DiTRun,
     where: Target,
+    mesh: Mesh,
     foretell: Foretell,
     without: Sequence[str],
 ) -> dict[str, Any]:
@@ -131,13 +132,12 @@ def _compiled(
         said = str(error)
         if "vmem" in said or ("RESOURCE_EXHAUSTED" not in said and "out of memory" not in said.lower()):
             raise ConfigError(f"the compiler for {where.name} refuses it: {said.splitlines()[0]}") from error
-        numbers["memory"] = memory_of_refused(made, str(error))
+        numbers["memory"] = memory_of_refused(made, said)
         return numbers | {"verdict": {"fits": False, "why": _too_large(numbers, where.chip)}}
     numbers["compile_seconds"] = time.perf_counter() - began
     numbers["memory"] = memory(made, program, run.dit.blocks)
     numbers["collectives"] = traffic(program.collectives(numbers["mesh"]))
     if where.chip is not None:
-        mesh = sharding.make_mesh(run.mesh, where.devices)
         for each in numbers["collectives"]:
             each["bytes_per_second"] = where.rate(mesh, each["axes"])
     numbers["kernels"] = program.kernels()

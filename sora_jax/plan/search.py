@@ -158,6 +158,7 @@ def estimate(run: DiTRun, where: Target) -> float:
     seconds = executed / chips / chip.flops / roofline.MATMUL_SHARE
     # To the host and back, what attention gave not among it.
     hosted = 2 * (KEPT["dots"] - 1) * stream * model.blocks / heads if model.remat == "offload" else 0
+    # All of it along one axis, as if that were a ring: which axes it goes along, the plan says.
     sent = (gathered + reduced + stream * model.blocks * over) / chip.link
     return (seconds + sent + hosted / chip.host) / count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,12 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
     if found.get("law"):
         # Runs of other groups have another patch, or a rate that is not the best.
         others = {name for group in ("models", "rates") for name in groups.get(group, ())}
-        made.append(("loss over compute, with its laws", _law(_without(known, others), found)))
+        made.append(
+            (
+                "loss over compute, with its laws",
+                _law({name: known[name] for name in known if name not in others}, found),
+            )
+        )
     for name, key, of in (
         ("correlation", "frechet", "real clips"),
         ("correlation_latent", "frechet_latent", "real clips through the VAE"),
@@ -38,10 +43,6 @@ def plots(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> li
     if found.get("rates", {}).get("best"):
         made.append(("loss over rate, one line a width", _rates(runs, groups["rates"])))
     return made
-
-
-def _without(runs: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    return {name: run for name, run in runs.items() if name not in names}
 
 
 def _isoflop(runs: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> curves.Plot:
