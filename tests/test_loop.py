@@ -144,6 +144,16 @@ def test_another_config_is_refused(trained_vae):
         loop.fit(vae.VAETask(changed), workdir)
 
 
+def test_steps_that_a_budget_overrules_are_told(trained_vae, tmp_path, caplog):
+    run = tiny.dit_run(trained_vae[0])
+    settings = dataclasses.replace(run.compute, budget=10 * compute.dit_step(dit.resolve(run).dit, run.pack).total)
+    for steps, told in ((7, True), (1, False), (10, False)):
+        caplog.clear()
+        asked = dataclasses.replace(run, loop=dataclasses.replace(run.loop, steps=steps), compute=settings)
+        assert dit.DiTTask(asked, tmp_path).run.loop.steps == 10
+        assert ("compute.budget buys 10 steps, and loop.steps=7 counts for nothing" in caplog.text) == told
+
+
 def test_a_model_that_does_not_divide_over_the_devices_is_told_before_clips_are_encoded(trained_vae, tmp_path):
     run = tiny.dit_run(trained_vae[0])
     six = dataclasses.replace(run.pack, rows=6)

@@ -22,6 +22,7 @@ from weights import needs_mobilenet
 from sora_jax import main
 from sora_jax.evaluate import frechet
 from sora_jax.study import judgement, runner
+from sora_jax.train import loop
 
 LADDER = ("1x", "4x")
 # Runs a tiny study in the work dir that is its argument.
@@ -57,6 +58,15 @@ def done(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("study")
     finish(start(workdir, cache))
     return workdir, json.loads((workdir / "report.json").read_text())
+
+
+def test_a_stage_that_diverged_is_named(tmp_path, monkeypatch):
+    def fit(task, workdir):
+        raise loop.DivergedError("the loss is nan; lower optimizer.rate")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    with pytest.raises(loop.DivergedError, match=r"^stage vae: the loss is nan; lower optimizer\.rate$"):
+        runner.run(tiny.study(), tmp_path, "sora-jax study")
 
 
 def test_every_rung_is_told_with_its_cost(done):
