@@ -197,7 +197,7 @@ def _add_modes(parser: flags.Parser) -> None:
         "--draft",
         type=float,
         metavar="X",
-        help="make the video at this share of its size first, as the seed makes it there, and then in full from it "
+        help="make the video at about this share of its size first, as the seed makes it there, and then in full from it "
         "(default: no draft; one is written to NAME-draft, but beside no sheet)",
     )
     beside.add_argument("--fit", choices=("crop", "letterbox"), help="how inputs come to the size (default: crop)")
