@@ -242,6 +242,9 @@ def test_what_a_compiler_refuses_for_another_reason_is_said(network, target, mon
     def refuse(_):
         raise jax.errors.JaxRuntimeError(said)
 
+    # A copy, which was not compiled before.
+    lower = roofline.lower_step
+    monkeypatch.setattr(roofline, "lower_step", lambda *asked: dataclasses.replace(lower(*asked)))
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(config.ConfigError, match=f"refuses it: {re.escape(said.splitlines()[0])}$"):
         roofline.plan(resolved(), network, target)
