@@ -307,61 +307,48 @@ def test_loop_doubles_no_frame(clip, length, added):
     assert known_latents(last)[-1].all()
 
 
-@pytest.mark.parametrize("frames", [2, 5, 16, 17, 40])
+@pytest.mark.parametrize("frames", [2, 5, 7, 8, 16, 17, 40])
 def test_loop_of_a_prompt_is_made_and_then_led_back(frames):
-    """The bridge sees the first pass's frames behind its end; then all goes round twice, half a group out of step, and then their
-    mean."""
-
-    def model(step):
-        grey = 100 + np.arange(len(step.known.frames_THWC), dtype=np.uint8)
-        return np.broadcast_to(grey[:, None, None, None], step.known.frames_THWC.shape)
-
+    """The bridge sees the first pass's frames behind its end."""
     job = prepare(prompt="a", loop=True, frames=frames)
-    video, seen = play(job, model=model)
-    assert (not job.told) == (frames <= 17)
-    *_, bridge, one, other, again = seen
-    assert seen[0].known is None and to_make(seen) == seen[:-3] and len(video) == frames
+    video, seen = play(job)
+    assert (not job.told) == (frames <= 17) and len(video) == frames
+    bridge, joints = seen[len(job.timeline.windows) - 1], seen[len(job.timeline.windows) :]
+    assert len(joints) == (0 if frames < 8 else 2) and to_make(seen) == seen and seen[0].known is None
     assert (bridge.known.frames_THWC[-1] == NEW).all() and known_latents(bridge.known)[[0, -1]].all()
-    assert seen[0].prompt == "a" and bridge.prompt == ""  # which says where the thing goes, not that it comes back
-    # The stand-in's round trip twice is what it was.
-    assert (video[0] == NEW).all() and (video[-1] >= 100).all()
-    # Each begins within a group of what the bridge saw of the loop's beginning; of latent k frames 4 k - 3 .. 4 k, and in the last
-    # trip the loop closes in the middle of a group.
-    behind = int(np.argmin(bridge.known.given_THW.all((1, 2))[::-1]))
-    for trip, made, place in (one, video, 1), (other, video, 3), (again, round_trip(video), 2):
-        orders = (behind + np.arange(4)[:, None] + np.arange(len(trip.known.frames_THWC))) % frames
-        order = orders[int(np.argmax([(made[each] == trip.known.frames_THWC).all() for each in orders]))]
-        assert trip.known.given_THW.all() and frames < len(order) < frames + 5
-        last = int(np.argmax(order == frames - 1))
-        assert frames < 8 or (last % 4 == place and order[last + 1] == 0)
-        np.testing.assert_array_equal(trip.known.frames_THWC, made[order])
+    # Which says where the thing goes, not that it comes back.
+    assert bridge.prompt == "" and seen[0].prompt == "a" and all(step.prompt == "a" for step in joints)
     with pytest.raises(RequestError, match="1 frame is too few for a loop; 2 is the least"):
         prepare(prompt="a", loop=True, frames=1)
 
 
-@pytest.mark.parametrize("frames", [2, 5, 16, 17, 40])
-def test_no_frame_of_a_loop_is_decoded_alone(monkeypatch, frames):
-    """As the VAE does with the first of what it is given."""
-    alone = 77
+@pytest.mark.parametrize(("frames", "window"), [(8, 17), (13, 17), (16, 17), (17, 17), (40, 17), (17, 9), (40, 33)])
+def test_what_is_around_a_loops_joints_is_made_once_more(frames, window):
+    """From half of noise on what was made, between a frame and a group that stay; each joint, the closing last, is within."""
+    made_by = iter(range(100, 200))
 
-    def decoded(given):
-        return np.concatenate([np.full_like(given[:1], alone), given[1:]])
+    def model(step):
+        return np.full((*step.known.given_THW.shape, 3), next(made_by), np.uint8)
 
-    monkeypatch.setitem(globals(), "round_trip", decoded)
-    video, _ = play(prepare(prompt="a", loop=True, frames=frames))
-    assert (video == NEW).all()
-
-
-def test_what_flickers_by_the_groups_of_a_round_trip_is_less_in_a_loop(monkeypatch):
-    """A stand-in that darkens every other group: what jumped by 8 levels goes in two steps of 4."""
-
-    def flickers(given):
-        return given - 8 * (((np.arange(len(given)) + 3) // 4) % 2).astype(np.uint8)[:, None, None, None]
-
-    monkeypatch.setitem(globals(), "round_trip", flickers)
-    _, seen = play(prepare(prompt="a", loop=True, frames=16))
-    *_, again = seen
-    assert np.abs(np.diff(again.known.frames_THWC[:, 0, 0, 0].astype(int))).max() == 4
+    job = prepare(prompt="a", loop=True, frames=frames, window=window)
+    video, seen = play(job, window, model)
+    windows, (begins, closes) = len(job.timeline.windows), job.timeline.joints
+    so_far = np.empty(frames, int)
+    for number, made in enumerate(job.timeline.windows):
+        so_far[made.first : made.last] = NEW if number == 0 else 99 + number
+    for number, (joint, step) in enumerate(zip((begins, closes), seen[windows:], strict=True)):
+        shown = np.arange(joint.start, joint.stop) % frames
+        stays = step.known.given_THW.all((1, 2))
+        assert stays[0] and stays[-4:].all() and not stays[1:-4].any() and len(stays) <= window
+        assert step.known.strength == 0.5 and step.most_known_guidance == 1
+        np.testing.assert_array_equal(step.known.frames_THWC[:, 0, 0, 0], so_far[shown])
+        so_far[shown[~stays]] = 99 + windows + number
+    np.testing.assert_array_equal(video[:, 0, 0, 0], so_far)
+    assert begins.first < job.timeline.loop < begins.last and closes.first < frames < closes.last
+    # A group's middle: what is decoded together joins.
+    assert (frames - closes.first) % 4 == 2
+    # Where the edges of the first are, no group of the second begins; with a group alone there is no room for that.
+    assert len(stays) == 9 or (begins.first - closes.first) % 4 == 2
 
 
 def test_edit_gives_nothing_but_the_frames_and_their_noise(clip):
@@ -652,8 +639,8 @@ def test_a_window_insists_on_the_users_frames_and_where_it_has_to_meet_something
         # The second still sees the user's frame beside its own first group.
         first, *rest = insistences(extend=clip(9, name=f"{direction}.mp4"), direction=direction, frames=60)
         assert first == math.inf and len(rest) > 3 and set(rest[1:]) == {1.0}
-    *_, last = insistences(loop=True, frames=40)
-    assert last == 1.5
+    *_, last, begins, closes = insistences(loop=True, frames=40)
+    assert last == 1.5 and begins == closes == 1
     for order in ({"loop": clip(9)}, {"connect": (clip(9, name="a.mp4"), clip(9, name="b.mp4"))}):
         *_, last = insistences(**order, frames=60)
         assert last == math.inf

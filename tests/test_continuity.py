@@ -114,3 +114,12 @@ def test_a_change_at_a_seam_is_held_against_the_others():
     assert continuity.seam_change(frames, [3]) == pytest.approx(6 / 1.8)
     assert continuity.seam_change(frames, [3, 5]) == pytest.approx(6 / 2)
     assert continuity.seam_change(np.zeros((5, 4, 4, 3), np.uint8), [2]) == 0
+
+
+def test_the_most_change_is_a_multiple_of_the_mean():
+    frames = np.zeros((5, 2, 2, 3), np.uint8)
+    frames[1:] += 4
+    frames[4:] += 12
+    assert continuity.most_change(frames) == pytest.approx(12 / 4)
+    # Frames at rest have no mean of their own.
+    assert continuity.most_change(frames[:1].repeat(3, 0)) == 0

@@ -172,11 +172,11 @@ def test_a_loop_closes_and_is_alive(oracle):
         return real[number][[*range(9), *range(8, 0, -1)]]
 
     found = oracle.scores("loop", back_and_forth)
-    assert found["closed"] == found["alive"] == found["identity"] == found["smooth_of_moving"] == 1
+    assert found["closed"] == found["alive"] == found["identity"] == found["smooth_of_moving"] == found["even"] == 1
     assert found["closed_floor"] == oracle.scores("loop", lambda number, job: real[number])["closed"] < 1
     # One that is back at its start by a jump on the way closes, and is seen to jump.
     leaps = oracle.scores("loop", lambda number, job: real[number][[*range(13), 3, 2, 1, 0]])
-    assert leaps["closed"] == 1 and leaps["smooth_of_moving"] < 0.5
+    assert leaps["closed"] == 1 and leaps["smooth_of_moving"] < 0.5 and leaps["even"] < 0.5
     frozen = oracle.scores("loop", lambda number, job: np.repeat(real[number][:1], 17, 0))
     assert frozen["closed"] == 1 and frozen["alive"] < 1
     of_file = oracle.scores("loop_file", back_and_forth)

@@ -46,6 +46,12 @@ def change_into_groups(frames_THWC: UInt8[np.ndarray, "T H W 3"], group: int) ->
     return float(found[::group].mean() / max(found.mean(), LEAST_CHANGE))
 
 
+def most_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
+    """The largest change between neighbours, as a multiple of the mean one."""
+    found = changes(frames_THWC)
+    return float(found.max() / max(found.mean(), LEAST_CHANGE))
+
+
 def worst_change(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> float:
     """The largest change between neighbours, as a multiple of the median one."""
     found = changes(frames_THWC)

@@ -29,6 +29,8 @@ STRENGTH = 0.6
 ONLY_GOING_ON = 1.0
 # The most where a loop is led back without a prompt: insisted on by 2, its way back is a leap in twice as many.
 LED_BACK = 1.5
+# The time from which what is around a joint of a loop is made once more: late enough to be the same video.
+JOINED = 0.5
 
 
 class Pass(NamedTuple):
@@ -60,8 +62,8 @@ class Timeline:
     """All frames of a video before it is made.
 
     clips are ranges of frames that are given in whole and come back as their own round trip. Behind the end come the first
-    `loop` frames again; 0 is a video that does not loop, whose last frame is held. A loop of which nothing is given comes back as
-    its round trip, too.
+    `loop` frames again; 0 is a video that does not loop, whose last frame is held. What is around the joints of a loop is made
+    once more: these windows go round.
     """
 
     frames_THWC: np.ndarray
@@ -70,6 +72,7 @@ class Timeline:
     strength: float = 1.0
     clips: tuple[tuple[int, int], ...] = ()
     loop: int = 0
+    joints: tuple[Window, ...] = ()
 
     @property
     def seams(self) -> list[int]:
@@ -172,6 +175,24 @@ def _window_before(first: int, at: int, have: int, groups: int, stride: int) -> 
     head = min(seen, groups - made)
     start = at - 1 - stride * made
     return Window(start, at + stride * head, max(first, start), at)
+
+
+def joints(clip: int, total: int, *, window: int, stride: int) -> tuple[Window, ...]:
+    """The windows that make once more what is on both sides of the joints of a loop of `total` frames: of frame `clip`, where its
+    bridge begins, and then of where it closes. Each is between a frame and a group that stay, and frames go round.
+
+    A VAE joins what is within a group, so the loop closes in the middle of one, and the groups of the first are half of one out of
+    step with those: what it leaves at its edges is within what is made next. None where there is no room.
+    """
+    groups = (min(window, total + 1) - 1) // stride
+    if groups < 2:
+        return ()
+    made = stride * (groups - 1)
+    before = stride * (groups // 2 - 1) + stride // 2
+    # Of a group alone the joint itself is the middle.
+    earlier = stride // 2 - (total - clip) % stride if groups > 2 else 0
+    firsts = clip - before - earlier, total - before
+    return tuple(Window(first - 1, first + made + stride, first, first + made) for first in firsts)
 
 
 def one_by_one(first: int, last: int, *, window: int, stride: int) -> tuple[Window, ...]:
@@ -294,6 +315,14 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
         frames_THWC[window.first : window.last] = made_THWC[window.first - window.start : window.last - window.start]
         given_THW[window.first : window.last] = True
         number += 1
+    for window in timeline.joints:
+        shown = np.arange(window.start, window.stop) % len(frames_THWC)
+        made = slice(window.first - window.start, window.last - window.start)
+        stays_THW = np.ones((len(shown), *given_THW.shape[1:]), bool)
+        stays_THW[made] = False
+        made_THWC = yield one(Known(frames_THWC[shown], stays_THW, JOINED), ONLY_GOING_ON)
+        frames_THWC[shown[made]] = made_THWC[made]
+        number += 1
     # After the windows, which are to see what was given and not its round trip.
     for first, last in timeline.clips:
         count = _whole(last - first, job.stride)
@@ -302,26 +331,6 @@ def _walk(job: Job, timeline: Timeline) -> Walk:
         made_THWC = yield one(known)
         frames_THWC[first:last] = made_THWC[: last - first]
         number += 1
-    if from_prompt:
-        # The bridge met the round trip of both its ends, so all is shown as that. The VAE joins what was made apart within a group,
-        # and not between two: so in the last trip the loop closes in the middle of one, and before it comes the mean of two trips
-        # half a group out of step, which has less of their flicker.
-        def all_round(loop_THWC: np.ndarray, place: int) -> Walk:
-            """As it comes back where the loop closes `place` frames into a group. It begins behind what the bridge saw, as the VAE
-            has the first of what it sees alone."""
-            total, behind = len(loop_THWC), timeline.windows[-1].stop
-            there = ((total - 1 - behind - np.arange(job.stride)) % total) % job.stride == place
-            shown = (behind + int(np.argmax(there)) + np.arange(_whole(total + 1, job.stride))) % total
-            made_THWC = yield one(Known(loop_THWC[shown], np.ones((len(shown), *given_THW.shape[1:]), bool)))
-            shown_THWC = loop_THWC.copy()
-            shown_THWC[shown[1 : total + 1]] = made_THWC[1 : total + 1]
-            return shown_THWC
-
-        half = job.stride // 2
-        one_THWC = yield from all_round(frames_THWC, half // 2)
-        other_THWC = yield from all_round(frames_THWC, half // 2 + half)
-        mean_THWC = (one_THWC.astype(np.uint16) + other_THWC + 1) // 2
-        frames_THWC = yield from all_round(mean_THWC.astype(np.uint8), half)
     return frames_THWC
 
 

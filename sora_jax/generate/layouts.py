@@ -310,7 +310,9 @@ def _loop(scene: _Scene) -> Layout:
         if clip < 1:
             raise RequestError(f"{whole} frame is too few for a loop; 2 is the least")
         windows = scene.plan(0, clip) + scene.plan(clip, whole, before=clip, after=clip)
-        return dataclasses.replace(_timeline([scene.blank(whole)], windows), loop=clip), scene.size.fps
+        timeline = _timeline([scene.blank(whole)], windows)
+        joints = canvas.joints(clip, whole, window=scene.window, stride=scene.stride)
+        return dataclasses.replace(timeline, loop=clip, joints=joints), scene.size.fps
     assert isinstance(scene.order.loop, str)
     video = scene.read(scene.order.loop)
     length, new = len(video.frames_THWC), scene.blank(scene.added())

@@ -276,12 +276,15 @@ class Prompting:
         motions = np.array([scene.things[0].motion for scene in self.scenes])
         returns, moves = np.isin(motions, ENDLESS), motions != "still"
         # All the way round: one that jumps elsewhere closes, too.
-        smooth = np.array([continuity.worst_change(np.concatenate([each, each[:1]])) <= MOST_BRIDGE for each in made])
+        rounds = [np.concatenate([each, each[:1]]) for each in made]
+        smooth = np.array([continuity.worst_change(each) <= MOST_BRIDGE for each in rounds])
+        even = [continuity.most_change(each) <= MOST_SEAM for each in rounds]
         changes = zip(*([continuity.changes(each).mean() for each in group] for group in (made, led)), strict=True)
         return (
             {
                 "closed": float(closed(made).mean()),
                 "closed_floor": float(closed(led).mean()),
+                "even": float(np.mean(even)),
                 # A loop of something at rest is none.
                 "alive": float(np.mean([one >= other / 2 for one, other in changes])),
             }
