@@ -107,7 +107,8 @@ class Job:
     @property
     def most_frames(self) -> int:
         """Of what is made at once."""
-        return min(self.size.frames, max(window.stop - window.start for window in self.timeline.windows))
+        windows = self.timeline.windows + self.timeline.joints
+        return min(self.size.frames, max(window.stop - window.start for window in windows))
 
 
 # Windows ------------------------------------------------------------------------------------------------------------
