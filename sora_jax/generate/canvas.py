@@ -107,8 +107,7 @@ class Job:
     @property
     def most_frames(self) -> int:
         """Of what is made at once."""
-        windows = self.timeline.windows + self.timeline.joints
-        return min(self.size.frames, max(window.stop - window.start for window in windows))
+        return min(self.size.frames, max(window.stop - window.start for window in self.timeline.windows))
 
 
 # Windows ------------------------------------------------------------------------------------------------------------
