@@ -173,7 +173,7 @@ def vae_run(world: ConfigDict, steps: int) -> ConfigDict:
                 channels=24,
                 remat=False,
             ),
-            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4),
+            vae_train=dict(batch=16, crop=(17, 32, 32), reconstruction="l2", kl_weight=1e-4, half_size_weight=0.0),
             optimizer=muon(0.02, 2e-3),
             loop=loop(steps),
             mesh=mesh(),
@@ -187,6 +187,15 @@ def joining_vae_run(world: ConfigDict, steps: int) -> ConfigDict:
     run.vae.encoder_frames = 1
     run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (4, 2, 2)), (32, 128), (1, 2)
     run.loop.save_every = 500
+    return run
+
+
+def smooth_vae_run(world: ConfigDict, steps: int) -> ConfigDict:
+    """A VAE whose latents a small transformer learns sooner: frames are encoded one by one, and four of them are then one linear
+    map, and latents of half the size are pictures of half the size."""
+    run = joining_vae_run(world, steps)
+    run.vae.folds, run.vae.widths, run.vae.blocks = ((1, 4, 4), (1, 2, 2), (4, 1, 1)), (32, 64, 96), (1, 2, 0)
+    run.vae_train.half_size_weight = 0.25
     return run
 
 

@@ -37,7 +37,7 @@ def world() -> ConfigDict:
 
 
 def vae_run() -> ConfigDict:
-    return parts.joining_vae_run(world(), steps=VAE_STEPS)
+    return parts.smooth_vae_run(world(), steps=VAE_STEPS)
 
 
 def dit() -> ConfigDict:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sora_jax.config import ComputeConfig, ConfigError, DiTRun
+from sora_jax.config import ComputeConfig, ConfigError, DiTRun, VAETrainConfig
 from sora_jax.data.pack import PackConfig
 from sora_jax.diffusion.sampler import SamplerConfig
 from sora_jax.models.captioner import CaptionerConfig
@@ -188,9 +188,14 @@ def encoding(config: VAEConfig, shapes: Iterable[Sequence[int]]) -> float:
     return total
 
 
-def vae_step(config: VAEConfig, batch: int, crop: tuple[int, int, int]) -> Step:
-    """A training step on crops (frames, height, width)."""
-    return Step(tuple(vae(config, batch, *crop)))
+def vae_step(config: VAEConfig, settings: VAETrainConfig) -> Step:
+    """A training step on crops, decoded at half their size too where settings ask for it."""
+    frames, height, width = settings.crop
+    products = vae(config, settings.batch, frames, height, width)
+    if settings.half_size_weight:
+        halves = vae(config, settings.batch, frames, height // 2, width // 2)
+        products += [each for each in halves if each.part == "decoder"]
+    return Step(tuple(products))
 
 
 def captioner_step(config: CaptionerConfig, packing: PackConfig) -> Step:

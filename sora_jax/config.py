@@ -122,17 +122,22 @@ class LoopConfig:
 class VAETrainConfig:
     """Batches of crops (frames, height, width) and the weights of the loss terms.
 
-    reconstruction is 'l1', 'l2' or 'huber'; perceptual and adversarial terms are added by train.vae.TERMS.
+    reconstruction is 'l1', 'l2' or 'huber'; perceptual and adversarial terms are added by train.vae.TERMS. half_size_weight is
+    that of the squared error of pictures of half the height and width, decoded from latents averaged over 2x2 cells, so that
+    what is fine in latents is what is fine in pictures (scale equivariance, arXiv:2502.14831); 0 leaves it out.
     """
 
     batch: int
     crop: tuple[int, int, int]
     reconstruction: str
     kl_weight: float
+    half_size_weight: float
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.crop) < 1 or self.kl_weight < 0:
-            raise ValueError("vae_train: batch and crop must be positive and kl_weight not negative")
+        if self.batch < 1 or min(self.crop) < 1 or min(self.kl_weight, self.half_size_weight) < 0:
+            raise ValueError(
+                "vae_train: batch and crop must be positive, and kl_weight and half_size_weight not negative"
+            )
         if self.reconstruction not in ("l1", "l2", "huber"):
             raise ValueError(f"vae_train.reconstruction {self.reconstruction!r} is none of l1, l2, huber")
 
@@ -195,6 +200,12 @@ class VAERun:
         smallest = (min(world.frame_counts), *(min(size[axis] for size in world.clip_sizes) for axis in range(2)))
         if any(need > have for need, have in zip(crop, smallest, strict=True)):
             raise ValueError(f"vae_train.crop {crop} is larger than the world's smallest clip {smallest}; crop less")
+        _, *cells, _ = self.vae.latent_shape(*crop)
+        if self.vae_train.half_size_weight and any(count % 2 for count in cells):
+            raise ValueError(
+                f"vae_train.crop {crop} has {cells[0]}x{cells[1]} latents, which vae_train.half_size_weight halves; "
+                f"crop a multiple of {2 * self.vae.stride[1]}x{2 * self.vae.stride[2]} pixels, or set it to 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +372,7 @@ def from_config_dict(tree: Any) -> Run:
 LOOP_ADDED = {"loop.max_failed_saves": 0, "loop.spike_factor": 0.0, "loop.rollbacks": 0}
 WORLD_ADDED = {"data.world.square": False, "data.world.to_and_fro": 0.0}
 ADDED: dict[str, dict[str, Any]] = {
-    "vae": LOOP_ADDED | WORLD_ADDED,
+    "vae": LOOP_ADDED | WORLD_ADDED | {"vae_train.half_size_weight": 0.0},
     "dit": LOOP_ADDED
     | WORLD_ADDED
     | {"dit.predict": "velocity", "dit.attention": "auto", "loader.lanes": 1}

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quickstart
+import quickstart as quickstart_experiment
 from flax import nnx
 
 from sora_jax import compute, config
+from sora_jax.config import VAETrainConfig
 from sora_jax.data import pack
 from sora_jax.diffusion import sampler
 from sora_jax.generate import pipeline
 from sora_jax.models import captioner, dit, text_encoder, vae
 from sora_jax.structs import Layout
+from sora_jax.train import vae as train_vae
 
 # Wide, so that elementwise work, which XLA counts and we do not, is below a hundredth of it. One block and one layer, as XLA
 # counts the body of a scan once; deeper ones are unrolled.
@@ -136,9 +138,22 @@ def test_vae_against_xla(name):
         return jnp.sum(jnp.square(model.decode(posterior.mean + posterior.std) - frames))
 
     arguments = params, rest, shape(2, 9, 64, 64, 3)
-    step = compute.vae_step(config, 2, (9, 64, 64))
+    step = compute.vae_step(config, VAETrainConfig(2, (9, 64, 64), "l2", 1e-4, half_size_weight=0.0))
     assert step.forward == pytest.approx(counted(loss, *arguments), rel=0.02)
     assert step.executed == pytest.approx(counted(jax.value_and_grad(loss), *arguments), rel=0.02)
+
+
+@pytest.mark.parametrize("half_size_weight", [0.0, 0.25])
+def test_training_a_vae_against_xla(half_size_weight):
+    tree = quickstart_experiment.get_config("vae")
+    tree.vae.widths, tree.vae_train.half_size_weight = (256,), half_size_weight
+    task = train_vae.VAETask(config.from_config_dict(tree))
+    params, rest = jax.eval_shape(task.init, jax.random.key(0))
+    frames = shape(tree.vae_train.batch, *tree.vae_train.crop, 3, dtype=jnp.uint8)
+    step = jax.value_and_grad(task.loss, has_aux=True)
+    found = counted(step, params, rest, frames, jax.eval_shape(jax.random.key, 0))
+    assert task.flops_per_step == compute.vae_step(task.run.vae, task.run.vae_train).executed
+    assert task.flops_per_step == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -192,7 +207,7 @@ def test_useful_attention_is_that_within_segments(rng):
 
 
 def quickstart_run(**settings):
-    run = config.from_config_dict(quickstart.get_config("dit"))
+    run = config.from_config_dict(quickstart_experiment.get_config("dit"))
     return dataclasses.replace(run, compute=config.ComputeConfig(**{**dataclasses.asdict(run.compute), **settings}))
 
 

@@ -33,7 +33,7 @@ def test_stages_cost_what_they_train_for(study):
     vae, dit = plan(study)
     run = study.stages["vae"]
     assert (vae.steps, vae.units, vae.unit) == (450, 450 * 16, "clips")
-    assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total
+    assert vae.flops == 450 * compute.vae_step(run.vae, run.vae_train).total
     assert (dit.steps, dit.units, dit.unit) == (3400, 3400 * 4 * 144, "tokens")
     assert 5e5 < vae.parameters < 2e6 and 5e5 < dit.parameters < 3e6
 

@@ -59,7 +59,7 @@ def vae():
     return ConfigDict(dict(
         task="vae", seed=0, data=DATA, optimizer=OPTIMIZER, loop=LOOP, mesh=MESH,
         vae=dict(folds=((4, 8, 8),), widths=(8,), blocks=(1,), kernel=(2, 3, 3), encoder_frames=2, channels=4, remat=False),
-        vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4),
+        vae_train=dict(batch=2, crop=(5, 16, 16), reconstruction="l2", kl_weight=1e-4, half_size_weight=0.0),
     ))
 
 

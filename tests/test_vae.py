@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from sora_jax.models import vae
+from sora_jax.train import vae as train_vae
 
 SMALL = {
     "latent resolution": vae.VAEConfig(widths=(16,), blocks=(2,), channels=4),
@@ -170,3 +172,45 @@ def test_configs_check_themselves():
         vae.VAEConfig(widths=(8, 8))
     with pytest.raises(ValueError, match="odd"):
         vae.VAEConfig(kernel=(2, 4, 3))
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def losses(weight):
+    """Terms of a tiny run's loss on one batch."""
+    run = tiny.vae_run()
+    run = dataclasses.replace(run, vae_train=dataclasses.replace(run.vae_train, half_size_weight=weight))
+    task = train_vae.VAETask(run)
+    params, rest = task.init(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    frames = jax.random.randint(jax.random.key(1), (2, 5, 32, 32, 3), 0, 256).astype(jnp.uint8)
+    (total, terms), grads = jax.value_and_grad(task.loss, has_aux=True)(params, rest, frames, jax.random.key(2))
+    return task, (params, rest, frames), float(total), terms, grads
+
+
+def test_latents_of_half_the_size_are_to_decode_to_pictures_of_half_the_size():
+    task, (params, rest, frames), total, terms, grads = losses(0.5)
+    model = nnx.merge(task.graphdef, params, rest)
+    clean = np.asarray(frames, np.float32) / 127.5 - 1
+    posterior = model.encode(jnp.asarray(clean))
+    latent = posterior.mean + posterior.std * jax.random.normal(jax.random.key(2), posterior.mean.shape)
+    small = [np.asarray(x)[:, :, i::2, j::2] for x in (clean, latent) for i in (0, 1) for j in (0, 1)]
+    picture, cells = np.mean(small[:4], 0), np.mean(small[4:], 0)
+    error = np.mean(np.square(np.asarray(model.decode(jnp.asarray(cells))) - picture))
+    assert float(terms["half_size"]) == pytest.approx(0.5 * error, rel=1e-5)
+    _, _, without, others, plain = losses(0.0)
+    assert "half_size" not in others and total == pytest.approx(without + 0.5 * error, rel=1e-5)
+    # It teaches the encoder as well: what is averaged is its own.
+    changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), grads["encoder"], plain["encoder"])
+    assert max(jax.tree.leaves(changed)) > 1e-4
+
+
+def test_latents_that_cannot_be_halved_are_refused_with_what_can():
+    run = tiny.vae_run()
+    halved = dataclasses.replace(run.vae_train, half_size_weight=0.25)
+    assert dataclasses.replace(run, vae_train=halved)
+    odd = dataclasses.replace(halved, crop=(5, 24, 32))
+    with pytest.raises(ValueError, match=r"has 3x4 latents.*crop a multiple of 16x16 pixels, or set it to 0"):
+        dataclasses.replace(run, vae_train=odd)
+    assert dataclasses.replace(run, vae_train=dataclasses.replace(odd, half_size_weight=0.0))

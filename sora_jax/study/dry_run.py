@@ -95,7 +95,7 @@ def _check_sweep(swept: dict[str, StagePlan], name: str) -> None:
 def _vae_plan(name: str, run: VAERun, mesh: Mesh) -> StagePlan:
     shapes = abstract(vae_model.VAE, run.vae)
     _check_mesh(name, mesh, shapes, rows=run.vae_train.batch)
-    flops = compute.vae_step(run.vae, run.vae_train.batch, run.vae_train.crop).total * run.loop.steps
+    flops = compute.vae_step(run.vae, run.vae_train).total * run.loop.steps
     units = run.loop.steps * run.vae_train.batch
     return StagePlan(name, _size(shapes), run.loop.steps, units, "clips", flops, optimizer_flops(run, shapes))
 

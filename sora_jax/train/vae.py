@@ -13,8 +13,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from sora_jax import compute, processes, sharding
 from sora_jax.config import VAERun, VAETrainConfig
@@ -40,6 +42,11 @@ def reconstruction_error(clean: Array, decoded: Array, kind: str) -> Array:
     return jnp.mean(jnp.sqrt(jnp.square(difference) + 1e-4) - 1e-2)
 
 
+def half_size(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H/2 W/2 C"]:
+    """Means over 2x2 places."""
+    return reduce(x, "b t (h fh) (w fw) c -> b t h w c", "mean", fh=2, fw=2)
+
+
 # name -> term(clean, decoded, posterior, config), weight included. A perceptual or adversarial term is one more entry.
 Term = Callable[[Array, Array, vae.Posterior, VAETrainConfig], Array]
 TERMS: dict[str, Term] = {
@@ -60,7 +67,7 @@ class VAETask:
         self.units_per_step = float(settings.batch)
         self.rows = settings.batch
         self.sizes: dict[str, int] = {}
-        self.flops_per_step = compute.vae_step(self.run.vae, settings.batch, settings.crop).total
+        self.flops_per_step = compute.vae_step(self.run.vae, settings).total
         self.graphdef = vae.split(abstract(vae.VAE, self.run.vae))[0]
 
     def flops_before(self) -> float:
@@ -79,7 +86,11 @@ class VAETask:
         posterior = model.encode(clean)
         latent = posterior.mean + posterior.std * jax.random.normal(key, posterior.mean.shape)
         decoded = model.decode(latent)
-        terms = {name: term(clean, decoded, posterior, self.run.vae_train) for name, term in TERMS.items()}
+        settings = self.run.vae_train
+        terms = {name: term(clean, decoded, posterior, settings) for name, term in TERMS.items()}
+        if settings.half_size_weight:
+            error = reconstruction_error(half_size(clean), model.decode(half_size(latent)), "l2")
+            terms["half_size"] = settings.half_size_weight * error
         mse = jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - clean))
         return sum(terms.values(), jnp.float32(0)), terms | {"psnr": reconstruction.psnr_of_mse(mse)}
 
