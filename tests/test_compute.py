@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quickstart as quickstart_experiment
+import quickstart
 from flax import nnx
 
 from sora_jax import compute, config
@@ -145,14 +145,13 @@ def test_vae_against_xla(name):
 
 @pytest.mark.parametrize("half_size_weight", [0.0, 0.25])
 def test_training_a_vae_against_xla(half_size_weight):
-    tree = quickstart_experiment.get_config("vae")
+    tree = quickstart.get_config("vae")
     tree.vae.widths, tree.vae_train.half_size_weight = (256,), half_size_weight
     task = train_vae.VAETask(config.from_config_dict(tree))
     params, rest = jax.eval_shape(task.init, jax.random.key(0))
     frames = shape(tree.vae_train.batch, *tree.vae_train.crop, 3, dtype=jnp.uint8)
     step = jax.value_and_grad(task.loss, has_aux=True)
     found = counted(step, params, rest, frames, jax.eval_shape(jax.random.key, 0))
-    assert task.flops_per_step == compute.vae_step(task.run.vae, task.run.vae_train).executed
     assert task.flops_per_step == pytest.approx(found, rel=0.02)
 
 
@@ -207,7 +206,7 @@ def test_useful_attention_is_that_within_segments(rng):
 
 
 def quickstart_run(**settings):
-    run = config.from_config_dict(quickstart_experiment.get_config("dit"))
+    run = config.from_config_dict(quickstart.get_config("dit"))
     return dataclasses.replace(run, compute=config.ComputeConfig(**{**dataclasses.asdict(run.compute), **settings}))
 
 
